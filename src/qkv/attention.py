@@ -1,0 +1,501 @@
+"""Attention: the only place that knows where one sequence ends and the next begins.
+
+`attend` is scaled dot-product attention over ragged sequences, `Attention` the multi-head module
+around it for self-, causal, cross- and cached attention, `Cache` what decoding keeps, and `record`
+the tap that shows the probabilities. Theory: Vaswani et al. 2017, "Attention Is All You Need", 3.2.
+
+Legend: T tokens of the batch (Tq of queries, Tk of keys), N sequences, D model width, H heads,
+E = D / H head width, B sequences of a block, Lq and Lk longest queries and keys of a block,
+C slots of a sequence in a cache, S source sequences that cross-attention reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+from qkv.ragged import Layout
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values, each (Tk, H, E)."""
+
+
+# ---------------------------------------------------------------- who attends whom
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which tokens may attend which: queries of sequence i attend keys of sequence i and no others.
+
+    causal: query and key sequences are aligned at their ends, and a query sees no later key.
+    Shared by all layers of a forward pass, as are the index tensors and masks derived from it.
+    """
+
+    queries: Layout
+    keys: Layout
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.queries) != len(self.keys):
+            raise ValueError(f"{len(self.queries)} query sequences, but {len(self.keys)} key sequences")
+        if self.causal and any(q > k for q, k in zip(self.queries.lengths, self.keys.lengths, strict=True)):
+            raise ValueError("causal attention needs at least as many keys as queries in every sequence")
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        """A partition of the sequences into dense blocks of similar lengths."""
+        lengths = list(zip(self.keys.lengths, self.queries.lengths, strict=True))
+        members = [i for i, (_, q) in enumerate(lengths) if q]
+        # One-token queries read a cache through a view: splitting them would copy it.
+        if self.queries.longest > 1:
+            members.sort(key=lambda i: lengths[i])
+        groups: list[list[int]] = []
+        for i in members:
+            first = lengths[groups[-1][0]] if groups else (0, 0)
+            similar = all(new <= _SPREAD * max(old, 1) + _SLACK for new, old in zip(lengths[i], first, strict=True))
+            if groups and (self.queries.longest == 1 or similar):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        if len(groups) == 1 and len(members) == len(lengths):
+            groups = [list(range(len(lengths)))]
+        return [_Block(self, group) for group in groups]
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """Where each query token is among the blocks' tokens, (Tq,); None: they are in place already."""
+        if len(self.blocks) == 1 and self.blocks[0].whole:
+            return None
+        rows = torch.cat([block.queries.rows for block in self.blocks])
+        return torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+
+
+_SPREAD, _SLACK = 2.0, 4
+"""A block takes sequences up to this much longer than its shortest: less padding against fewer calls."""
+
+
+class _Block:
+    """Some sequences of a pattern as one dense call; its padding never leaves this class."""
+
+    def __init__(self, pattern: Pattern, members: list[int]) -> None:
+        self.whole = members == list(range(len(pattern.queries)))
+        self.queries = _Side(pattern.queries, members)
+        self.keys = _Side(pattern.keys, members)
+        self.causal = pattern.causal and self.queries.width > 1
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the kernel needs no mask tensor: nothing is padded, and causal means the lower triangle."""
+        full = self.queries.equal and self.keys.equal and self.keys.width > 0
+        return full and (not self.causal or self.queries.width == self.keys.width)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """True where a query may attend a key: (B, 1, 1 or Lq, Lk) bool."""
+        if self.plain:
+            return None
+        sizes = self.keys.sizes[:, None, None]  # (B, 1, 1)
+        key = torch.arange(self.keys.padded_width, device=sizes.device)  # (Lk,)
+        # A sequence without keys attends the zeros that fill the block, which makes its answer zero.
+        allowed = (key < sizes) | (sizes == 0)
+        if self.causal:
+            query = torch.arange(self.queries.width, device=sizes.device)[:, None]  # (Lq, 1)
+            allowed = allowed & (key <= query + sizes - self.queries.sizes[:, None, None])
+        return allowed[:, None]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Tokens (Tq, H, E), (Tk, H, E), (Tk, H, E) -> this block's answers (its tokens, H, E)."""
+        answer = F.scaled_dot_product_attention(
+            self.queries.gather(query),
+            self.keys.gather(key),
+            self.keys.gather(value),
+            attn_mask=self.mask,
+            is_causal=self.causal and self.plain,
+            dropout_p=dropout,
+        )  # (B, H, Lq, E)
+        return self.queries.scatter(answer)
+
+
+class _Side:
+    """The queries or the keys of a block: from tokens to a dense block and back."""
+
+    def __init__(self, layout: Layout, members: list[int]) -> None:
+        self.layout = layout
+        self.members = members
+        self.lengths = [layout.lengths[i] for i in members]
+        self.width = max(self.lengths)
+        self.padded_width = max(self.width, 1)
+        self.equal = min(self.lengths) == self.width
+        whole = len(members) == len(layout)
+        # Evenly spaced sequences are a view: those of a cache, or a batch of equal lengths.
+        self.spacing = (layout.stride or (self.width if self.equal else None)) if whole and self.width else None
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Lengths, (B,)."""
+        return torch.tensor(self.lengths, device=self.layout.device)
+
+    @cached_property
+    def local(self) -> Layout:
+        """The members laid end to end."""
+        return Layout(tuple(self.lengths), self.layout.device)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Row of each of the members' tokens among all tokens."""
+        starts = self.layout.starts[torch.tensor(self.members, device=self.layout.device)]
+        return starts[self.local.owner] + self.local.positions
+
+    @cached_property
+    def cells(self) -> Tensor:
+        """Cell of each of the members' tokens in the block (B * L)."""
+        return self.local.owner * self.padded_width + self.local.positions
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(T, H, E) -> (B, H, L, E); padding is zero."""
+        H, E = values.shape[1:]
+        B = len(self.members)
+        if self.spacing is not None:
+            dense = values.view(B, self.spacing, H, E)[:, : self.width]
+        elif self.equal and self.width:
+            dense = values.index_select(0, self.rows).view(B, self.width, H, E)
+        else:
+            cells = values.new_zeros(B * self.padded_width, H, E)
+            dense = cells.index_copy(0, self.cells, values.index_select(0, self.rows)).view(B, -1, H, E)
+        return dense.transpose(1, 2)
+
+    def scatter(self, dense: Tensor) -> Tensor:
+        """(B, H, L, E) -> (its tokens, H, E)."""
+        flat = dense.transpose(1, 2).flatten(0, 1)  # (B * L, H, E)
+        return flat if self.equal else flat.index_select(0, self.cells)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout: float = 0.0) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V for every sequence and head (Vaswani et al. 2017, equation 1).
+
+    query (Tq, H, E), key and value (Tk, H, E) -> (Tq, H, E). A sequence without keys gets zeros.
+    dropout: probability with which an attention weight is zeroed.
+    """
+    if _varlen_kernel_takes(query, pattern, dropout):
+        window = (-1, 0) if pattern.causal else (-1, -1)
+        q, k = pattern.queries, pattern.keys
+        out = varlen_attn(query, key, value, q.boundaries, k.boundaries, q.longest, k.longest, window_size=window)
+        assert isinstance(out, Tensor)
+        return out
+    dtype = query.dtype
+    if dtype == torch.bfloat16 and not query.is_cuda and torch.is_grad_enabled():
+        # On CPU the backward of the fused kernel is 9 times slower in bfloat16 than in float32.
+        query, key, value = query.float(), key.float(), value.float()
+    answers = [block.attend(query, key, value, dropout) for block in pattern.blocks]
+    if not answers:
+        return query.new_zeros(query.shape).to(dtype)
+    out = torch.cat(answers) if len(answers) > 1 else answers[0]
+    return (out if pattern.order is None else out.index_select(0, pattern.order)).to(dtype)
+
+
+def _varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool:
+    """The CUDA kernel for ragged sequences: half precision, packed keys, no dropout; dense is as good if equal."""
+    half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    packed = pattern.keys.stride is None and 0 not in pattern.keys.lengths
+    return half and packed and dropout == 0.0 and not (pattern.queries.equal and pattern.keys.equal)
+
+
+def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
+    """Rotary positions: turn each pair (x_i, x_{i+E/2}) of (T, H, E) by its angle (Su et al. 2021, equation 34).
+
+    rotation: cosines and sines, each (T, 1, E).
+    """
+    cosine, sine = rotation
+    left, right = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-right, left], dim=-1) * sine
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, 3.2.2) with one packed projection for every use.
+
+    `qkv` maps D to 3 D. Cross-attention uses its first D rows on the queries and the other 2 D rows
+    on the memory.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.tap: Tap | None = None  # set only inside `record`
+
+    def forward(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        *,
+        memory: KeyValue | None = None,
+        cache: LayerCache | None = None,
+        rotation: KeyValue | None = None,
+    ) -> Tensor:
+        """x (T, D) -> (T, D).
+
+        memory: what cross-attention reads, from `read`; None is self-attention.
+        cache: keys and values of earlier tokens, to which this call adds its own.
+        rotation: rotary positions of the tokens of x.
+        """
+        D = x.shape[-1]
+        if memory is None:
+            query, key, value = self.qkv(x).view(-1, 3, self.heads, D // self.heads).unbind(1)  # (T, H, E) each
+            if rotation is not None:
+                query, key = rotate(query, rotation), rotate(key, rotation)
+            if cache is not None:
+                key, value = cache.append(key, value)
+        else:
+            query = F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D]).view(-1, self.heads, D // self.heads)
+            key, value = memory
+        answer = attend(query, key, value, pattern, self.dropout if self.training else 0.0)  # (T, H, E)
+        if self.tap is not None:
+            self.tap.see(query, key, value, pattern, answer)
+        return self.out(answer.flatten(1))  # type: ignore[no-any-return]
+
+    def read(self, memory: Tensor) -> KeyValue:
+        """Keys and values of memory (Tk, D) for cross-attention, each (Tk, H, E)."""
+        D = memory.shape[-1]
+        both = F.linear(memory, self.qkv.weight[D:], self.qkv.bias[D:])  # (Tk, 2 D)
+        key, value = both.view(-1, 2, self.heads, D // self.heads).unbind(1)
+        return key, value
+
+
+# ---------------------------------------------------------------- cache
+
+
+class LayerCache:
+    """Keys and values of one layer, each (N * C, H, E)."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> KeyValue:
+        """Store those of the new tokens, (T, H, E) each; return those of all tokens."""
+        if self.key is None or self.value is None:
+            shape = (len(self.cache.lengths) * self.cache.capacity, *key.shape[1:])
+            self.key, self.value = key.new_zeros(shape), value.new_zeros(shape)
+        self.key.index_copy_(0, self.cache.rows, key)
+        self.value.index_copy_(0, self.cache.rows, value)
+        return self.key, self.value
+
+    def regroup(self, slots: Tensor, old_capacity: int) -> None:
+        """Take the sequences `slots` (N,), in that order, and make each as long as the cache's capacity."""
+        self.key, self.value = (self._regroup(x, slots, old_capacity) for x in (self.key, self.value))
+
+    def _regroup(self, x: Tensor | None, slots: Tensor, old_capacity: int) -> Tensor | None:
+        if x is None:
+            return None
+        kept = x.view(-1, old_capacity, *x.shape[1:]).index_select(0, slots)  # (N, C, H, E)
+        grown = F.pad(kept, (0, 0, 0, 0, 0, self.cache.capacity - old_capacity))
+        return grown.flatten(0, 1)
+
+
+class Cache:
+    """What decoding remembers: each layer's keys and values of every sequence's tokens so far.
+
+    A sequence has a slot of C tokens, and the slots grow together. With an encoder, `memory` holds
+    each layer's keys and values of the S sources, and `sources` says which one each sequence reads;
+    hypotheses of one source read it without copies.
+    """
+
+    def __init__(
+        self,
+        sequences: int,
+        depth: int,
+        device: torch.device,
+        memory: list[KeyValue] | None = None,
+        memory_layout: Layout | None = None,
+    ) -> None:
+        self.lengths: tuple[int, ...] = (0,) * sequences
+        self.capacity = 0
+        self.device = device
+        self.layers = [LayerCache(self) for _ in range(depth)]
+        self.rows = torch.zeros(0, dtype=torch.long, device=device)
+        self.memory = memory
+        self.memory_layout = memory_layout
+        self.sources: tuple[int, ...] = tuple(range(sequences))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def extend(self, layout: Layout) -> tuple[Pattern, Tensor]:
+        """Make room for new tokens, `layout.lengths[i]` for sequence i.
+
+        Returns the causal pattern of the new tokens over all tokens, and the new tokens' positions (T,).
+        """
+        old = torch.tensor(self.lengths, device=self.device)
+        self.lengths = tuple(a + b for a, b in zip(self.lengths, layout.lengths, strict=True))
+        longest = max(self.lengths, default=0)
+        if longest > self.capacity:
+            before, self.capacity = self.capacity, max(longest + 1, 2 * self.capacity, 32)
+            if before:
+                for layer in self.layers:
+                    layer.regroup(torch.arange(len(self), device=self.device), before)
+        positions = old[layout.owner] + layout.positions
+        self.rows = layout.owner * self.capacity + positions
+        return Pattern(layout, Layout(self.lengths, self.device, stride=self.capacity), causal=True), positions
+
+    def memory_pattern(self, layout: Layout) -> Pattern:
+        """The new tokens of all sequences that read one source, as one query sequence over that source."""
+        assert self.memory_layout is not None
+        new = Counter[int]()
+        for source, length in zip(self.sources, layout.lengths, strict=True):
+            new[source] += length
+        readers = Layout(tuple(new[s] for s in range(len(self.memory_layout))), self.device)
+        return Pattern(readers, self.memory_layout)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Keep these sequences, in this order; one may be taken several times.
+
+        With an encoder, those that read one source must stay together and in the order of the sources.
+        """
+        sources = tuple(self.sources[i] for i in sequences)
+        if any(a > b for a, b in zip(sources, sources[1:], strict=False)):
+            raise ValueError("the kept sequences must stay in the order of their sources")
+        self.sources = sources
+        self.lengths = tuple(self.lengths[i] for i in sequences)
+        if self.capacity:
+            slots = torch.tensor(sequences, dtype=torch.long, device=self.device)
+            for layer in self.layers:
+                layer.regroup(slots, self.capacity)
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget the last tokens: sequence i keeps its first lengths[i]."""
+        if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
+            raise ValueError("a cache can only be truncated to fewer tokens")
+        self.lengths = tuple(lengths)
+
+
+# ---------------------------------------------------------------- the tap
+
+
+@dataclass
+class Tap:
+    """Recomputes one layer's attention probabilities beside the kernel, from the same queries and keys."""
+
+    heads: Sequence[int] | None = None
+    rows: Sequence[int] | None = None
+    calls: list[list[Tensor]] = field(default_factory=list)
+    """For each forward pass, each sequence's probabilities (heads, rows, Lk) in float32."""
+    residual: float = 0.0
+    """Largest absolute difference so far between A·V from these probabilities and what the kernel gave."""
+
+    @torch.no_grad()
+    def see(self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, answer: Tensor) -> None:
+        """Record one call of `attend`; tensors as there."""
+        key_starts = pattern.keys.starts.tolist()
+        query_starts = accumulate(pattern.queries.lengths, initial=0)
+        lengths = zip(pattern.queries.lengths, pattern.keys.lengths, strict=True)
+        maps = []
+        for (Lq, Lk), q, k in zip(lengths, query_starts, key_starts, strict=False):
+            own, seen = slice(q, q + Lq), slice(k, k + Lk)
+            maps.append(self._sequence(query[own], key[seen], value[seen], answer[own], pattern.causal))
+        self.calls.append(maps)
+
+    def _sequence(self, query: Tensor, key: Tensor, value: Tensor, answer: Tensor, causal: bool) -> Tensor:
+        (Lq, H, E), Lk = query.shape, len(key)
+        heads = list(range(H)) if self.heads is None else [range(H)[h] for h in self.heads]
+        rows = list(range(Lq)) if self.rows is None else [range(Lq)[r] for r in self.rows]
+        Q, K, V = (x[:, heads].transpose(0, 1).float() for x in (query[rows], key, value))  # (heads, L, E)
+        reach = torch.tensor(rows, device=key.device)[:, None] + Lk - Lq  # the last key that each row may attend
+        late = torch.arange(Lk, device=key.device) > reach if causal else None  # (rows, Lk)
+        maps = []
+        for head in range(len(heads)):  # one head at a time bounds the memory
+            scores = Q[head] @ K[head].T * E**-0.5
+            if late is not None:
+                scores = scores.masked_fill(late, float("-inf"))
+            maps.append(scores.softmax(-1))
+            if rows and Lk:
+                kernel = answer[rows][:, heads[head]].float()
+                self.residual = max(self.residual, (maps[-1] @ V[head] - kernel).abs().max().item())
+        return torch.stack(maps) if maps else query.new_zeros(0, len(rows), Lk)
+
+
+class Attentive(Protocol):
+    """A model that names its attention modules by stack: encoder, decoder, cross."""
+
+    def attentions(self) -> dict[str, list[Attention]]:
+        """Each stack's modules from the first layer to the last."""
+        ...
+
+
+class Record:
+    """What the taps saw: `record[layer][i]` is sequence i's map (H, Lq, Lk) in the latest forward pass.
+
+    With several stacks recorded (an encoder-decoder model), `record["cross", layer][i]`.
+    """
+
+    def __init__(self, taps: dict[tuple[str, int], Tap]) -> None:
+        self.taps = taps
+
+    def __getitem__(self, key: int | tuple[str, int]) -> list[Tensor]:
+        return self.tap(key).calls[-1]
+
+    def tap(self, key: int | tuple[str, int]) -> Tap:
+        """One layer's tap, with every call it saw. Raises KeyError if that layer is not recorded."""
+        if isinstance(key, int):
+            stacks = {stack for stack, _ in self.taps}
+            if len(stacks) != 1:
+                raise KeyError(f"several stacks are recorded: ask for ({sorted(stacks)[0]!r}, {key})")
+            key = (stacks.pop(), key)
+        if key not in self.taps:
+            raise KeyError(f"{key} is not recorded; these are: {sorted(self.taps)}")
+        return self.taps[key]
+
+    @property
+    def residual(self) -> float:
+        """Largest difference between A·V and the kernels' own answers in all layers recorded."""
+        return max((tap.residual for tap in self.taps.values()), default=0.0)
+
+
+@contextmanager
+def record(
+    model: Attentive,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    stacks: Sequence[str] | None = None,
+) -> Iterator[Record]:
+    """Record attention probabilities of the forward passes inside the `with` block.
+
+    The fused kernels stay on; the probabilities are computed beside them for the chosen layers,
+    heads and query rows (None: all; negative numbers count from the end). stacks: some of "encoder",
+    "decoder", "cross". Raises IndexError for a layer or head, KeyError for a stack that the model
+    does not have. A model is recorded by one block at a time.
+    """
+    modules = model.attentions()
+    chosen: dict[tuple[str, int], Attention] = {}
+    for stack in modules if stacks is None else stacks:
+        depth = range(len(modules[stack]))
+        for layer in depth if layers is None else [depth[i] for i in layers]:
+            chosen[stack, layer] = modules[stack][layer]
+    taps = {key: Tap(heads, rows) for key in chosen}
+    for key, module in chosen.items():
+        if module.tap is not None:
+            raise RuntimeError("this model is being recorded already")
+        module.tap = taps[key]
+    try:
+        yield Record(taps)
+    finally:
+        for module in chosen.values():
+            module.tap = None

@@ -1,0 +1,137 @@
+"""What blocks are made of: positions, feed-forward network, residual blocks, initial weights.
+
+Legend: T tokens of the batch, D model width, E head width, F inner width of the feed-forward network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkv.attention import Attention, KeyValue, LayerCache, Pattern
+from qkv.config import Activation, ModelConfig
+from qkv.errors import InputError
+from qkv.ragged import Layout
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def check_lengths(layout: Layout, limit: int) -> None:
+    """Raise InputError if a sequence is longer than a model reads."""
+    if layout.longest > limit:
+        i = layout.lengths.index(layout.longest)
+        raise InputError(f"sequence {i} has {layout.longest} tokens; this model reads at most {limit}")
+
+
+def sinusoidal(context: int, dim: int) -> Tensor:
+    """The fixed position vectors of Vaswani et al. 2017, 3.5: (context, D).
+
+    Sines fill the first half of the dimensions and cosines the second, as in the authors' own code
+    and in Marian; the paper's formula interleaves them, which only renames the dimensions.
+    """
+    rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # (D / 2,)
+    angles = torch.arange(context, dtype=torch.float64)[:, None] * rates  # (context, D / 2)
+    return torch.cat([angles.sin(), angles.cos()[:, : dim // 2]], dim=1).float()
+
+
+def rotary(positions: Tensor, head_dim: int) -> KeyValue:
+    """Cosines and sines, (T, 1, E) each, of the angles of Su et al. 2021, equation 15, for positions (T,)."""
+    rates = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = (positions[:, None] * rates).repeat(1, 2)[:, None]  # (T, 1, E)
+    return angles.cos(), angles.sin()
+
+
+class FeedForward(nn.Module):
+    """The position-wise network of Vaswani et al. 2017, equation 2, with any activation."""
+
+    def __init__(self, dim: int, mlp_dim: int, activation: Activation) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, mlp_dim)
+        self.down = nn.Linear(mlp_dim, dim)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, D) -> (T, D)."""
+        return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory, and feed-forward, each with a residual.
+
+    Post-norm is Add & Norm of Vaswani et al. 2017, 3.1; pre-norm that of Radford et al. 2019 and
+    Dosovitskiy et al. 2021, equations 2 and 3.
+    """
+
+    def __init__(self, config: ModelConfig, cross: bool = False) -> None:
+        super().__init__()
+
+        def norm() -> nn.LayerNorm:
+            return nn.LayerNorm(config.dim, eps=config.norm_eps)
+
+        self.norm_first = config.norm_first
+        self.dropout = nn.Dropout(config.dropout)
+        self.attention = Attention(config.dim, config.heads, config.attention_dropout)
+        self.attention_norm = norm()
+        self.cross = Attention(config.dim, config.heads, config.attention_dropout) if cross else None
+        self.cross_norm = norm() if cross else None
+        self.mlp = FeedForward(config.dim, config.mlp_dim, config.activation)
+        self.mlp_norm = norm()
+
+    def forward(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        *,
+        rotation: KeyValue | None = None,
+        cache: LayerCache | None = None,
+        memory: KeyValue | None = None,
+        memory_pattern: Pattern | None = None,
+    ) -> Tensor:
+        """x (T, D) -> (T, D); the other arguments as for `Attention`."""
+        x = self._add(
+            x, self.attention_norm, lambda y: self.attention(y, pattern, rotation=rotation, cache=cache)
+        )
+        if self.cross is not None and self.cross_norm is not None:
+            cross = self.cross
+            assert memory_pattern is not None
+            x = self._add(x, self.cross_norm, lambda y: cross(y, memory_pattern, memory=memory))
+        return self._add(x, self.mlp_norm, self.mlp)
+
+    def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.norm_first:
+            return x + self.dropout(sublayer(norm(x)))  # type: ignore[no-any-return]
+        return norm(x + self.dropout(sublayer(x)))  # type: ignore[no-any-return]
+
+
+def init_normal(model: nn.Module, depth: int | None = None) -> None:
+    """Weights from N(0, 0.02²), biases 0, as GPT, BERT and ViT begin.
+
+    depth: also scale what joins the residual stream by 1 / sqrt(2 depth) (Radford et al. 2019, 2.3).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            joins = name.endswith(("attention.out", "mlp.down"))
+            std = 0.02 / math.sqrt(2 * depth) if depth and joins else 0.02
+            nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_xavier(model: nn.Module) -> None:
+    """Matrices by Glorot and Bengio 2010, equation 16; embeddings from N(0, 1/D), so that scaled ones have unit variance."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)

@@ -1,0 +1,26 @@
+"""The four models, and the way from a config to one of them."""
+
+from __future__ import annotations
+
+from qkv.config import AnyModelConfig, BertConfig, GPTConfig, TransformerConfig
+from qkv.models import bert, gpt, transformer, vit
+from qkv.models.bert import Bert
+from qkv.models.gpt import GPT
+from qkv.models.transformer import Transformer
+from qkv.models.vit import ViT
+
+Model = Transformer | Bert | GPT | ViT
+
+PRESETS: dict[str, AnyModelConfig] = {**transformer.PRESETS, **bert.PRESETS, **gpt.PRESETS, **vit.PRESETS}
+"""Published sizes by name."""
+
+
+def build(config: AnyModelConfig) -> Model:
+    """A model of this config with fresh weights, drawn from torch's global generator."""
+    if isinstance(config, TransformerConfig):
+        return Transformer(config)
+    if isinstance(config, BertConfig):
+        return Bert(config)
+    if isinstance(config, GPTConfig):
+        return GPT(config)
+    return ViT(config)

@@ -1,0 +1,139 @@
+"""BERT: a bidirectional encoder with heads (Devlin et al. 2018).
+
+Legend: T tokens of the batch, N sequences, D model width, V vocabulary, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkv.attention import Attention, Pattern
+from qkv.config import Activation, BertConfig, BertHead
+from qkv.errors import InputError
+from qkv.layers import ACTIVATIONS, Block, check_lengths, init_normal
+from qkv.ragged import Ragged
+
+PRESETS: dict[str, BertConfig] = {
+    "bert-tiny": BertConfig(dim=128, depth=2, heads=2, mlp_dim=512),
+    "bert-mini": BertConfig(dim=256, depth=4, heads=4, mlp_dim=1024),
+    "bert-small": BertConfig(dim=512, depth=4, heads=8, mlp_dim=2048),
+    "bert-medium": BertConfig(dim=512, depth=8, heads=8, mlp_dim=2048),
+    "bert-base": BertConfig(),
+    "bert-large": BertConfig(dim=1024, depth=24, heads=16, mlp_dim=4096),
+}
+
+
+@dataclass(frozen=True)
+class BertOutput:
+    """What the model's heads say; a head that it does not have leaves None."""
+
+    hidden: Ragged
+    """(T, D) of the last block."""
+    pooled: Tensor | None
+    """(N, D): tanh of a linear map of the first token."""
+    word_logits: Ragged | None
+    """(T, V) of the masked language model."""
+    next_logits: Tensor | None
+    """(N, 2): the second segment follows the first (0) or is random (1)."""
+    class_logits: Tensor | None
+    """(N, K) of the whole sequence."""
+    tag_logits: Ragged | None
+    """(T, K) of each token."""
+
+
+class WordHead(nn.Module):
+    """The masked language model's head: a transform, then the token embeddings as output matrix."""
+
+    def __init__(self, dim: int, vocab_size: int, activation: Activation, norm_eps: float) -> None:
+        super().__init__()
+        self.transform = nn.Linear(dim, dim)
+        self.activation = ACTIVATIONS[activation]
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """hidden (..., D), embeddings (V, D) -> logits (..., V)."""
+        return F.linear(self.norm(self.activation(self.transform(hidden))), embeddings, self.bias)
+
+
+class Bert(nn.Module):
+    """Token ids and segments in, contextual vectors and the heads' answers out."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.segments = nn.Embedding(config.segments, config.dim)
+        self.positions = nn.Embedding(config.context, config.dim)
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.pooler: nn.Linear | None = None
+        self.config = config
+        self.reset_head(config.head, config.labels)
+        init_normal(self)
+
+    def reset_head(self, head: BertHead, labels: tuple[str, ...] = ()) -> None:
+        """Give the encoder fresh heads; a pooler that it has is kept. Raises InputError for a class head without labels."""
+        if head in ("classification", "tagging") and not labels:
+            raise InputError(f"a {head} head needs labels")
+        config = self.config = replace(self.config, head=head, labels=labels)
+        dim, where = config.dim, self.tokens.weight
+        if head not in ("pooler", "pretraining", "classification"):
+            self.pooler = None
+        elif self.pooler is None:
+            self.pooler = nn.Linear(dim, dim)
+            init_normal(self.pooler)
+        mlm = head in ("pretraining", "masked_lm")
+        self.words = WordHead(dim, config.vocab_size, config.activation, config.norm_eps) if mlm else None
+        self.next_sentence = nn.Linear(dim, 2) if head == "pretraining" else None
+        self.classifier = nn.Linear(dim, len(labels)) if labels else None
+        for fresh in (self.words, self.next_sentence, self.classifier):
+            if fresh is not None:
+                init_normal(fresh)
+        self.to(device=where.device, dtype=where.dtype)
+
+    def forward(self, batch: Ragged, segments: Tensor | None = None) -> BertOutput:
+        """batch of ids (T,), segments (T,) or None for all 0. Raises InputError for a sequence over the context."""
+        hidden = self.features(batch, segments)
+        pooled = None if self.pooler is None else self.pool(hidden)
+        tagging = self.config.head == "tagging"
+        return BertOutput(
+            hidden=hidden,
+            pooled=pooled,
+            word_logits=None if self.words is None else hidden.like(self.word_logits(hidden.values)),
+            next_logits=None if self.next_sentence is None or pooled is None else self.next_sentence(pooled),
+            class_logits=None if self.classifier is None or pooled is None else self.classifier(self.dropout(pooled)),
+            tag_logits=hidden.like(self.classifier(self.dropout(hidden.values))) if tagging and self.classifier else None,
+        )
+
+    def features(self, batch: Ragged, segments: Tensor | None = None) -> Ragged:
+        """batch of ids (T,) -> hidden (T, D), without the heads."""
+        check_lengths(batch.layout, self.config.context)
+        if segments is None:
+            segments = torch.zeros_like(batch.values)
+        x = self.tokens(batch.values) + self.positions(batch.layout.positions) + self.segments(segments)  # (T, D)
+        x = self.dropout(self.norm(x))
+        pattern = Pattern(batch.layout, batch.layout)
+        for block in self.blocks:
+            x = block(x, pattern)
+        return batch.like(x)
+
+    def pool(self, hidden: Ragged) -> Tensor:
+        """hidden (T, D) -> (N, D). Raises InputError where the model has no pooler."""
+        if self.pooler is None:
+            raise InputError("this model has no pooler")
+        return self.pooler(hidden.first()).tanh()  # type: ignore[no-any-return]
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> masked language model logits (..., V). Raises InputError without that head."""
+        if self.words is None:
+            raise InputError("this model has no masked language model head")
+        return self.words(hidden, self.tokens.weight)  # type: ignore[no-any-return]
+
+    def attentions(self) -> dict[str, list[Attention]]:
+        """The attention modules, first layer first."""
+        return {"encoder": [block.attention for block in self.blocks]}  # type: ignore[misc]

@@ -1,0 +1,85 @@
+"""GPT: a causal decoder (Radford et al. 2018 with post-norm, 2019 with pre-norm).
+
+Legend: T tokens of the batch, N sequences, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkv.attention import Attention, Cache, Pattern
+from qkv.config import GPTConfig
+from qkv.layers import Block, check_lengths, init_normal, rotary
+from qkv.ragged import Ragged
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt": GPTConfig(vocab_size=40478, context=512, norm_first=False),
+    "gpt2": GPTConfig(),
+    "gpt2-medium": GPTConfig(dim=1024, depth=24, heads=16, mlp_dim=4096),
+    "gpt2-large": GPTConfig(dim=1280, depth=36, heads=20, mlp_dim=5120),
+    "gpt2-xl": GPTConfig(dim=1600, depth=48, heads=25, mlp_dim=6400),
+}
+
+
+@dataclass(frozen=True)
+class GPTOutput:
+    """hidden (T, D) after the last norm, and logits (T, V) of each token's successor."""
+
+    hidden: Ragged
+    logits: Ragged
+
+
+class GPT(nn.Module):
+    """Token ids in, logits of each next token out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.position == "learned"
+        self.positions = nn.Embedding(config.context, config.dim) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
+        init_normal(self, config.depth)
+
+    def forward(self, batch: Ragged, cache: Cache | None = None) -> GPTOutput:
+        """batch of ids (T,) -> hidden and logits. Raises InputError for a sequence over the context."""
+        hidden = self.features(batch, cache)
+        return GPTOutput(hidden, hidden.like(self.head(hidden.values)))
+
+    def features(self, batch: Ragged, cache: Cache | None = None) -> Ragged:
+        """batch of ids (T,) -> hidden (T, D). With a cache, the batch continues the sequences in it."""
+        if cache is None:
+            pattern, positions = Pattern(batch.layout, batch.layout, causal=True), batch.layout.positions
+        else:
+            pattern, positions = cache.extend(batch.layout)
+        check_lengths(pattern.keys, self.config.context)
+        x = self.tokens(batch.values)  # (T, D)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        x = self.dropout(x)
+        rotation = None if self.positions is not None else rotary(positions, self.config.dim // self.config.heads)
+        for i, block in enumerate(self.blocks):
+            x = block(x, pattern, rotation=rotation, cache=cache.layers[i] if cache else None)
+        return batch.like(self.norm(x))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V), by the token embeddings themselves (Radford et al. 2018, equation 2)."""
+        return F.linear(hidden, self.tokens.weight)
+
+    def start(self, sequences: int) -> Cache:
+        """An empty cache for that many sequences."""
+        return Cache(sequences, self.config.depth, self.tokens.weight.device)
+
+    def next_logits(self, batch: Ragged, cache: Cache) -> Tensor:
+        """Logits (N, V) of what follows each sequence once `batch` is appended to it."""
+        return self.head(self.features(batch, cache).last())
+
+    def attentions(self) -> dict[str, list[Attention]]:
+        """The attention modules, first layer first."""
+        return {"decoder": [block.attention for block in self.blocks]}  # type: ignore[misc]

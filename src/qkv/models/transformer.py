@@ -1,0 +1,120 @@
+"""The encoder-decoder Transformer (Vaswani et al. 2017).
+
+Legend: T tokens of the targets, S tokens of the sources, N sequences, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkv.attention import Attention, Cache, KeyValue, Pattern
+from qkv.config import TransformerConfig
+from qkv.layers import Block, check_lengths, init_xavier, sinusoidal
+from qkv.ragged import Ragged
+
+PRESETS: dict[str, TransformerConfig] = {
+    "transformer-base": TransformerConfig(),
+    "transformer-big": TransformerConfig(dim=1024, heads=16, mlp_dim=4096, dropout=0.3),
+    # For some ten thousand sentence pairs (Wu et al. 2021, "Good for Misconceived Reasons", 4.2).
+    "transformer-tiny": TransformerConfig(vocab_size=10000, dim=128, depth=4, heads=4, mlp_dim=256, dropout=0.3),
+}
+
+
+@dataclass(frozen=True)
+class TransformerOutput:
+    """memory (S, D) of the encoder, hidden (T, D) of the decoder, logits (T, V) of each target token's successor."""
+
+    memory: Ragged
+    hidden: Ragged
+    logits: Ragged
+
+
+class Transformer(nn.Module):
+    """Source ids and target ids so far in, logits of each next target token out."""
+
+    position_table: Tensor
+    logits_bias: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.register_buffer("position_table", sinusoidal(config.context, config.dim), persistent=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.depth))
+        self.encoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
+        self.decoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
+        # Zero in the paper; Marian's checkpoints have one.
+        self.register_buffer("logits_bias", torch.zeros(config.vocab_size))
+        init_xavier(self)
+
+    def forward(self, source: Ragged, target: Ragged) -> TransformerOutput:
+        """source ids (S,) and target ids (T,), of N sequences each -> memory, hidden, logits.
+
+        Raises InputError for a sequence over the context.
+        """
+        memory = self.encode(source)
+        hidden = self.decode(target, self.read(memory), Pattern(target.layout, memory.layout))
+        return TransformerOutput(memory, hidden, hidden.like(self.head(hidden.values)))
+
+    def encode(self, source: Ragged) -> Ragged:
+        """source ids (S,) -> memory (S, D)."""
+        check_lengths(source.layout, self.config.context)
+        x = self.embed(source.values, source.layout.positions)
+        pattern = Pattern(source.layout, source.layout)
+        for block in self.encoder:
+            x = block(x, pattern)
+        return source.like(self.encoder_norm(x))
+
+    def read(self, memory: Ragged) -> list[KeyValue]:
+        """Each decoder layer's keys and values of memory (S, D)."""
+        return [block.cross.read(memory.values) for block in self.decoder]  # type: ignore[operator, union-attr]
+
+    def decode(
+        self, target: Ragged, memory: list[KeyValue], memory_pattern: Pattern, cache: Cache | None = None
+    ) -> Ragged:
+        """target ids (T,) -> hidden (T, D). With a cache, the targets continue the sequences in it."""
+        if cache is None:
+            pattern, positions = Pattern(target.layout, target.layout, causal=True), target.layout.positions
+        else:
+            pattern, positions = cache.extend(target.layout)
+        check_lengths(pattern.keys, self.config.context)
+        x = self.embed(target.values, positions)
+        for i, block in enumerate(self.decoder):
+            layer = cache.layers[i] if cache else None
+            x = block(x, pattern, cache=layer, memory=memory[i], memory_pattern=memory_pattern)
+        return target.like(self.decoder_norm(x))
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids (T,) -> sqrt(D) times their embeddings, plus positions: (T, D) (3.4, 3.5)."""
+        x = self.tokens(ids) * math.sqrt(self.config.dim) + self.position_table[positions]
+        return self.dropout(x)  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V), by the one matrix that also embeds sources and targets (3.4)."""
+        return F.linear(hidden, self.tokens.weight, self.logits_bias.to(hidden.dtype))
+
+    def start(self, source: Ragged) -> Cache:
+        """Encode the sources (S,); a cache for one target sequence each."""
+        memory = self.encode(source)
+        return Cache(len(source), self.config.depth, source.values.device, self.read(memory), memory.layout)
+
+    def next_logits(self, batch: Ragged, cache: Cache) -> Tensor:
+        """Logits (N, V) of what follows each target once `batch` is appended to it."""
+        assert cache.memory is not None
+        hidden = self.decode(batch, cache.memory, cache.memory_pattern(batch.layout), cache)
+        return self.head(hidden.last())
+
+    def attentions(self) -> dict[str, list[Attention]]:
+        """The attention modules of encoder, decoder and cross-attention, first layer first."""
+        return {
+            "encoder": [block.attention for block in self.encoder],  # type: ignore[misc]
+            "decoder": [block.attention for block in self.decoder],  # type: ignore[misc]
+            "cross": [block.cross for block in self.decoder],  # type: ignore[misc]
+        }

@@ -1,0 +1,112 @@
+"""ViT: an encoder over image patches (Dosovitskiy et al. 2021).
+
+Legend: N images, P patches of an image, C channels, p patch side, D model width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qkv.attention import Attention, Pattern
+from qkv.config import ViTConfig
+from qkv.errors import InputError
+from qkv.layers import Block, init_normal
+from qkv.ragged import Layout, Ragged
+
+_SIZES = {
+    "ti": {"dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
+    "s": {"dim": 384, "depth": 12, "heads": 6, "mlp_dim": 1536},
+    "b": {"dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
+    "l": {"dim": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
+    "h": {"dim": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120},
+}
+_PATCHES = {"ti": (16,), "s": (16, 32), "b": (16, 32), "l": (16, 32), "h": (14,)}
+
+PRESETS: dict[str, ViTConfig] = {
+    f"vit-{size}/{patch}": ViTConfig(patch_size=patch, **_SIZES[size])
+    for size, patches in _PATCHES.items()
+    for patch in patches
+}
+
+
+@dataclass(frozen=True)
+class ViTOutput:
+    """hidden: class token and patches of each image (1 + P, D) after the last norm; logits (N, K) if there is a head."""
+
+    hidden: Ragged
+    logits: Tensor | None
+
+
+class ViT(nn.Module):
+    """Images in, one vector a patch and class logits out."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patches = nn.Linear(config.channels * config.patch_size**2, config.dim)
+        self.class_token = nn.Parameter(torch.empty(config.dim))
+        self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
+        self.config = config
+        self.reset_head(config.labels)
+        init_normal(self)
+        nn.init.trunc_normal_(self.class_token, std=0.02)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def reset_head(self, labels: tuple[str, ...]) -> None:
+        """Give the encoder a fresh classifier for these labels; none: no head."""
+        self.config = replace(self.config, labels=labels)
+        self.classifier = nn.Linear(self.config.dim, len(labels)) if labels else None
+        if self.classifier is not None:
+            init_normal(self.classifier)
+            self.classifier.to(device=self.class_token.device, dtype=self.class_token.dtype)
+
+    def forward(self, images: Tensor) -> ViTOutput:
+        """images (N, C, height, width), normalised; sides are multiples of p. Raises InputError if they are not."""
+        hidden = self.features(images)
+        return ViTOutput(hidden, None if self.classifier is None else self.head(hidden))
+
+    def features(self, images: Tensor) -> Ragged:
+        """images (N, C, height, width) -> hidden: 1 + P tokens (., D) for each image."""
+        N, C, height, width = images.shape
+        p, D = self.config.patch_size, self.config.dim
+        if C != self.config.channels or height % p or width % p:
+            raise InputError(
+                f"images of {C} channels and {height}x{width} pixels; this model reads {self.config.channels} "
+                f"channels and sides that are multiples of {p}"
+            )
+        rows, columns = height // p, width // p
+        cut = images.view(N, C, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
+        x = self.patches(cut.reshape(N, rows * columns, C * p * p))  # (N, P, D)
+        x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1) + self.positions_for(rows, columns)  # (N, 1 + P, D)
+        x = self.dropout(x).flatten(0, 1)  # (T, D)
+        layout = Layout((1 + rows * columns,) * N, x.device)
+        pattern = Pattern(layout, layout)
+        for block in self.blocks:
+            x = block(x, pattern)
+        return Ragged(self.norm(x), layout)
+
+    def positions_for(self, rows: int, columns: int) -> Tensor:
+        """Position vectors (1 + P, D) of a grid: the trained ones, interpolated in 2-D for another grid (3.2)."""
+        side = self.config.image_size // self.config.patch_size
+        if rows == columns == side:
+            return self.positions
+        grid = self.positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
+        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+        return torch.cat([self.positions[:1], grid[0].flatten(1).T])
+
+    def head(self, hidden: Ragged) -> Tensor:
+        """hidden -> class logits (N, K), from the class token (equation 4). Raises InputError without a head."""
+        if self.classifier is None:
+            raise InputError("this model has no classification head")
+        return self.classifier(hidden.first())  # type: ignore[no-any-return]
+
+    def attentions(self) -> dict[str, list[Attention]]:
+        """The attention modules, first layer first."""
+        return {"encoder": [block.attention for block in self.blocks]}  # type: ignore[misc]
