@@ -112,7 +112,7 @@ class ViTConfig(ModelConfig):
 
     family: Literal["vit"] = "vit"
     image_size: int = 224
-    """Side of the square training images in pixels."""
+    """Side of the square training images in pixels; 0: that of the data, filled in when training starts."""
     patch_size: int = 16
     channels: int = 3
     norm_first: bool = True

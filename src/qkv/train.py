@@ -1,0 +1,270 @@
+"""The one training loop, for every family and objective.
+
+Everything random is a function of the seed and the step, so a run that was cut off and resumed
+ends with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qkv import hub
+from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, read_metrics, save_state, write_text
+from qkv.config import RunConfig, read_toml, write_toml
+from qkv.data import Dataset, Raw, Sampler, prepare, read
+from qkv.data.batches import Batch
+from qkv.errors import InputError
+from qkv.evaluate import evaluate
+from qkv.hub import Checkpoint
+from qkv.images import ImageProcessor
+from qkv.models import build
+from qkv.objectives import objective_for
+from qkv.optim import adamw, learning_rate
+from qkv.runtime import pick_device, seed_all
+from qkv.tokenizers import Tokenizer, train_tokenizer
+
+
+class Observer(Protocol):
+    """Who watches a run: the command line's progress bar, a report, or nobody."""
+
+    def say(self, message: str) -> None:
+        """A sentence for the user."""
+        ...
+
+    def begin(self, step: int, max_steps: int) -> None:
+        """The loop starts behind `step`."""
+        ...
+
+    def record(self, record: dict[str, float]) -> None:
+        """Metrics after a step, as they go to metrics.jsonl."""
+        ...
+
+    def step(self, step: int) -> None:
+        """An optimiser step is done."""
+        ...
+
+
+@dataclass
+class Job:
+    """A run made ready: the resolved config, the model with its tokenizer or image processor, and the samples."""
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    train: Dataset
+    valid: Dataset
+    about: str
+    """What was understood of the data."""
+
+
+def new_job(config: RunConfig) -> Job:
+    """Read the data, then make or load what turns it into a model's input, and the model.
+
+    The resolved config has the vocabulary, labels and image size that the data decided.
+    Raises InputError for anything that cannot work, before any training.
+    """
+    raw = read(config.data, config.model.family)
+    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
+
+
+def resumed_job(run: Path) -> Job:
+    """The job of a run folder, for `train(..., resume=True)`. Raises InputError if it is not one."""
+    config = read_toml(run / CONFIG)
+    vit = config.model.family == "vit"
+    tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
+    checkpoint = Checkpoint(build(config.model), tokenizer, images, pooling=None, normalize=False)
+    return _job(config, read(config.data, config.model.family), checkpoint)
+
+
+def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
+    config = replace(config, model=checkpoint.model.config)
+    hub.check_savable(config.model)
+    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
+    return Job(config, checkpoint, train, valid, raw.describe())
+
+
+def _load(config: RunConfig, raw: Raw) -> Checkpoint:
+    """The checkpoint `init`, with a fresh head for this data's labels."""
+    if config.model.family == "bert":
+        head = "classification" if raw.kind == "labelled" else "pretraining"
+        checkpoint = hub.load(config.init, head=head, labels=raw.labels)
+    else:
+        checkpoint = hub.load(config.init, labels=raw.labels)
+    family = checkpoint.model.config.family
+    if family != config.model.family:
+        raise InputError(f"{config.init} is a {family} model, but this run trains a {config.model.family}")
+    return checkpoint
+
+
+def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
+    """A new model, and the tokenizer or image processor that fits the data."""
+    seed_all(config.train.seed)
+    model, tokenizer, images = config.model, None, None
+    if model.family == "vit":
+        size = model.image_size or raw.image_size
+        model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
+        images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
+    else:
+        tokenizer = train_tokenizer(config.tokenizer, model.family, raw.texts())
+        model = replace(model, vocab_size=tokenizer.vocab_size)
+        if model.family == "transformer":
+            model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
+        elif model.family == "bert":
+            labelled = raw.kind == "labelled"
+            head = "classification" if labelled else "pretraining"
+            model = replace(model, head=head, labels=raw.labels)
+    return Checkpoint(build(model), tokenizer, images, pooling=None, normalize=False)
+
+
+def _need(token_id: int | None) -> int:
+    assert token_id is not None
+    return token_id
+
+
+def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict[str, float]:
+    """Train a job into a run folder; returns the metrics record of the best model, which the folder then holds.
+
+    SIGINT and SIGTERM end the loop behind the step in progress with its state saved; then
+    KeyboardInterrupt is raised. Raises InputError if the folder holds another run, has no state to
+    resume, or cannot be written, and if the loss stops being a number.
+    """
+    config = job.config.train
+    device = pick_device()
+    model = job.checkpoint.model.to(device)
+    optimizer = adamw(model, config)
+    if resume:
+        progress = load_state(run, model, optimizer)
+    elif (run / CONFIG).exists():
+        raise InputError(f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out")
+    else:
+        progress = Progress()
+        write_text(run / CONFIG, write_toml(job.config))
+        for part in (job.checkpoint.tokenizer, job.checkpoint.images):
+            if part is not None:
+                part.save(run)
+    metrics = Metrics(run, progress.step)
+    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
+    observer.say(job.about)
+    observer.begin(progress.step, config.max_steps)
+    started = time.monotonic() - progress.seconds
+    with _interruptible() as interrupted:
+        for epoch, indices in sampler.batches(progress.step):
+            if progress.step == config.max_steps:
+                break
+            step = progress.step + 1
+            rate = learning_rate(step, config)
+            record = _step(job, model, optimizer, epoch, indices, step, rate)
+            progress.step = step
+            progress.seconds = time.monotonic() - started
+            observer.step(step)
+            last = step == config.max_steps
+            if step % config.logging_steps == 0 or last or step == 1:
+                record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
+                metrics.add(record)
+                observer.record(record)
+            if step % config.eval_steps == 0 or last:
+                scores = evaluate(model, job.valid)
+                if scores["loss"] < progress.best_loss:
+                    progress.best_loss, progress.best_step = scores["loss"], step
+                    hub.save(run, job.checkpoint)
+                progress.seconds = time.monotonic() - started
+                record = {"step": step, "seconds": progress.seconds} | {f"valid_{k}": v for k, v in scores.items()}
+                metrics.add(record)
+                observer.record(record)
+            if step % config.save_steps == 0 or last or interrupted.is_set():
+                save_state(run, model, optimizer, progress)
+            if interrupted.is_set() and not last:
+                raise KeyboardInterrupt
+    if progress.best_step != config.max_steps:
+        observer.say(f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss.")
+    return next(r for r in read_metrics(run) if r["step"] == progress.best_step and "valid_loss" in r)
+
+
+def _step(
+    job: Job,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    indices: list[int],
+    step: int,
+    rate: float,
+) -> dict[str, float]:
+    """One optimiser step over the samples `indices`; returns its loss, gradient norm and number of tokens."""
+    config = job.config.train
+    objective = objective_for(job.train.batch_type)
+    device = next(model.parameters()).device
+    seed_all(_step_seed(config.seed, step))
+    model.train()
+    pieces = [job.train.batch(part, epoch) for part in _divide(indices, config.gradient_accumulation_steps)]
+    counts: Counter[str] = sum((Counter(objective.counts(piece)) for piece in pieces), Counter())
+    loss = torch.zeros((), device=device)
+    for piece in pieces:
+        piece_loss = _loss(job, model, piece.to(device), counts)
+        piece_loss.backward()  # type: ignore[no-untyped-call]
+        loss += piece_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    if not math.isfinite(loss.item() + norm.item()):
+        raise InputError(
+            f"the loss or its gradient is no longer a number at step {step}: "
+            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, and start again"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": float(job.train.costs[indices].sum())}
+
+
+def _loss(job: Job, model: torch.nn.Module, batch: Batch, counts: Counter[str]) -> Tensor:
+    """The batch's share of the step's loss: each term's sum over the step's number of items."""
+    config = job.config.train
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        terms = objective_for(job.train.batch_type).terms(job.checkpoint.model, batch)
+    smoothing = config.label_smoothing_factor
+    return torch.stack([term.loss_sum(smoothing) / counts[name] for name, term in terms.items()]).sum()
+
+
+def _divide(indices: list[int], parts: int) -> list[list[int]]:
+    """Contiguous parts of nearly equal size, none empty."""
+    size = math.ceil(len(indices) / parts)
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """The seed of one step: distinct for distinct (seed, step) below 2^31 each."""
+    return (seed << 31) | step
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal acts as usual. Only the main thread gets signals."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
