@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -62,7 +62,8 @@ class Pattern:
         groups: list[list[int]] = []
         for i in members:
             first = lengths[groups[-1][0]] if groups else (0, 0)
-            similar = all(new <= _SPREAD * max(old, 1) + _SLACK for new, old in zip(lengths[i], first, strict=True))
+            pairs = zip(lengths[i], first, strict=True)
+            similar = all(new <= _SPREAD * max(old, 1) + _SLACK for new, old in pairs)
             if groups and (self.queries.longest == 1 or similar):
                 groups[-1].append(i)
             else:
@@ -136,9 +137,9 @@ class _Side:
         self.width = max(self.lengths)
         self.padded_width = max(self.width, 1)
         self.equal = min(self.lengths) == self.width
-        whole = len(members) == len(layout)
         # Evenly spaced sequences are a view: those of a cache, or a batch of equal lengths.
-        self.spacing = (layout.stride or (self.width if self.equal else None)) if whole and self.width else None
+        whole = len(members) == len(layout) and self.width > 0
+        self.spacing = (layout.stride or (self.width if self.equal else None)) if whole else None
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -192,35 +193,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout:
     if _varlen_kernel_takes(query, pattern, dropout):
         window = (-1, 0) if pattern.causal else (-1, -1)
         q, k = pattern.queries, pattern.keys
-        out = varlen_attn(query, key, value, q.boundaries, k.boundaries, q.longest, k.longest, window_size=window)
+        edges = (q.boundaries, k.boundaries, q.longest, k.longest)
+        out = varlen_attn(query, key, value, *edges, window_size=window)
         assert isinstance(out, Tensor)
         return out
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and not query.is_cuda and torch.is_grad_enabled():
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
         # On CPU the backward of the fused kernel is 9 times slower in bfloat16 than in float32.
-        query, key, value = query.float(), key.float(), value.float()
+        with torch.autocast("cpu", enabled=False):
+            return attend(query.float(), key.float(), value.float(), pattern, dropout).bfloat16()
     answers = [block.attend(query, key, value, dropout) for block in pattern.blocks]
     if not answers:
-        return query.new_zeros(query.shape).to(dtype)
+        return torch.zeros_like(query)
     out = torch.cat(answers) if len(answers) > 1 else answers[0]
-    return (out if pattern.order is None else out.index_select(0, pattern.order)).to(dtype)
+    return out if pattern.order is None else out.index_select(0, pattern.order)
 
 
 def _varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool:
-    """The CUDA kernel for ragged sequences: half precision, packed keys, no dropout; dense is as good if equal."""
+    """The CUDA kernel for ragged sequences: half precision, packed keys, no dropout.
+
+    For equal lengths the dense kernel is as good.
+    """
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
     packed = pattern.keys.stride is None and 0 not in pattern.keys.lengths
     return half and packed and dropout == 0.0 and not (pattern.queries.equal and pattern.keys.equal)
 
 
 def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
-    """Rotary positions: turn each pair (x_i, x_{i+E/2}) of (T, H, E) by its angle (Su et al. 2021, equation 34).
+    """Rotary positions: turn each pair (x_i, x_{i+E/2}) of x (T, H, E) by its angle.
 
-    rotation: cosines and sines, each (T, 1, E).
+    Su et al. 2021, equation 34. rotation: cosines and sines, each (T, 1, E).
     """
     cosine, sine = rotation
     left, right = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-right, left], dim=-1) * sine
+    return (x * cosine + torch.cat([-right, left], dim=-1) * sine).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -257,7 +262,8 @@ class Attention(nn.Module):
         """
         D = x.shape[-1]
         if memory is None:
-            query, key, value = self.qkv(x).view(-1, 3, self.heads, D // self.heads).unbind(1)  # (T, H, E) each
+            packed = self.qkv(x).view(-1, 3, self.heads, D // self.heads)
+            query, key, value = packed.unbind(1)  # (T, H, E) each
             if rotation is not None:
                 query, key = rotate(query, rotation), rotate(key, rotation)
             if cache is not None:
@@ -343,7 +349,7 @@ class Cache:
 
         Returns the causal pattern of the new tokens over all tokens, and the new tokens' positions (T,).
         """
-        old = torch.tensor(self.lengths, device=self.device)
+        old = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
         self.lengths = tuple(a + b for a, b in zip(self.lengths, layout.lengths, strict=True))
         longest = max(self.lengths, default=0)
         if longest > self.capacity:
@@ -353,7 +359,8 @@ class Cache:
                     layer.regroup(torch.arange(len(self), device=self.device), before)
         positions = old[layout.owner] + layout.positions
         self.rows = layout.owner * self.capacity + positions
-        return Pattern(layout, Layout(self.lengths, self.device, stride=self.capacity), causal=True), positions
+        keys = Layout(self.lengths, self.device, stride=self.capacity)
+        return Pattern(layout, keys, causal=True), positions
 
     def memory_pattern(self, layout: Layout) -> Pattern:
         """The new tokens of all sequences that read one source, as one query sequence over that source."""
@@ -370,7 +377,7 @@ class Cache:
         With an encoder, those that read one source must stay together and in the order of the sources.
         """
         sources = tuple(self.sources[i] for i in sequences)
-        if any(a > b for a, b in zip(sources, sources[1:], strict=False)):
+        if any(a > b for a, b in pairwise(sources)):
             raise ValueError("the kept sequences must stay in the order of their sources")
         self.sources = sources
         self.lengths = tuple(self.lengths[i] for i in sequences)
@@ -417,7 +424,8 @@ class Tap:
         heads = list(range(H)) if self.heads is None else [range(H)[h] for h in self.heads]
         rows = list(range(Lq)) if self.rows is None else [range(Lq)[r] for r in self.rows]
         Q, K, V = (x[:, heads].transpose(0, 1).float() for x in (query[rows], key, value))  # (heads, L, E)
-        reach = torch.tensor(rows, device=key.device)[:, None] + Lk - Lq  # the last key that each row may attend
+        # The last key that each row may attend, (rows, 1).
+        reach = torch.tensor(rows, device=key.device)[:, None] + Lk - Lq
         late = torch.arange(Lk, device=key.device) > reach if causal else None  # (rows, Lk)
         maps = []
         for head in range(len(heads)):  # one head at a time bounds the memory

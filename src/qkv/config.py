@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -23,6 +25,20 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 BertHead = Literal["none", "pooler", "pretraining", "masked_lm", "classification", "tagging"]
 
 T = TypeVar("T")
+
+
+def _check(section: str, config: object, accepts: Callable[[float], bool], rule: str, *names: str) -> None:
+    """Raise InputError for the first of these settings that is not accepted (NaN never is)."""
+    for name in names:
+        value = getattr(config, name)
+        if not accepts(value):
+            raise InputError(f"{section}.{name} is {value}; it must be {rule}")
+
+
+_COUNT = (lambda value: value >= 1, "at least 1")
+_POSITIVE = (lambda value: 0.0 < value < math.inf, "a positive number")
+_NOT_NEGATIVE = (lambda value: 0.0 <= value < math.inf, "0 or more")
+_FRACTION = (lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +63,11 @@ class ModelConfig:
     """On attention probabilities."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "heads", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise InputError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        _check("model", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
+        _check("model", self, *_POSITIVE, "norm_eps")
+        _check("model", self, *_FRACTION, "dropout", "attention_dropout")
         if self.dim % self.heads:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
-        for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InputError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +89,15 @@ class TransformerConfig(ModelConfig):
     eos_id: int = 1
     """Ends every source and target."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("model", self, *_COUNT, "vocab_size", "context")
+        inside = (
+            lambda value: 0 <= value < self.vocab_size,
+            f"an id below model.vocab_size {self.vocab_size}",
+        )
+        _check("model", self, *inside, "pad_id", "eos_id")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig(ModelConfig):
@@ -91,6 +113,10 @@ class BertConfig(ModelConfig):
     labels: tuple[str, ...] = ()
     """Names of the classes of a classification or tagging head, in the order of its outputs."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("model", self, *_COUNT, "vocab_size", "context", "segments")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig(ModelConfig):
@@ -104,6 +130,13 @@ class GPTConfig(ModelConfig):
     attention_dropout: float = 0.1
     position: Literal["learned", "rotary"] = "learned"
     """Learned position vectors (GPT-1, GPT-2) or rotated queries and keys (Su et al. 2021)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("model", self, *_COUNT, "vocab_size", "context")
+        if self.position == "rotary" and self.dim // self.heads % 2:
+            width = self.dim // self.heads
+            raise InputError(f"model.dim / model.heads is {width}; rotary positions need an even number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +156,8 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check("model", self, *_COUNT, "patch_size", "channels")
+        _check("model", self, *_NOT_NEGATIVE, "image_size")
         if self.image_size % self.patch_size:
             raise InputError(
                 f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"
@@ -168,8 +203,8 @@ class DataConfig:
     """Cut samples longer than the context, and report how many. False: such a sample is an error."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.valid_fraction < 1.0:
-            raise InputError(f"data.valid_fraction is {self.valid_fraction}; it must be between 0 and 1")
+        between = (lambda value: 0.0 < value < 1.0, "between 0 and 1")
+        _check("data", self, *between, "valid_fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,12 +233,11 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_tokens", "gradient_accumulation_steps", "logging_steps", "eval_steps",
-                     "save_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.learning_rate <= 0:
-            raise InputError(f"train.learning_rate is {self.learning_rate}; it must be positive")
+        _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
+        _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps")
+        _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm")
+        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay", "seed")
+        _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +257,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 
     Raises InputError for an unknown key (with the nearest known one) or a value of the wrong type.
     """
+    # Imported here: the command line's help needs the dataclasses only. Strict JSON mode accepts what
+    # TOML can say, so lists for tuples and integers for floats, and nothing else.
     from pydantic import TypeAdapter, ValidationError
 
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
@@ -242,31 +278,37 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
 
 
 def _json(value: Any) -> str:
-    """JSON text, because pydantic's strict JSON mode accepts exactly what TOML and JSON can say (lists for tuples)."""
+    """JSON text; dates, which TOML has and JSON has not, become strings."""
     import json
 
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def model_config(values: dict[str, Any]) -> AnyModelConfig:
     """The family's config from plain values with a `family` key."""
     family = values.get("family")
-    if family not in MODEL_CONFIGS:
+    if family not in FAMILIES:
         raise InputError(f"model.family is {family!r}; it must be one of {', '.join(FAMILIES)}")
     return from_dict(MODEL_CONFIGS[family], values, "model.")
 
 
+_TABLES = ("model", "tokenizer", "data", "train")
+
+
 def run_config(values: dict[str, Any]) -> RunConfig:
     """A whole run from nested plain values: tables `model`, `tokenizer`, `data`, `train`, and `init`."""
-    parts: dict[str, Any] = dict(values)
-    parts["model"] = model_config(parts.get("model", {}))
-    sections: dict[str, type] = {"tokenizer": TokenizerConfig, "data": DataConfig, "train": TrainConfig}
-    for name, cls in sections.items():
-        parts[name] = from_dict(cls, parts.get(name, {}), f"{name}.")
-    for key in parts:
-        if key not in {f.name for f in fields(RunConfig)}:
-            raise InputError(f"unknown table [{key}]; a recipe has [model], [tokenizer], [data], [train] and init")
-    return RunConfig(**parts)
+    for key, value in values.items():
+        if key not in (*_TABLES, "init"):
+            raise InputError(f"unknown setting {key}; a recipe has init and the tables {', '.join(_TABLES)}")
+        if not isinstance(value, str if key == "init" else dict):
+            raise InputError(f"{key} = {value!r}: it must be {'a string' if key == 'init' else 'a table'}")
+    return RunConfig(
+        model=model_config(values.get("model", {})),
+        tokenizer=from_dict(TokenizerConfig, values.get("tokenizer", {}), "tokenizer."),
+        data=from_dict(DataConfig, values.get("data", {}), "data."),
+        train=from_dict(TrainConfig, values.get("train", {}), "train."),
+        init=values.get("init", ""),
+    )
 
 
 def read_toml(path: Path) -> RunConfig:
@@ -283,7 +325,7 @@ def read_toml(path: Path) -> RunConfig:
 def write_toml(config: RunConfig) -> str:
     """The resolved config as TOML text that `read_toml` reads back to an equal config."""
     lines = [f"init = {_toml(config.init)}"]
-    for name in ("model", "tokenizer", "data", "train"):
+    for name in _TABLES:
         lines += ["", f"[{name}]"]
         section = dataclasses.asdict(getattr(config, name))
         lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
@@ -291,5 +333,5 @@ def write_toml(config: RunConfig) -> str:
 
 
 def _toml(value: Any) -> str:
-    """JSON's scalars, strings and lists are also TOML's, but for the exponent form of floats, which Python shares."""
-    return repr(value) if isinstance(value, float) else _json(value)
+    """JSON is TOML too, but for floats (TOML has Python's form) and the character DEL, which TOML escapes."""
+    return repr(value) if isinstance(value, float) else _json(value).replace("\x7f", "\\u007f")

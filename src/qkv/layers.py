@@ -44,8 +44,9 @@ def sinusoidal(context: int, dim: int) -> Tensor:
 
 
 def rotary(positions: Tensor, head_dim: int) -> KeyValue:
-    """Cosines and sines, (T, 1, E) each, of the angles of Su et al. 2021, equation 15, for positions (T,)."""
-    rates = 10000.0 ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    """Cosines and sines, (T, 1, E) each, for positions (T,): the angles of Su et al. 2021, equation 15."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)  # (E / 2,)
+    rates = 10000.0 ** (-pairs / head_dim)
     angles = (positions[:, None] * rates).repeat(1, 2)[:, None]  # (T, 1, E)
     return angles.cos(), angles.sin()
 
@@ -113,7 +114,7 @@ class Block(nn.Module):
 
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:
-    """Weights from N(0, 0.02²), biases 0, as GPT, BERT and ViT begin.
+    """Weights from N(0, 0.02²) cut at three deviations, biases 0, as GPT, BERT and ViT begin.
 
     depth: also scale what joins the residual stream by 1 / sqrt(2 depth) (Radford et al. 2019, 2.3).
     """
@@ -127,7 +128,10 @@ def init_normal(model: nn.Module, depth: int | None = None) -> None:
 
 
 def init_xavier(model: nn.Module) -> None:
-    """Matrices by Glorot and Bengio 2010, equation 16; embeddings from N(0, 1/D), so that scaled ones have unit variance."""
+    """Matrices by Glorot and Bengio 2010, equation 16; embeddings from N(0, 1/D).
+
+    The latter have unit variance once they are scaled by sqrt(D) (Vaswani et al. 2017, 3.4).
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -65,7 +65,8 @@ class Layout:
     @cached_property
     def owner(self) -> Tensor:
         """Which sequence each token belongs to, int64 (T,)."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.device), self.sizes, output_size=self.tokens)
+        sequences = torch.arange(len(self), device=self.device)
+        return torch.repeat_interleave(sequences, self.sizes, output_size=self.tokens)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -88,7 +89,8 @@ class Ragged:
 
     def __post_init__(self) -> None:
         if self.values.shape[0] != self.layout.tokens:
-            raise ValueError(f"{self.values.shape[0]} rows of values, but the lengths sum to {self.layout.tokens}")
+            rows = self.values.shape[0]
+            raise ValueError(f"{rows} rows of values, but the lengths sum to {self.layout.tokens}")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -107,7 +109,7 @@ class Ragged:
 
     def split(self) -> list[Tensor]:
         """Each sequence on its own: N views (length, ...)."""
-        return list(self.values.split(self.lengths))
+        return list(torch.split(self.values, list(self.lengths)))
 
     def first(self) -> Tensor:
         """The first token of every sequence, (N, ...). Raises ValueError if a sequence has none."""
@@ -122,7 +124,8 @@ class Ragged:
     def mean(self) -> Tensor:
         """The mean over each sequence's tokens, (N, ...). Raises ValueError if a sequence has none."""
         self._need_tokens()
-        sums = self.values.new_zeros(len(self), *self.values.shape[1:]).index_add(0, self.layout.owner, self.values)
+        sums = self.values.new_zeros(len(self), *self.values.shape[1:])
+        sums = sums.index_add(0, self.layout.owner, self.values)
         return sums / self.layout.sizes.view(-1, *[1] * (self.values.dim() - 1))
 
     def to(self, device: torch.device | str) -> Ragged:

@@ -77,9 +77,12 @@ class Bert(nn.Module):
         init_normal(self)
 
     def reset_head(self, head: BertHead, labels: tuple[str, ...] = ()) -> None:
-        """Give the encoder fresh heads; a pooler that it has is kept. Raises InputError for a class head without labels."""
-        if head in ("classification", "tagging") and not labels:
-            raise InputError(f"a {head} head needs labels")
+        """Give the encoder fresh heads; a pooler that it has is kept.
+
+        Raises InputError for a classification or tagging head without labels, and for another with them.
+        """
+        if (head in ("classification", "tagging")) != bool(labels):
+            raise InputError(f"a {head} head {'has no' if labels else 'needs'} labels")
         config = self.config = replace(self.config, head=head, labels=labels)
         dim, where = config.dim, self.tokens.weight
         if head not in ("pooler", "pretraining", "classification"):
@@ -97,17 +100,24 @@ class Bert(nn.Module):
         self.to(device=where.device, dtype=where.dtype)
 
     def forward(self, batch: Ragged, segments: Tensor | None = None) -> BertOutput:
-        """batch of ids (T,), segments (T,) or None for all 0. Raises InputError for a sequence over the context."""
+        """batch of ids (T,), segments (T,) or None for all 0.
+
+        Raises InputError for a sequence over the context.
+        """
         hidden = self.features(batch, segments)
         pooled = None if self.pooler is None else self.pool(hidden)
-        tagging = self.config.head == "tagging"
+        classes = tags = None
+        if self.classifier is not None and pooled is not None:
+            classes = self.classifier(self.dropout(pooled))
+        elif self.classifier is not None:
+            tags = hidden.like(self.classifier(self.dropout(hidden.values)))
         return BertOutput(
             hidden=hidden,
             pooled=pooled,
             word_logits=None if self.words is None else hidden.like(self.word_logits(hidden.values)),
             next_logits=None if self.next_sentence is None or pooled is None else self.next_sentence(pooled),
-            class_logits=None if self.classifier is None or pooled is None else self.classifier(self.dropout(pooled)),
-            tag_logits=hidden.like(self.classifier(self.dropout(hidden.values))) if tagging and self.classifier else None,
+            class_logits=classes,
+            tag_logits=tags,
         )
 
     def features(self, batch: Ragged, segments: Tensor | None = None) -> Ragged:
@@ -115,8 +125,8 @@ class Bert(nn.Module):
         check_lengths(batch.layout, self.config.context)
         if segments is None:
             segments = torch.zeros_like(batch.values)
-        x = self.tokens(batch.values) + self.positions(batch.layout.positions) + self.segments(segments)  # (T, D)
-        x = self.dropout(self.norm(x))
+        x = self.tokens(batch.values) + self.positions(batch.layout.positions)
+        x = self.dropout(self.norm(x + self.segments(segments)))  # (T, D)
         pattern = Pattern(batch.layout, batch.layout)
         for block in self.blocks:
             x = block(x, pattern)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,17 +58,19 @@ class GPT(nn.Module):
         else:
             pattern, positions = cache.extend(batch.layout)
         check_lengths(pattern.keys, self.config.context)
-        x = self.tokens(batch.values)  # (T, D)
-        if self.positions is not None:
+        x, rotation = self.tokens(batch.values), None  # (T, D)
+        if self.positions is None:
+            rotation = rotary(positions, self.config.dim // self.config.heads)
+        else:
             x = x + self.positions(positions)
         x = self.dropout(x)
-        rotation = None if self.positions is not None else rotary(positions, self.config.dim // self.config.heads)
         for i, block in enumerate(self.blocks):
-            x = block(x, pattern, rotation=rotation, cache=cache.layers[i] if cache else None)
+            layer = None if cache is None else cache.layers[i]
+            x = block(x, pattern, rotation=rotation, cache=layer)
         return batch.like(self.norm(x))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> logits (..., V), by the token embeddings themselves (Radford et al. 2018, equation 2)."""
+        """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""
         return F.linear(hidden, self.tokens.weight)
 
     def start(self, sequences: int) -> Cache:

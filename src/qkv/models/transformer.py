@@ -21,17 +21,22 @@ PRESETS: dict[str, TransformerConfig] = {
     "transformer-base": TransformerConfig(),
     "transformer-big": TransformerConfig(dim=1024, heads=16, mlp_dim=4096, dropout=0.3),
     # For some ten thousand sentence pairs (Wu et al. 2021, "Good for Misconceived Reasons", 4.2).
-    "transformer-tiny": TransformerConfig(vocab_size=10000, dim=128, depth=4, heads=4, mlp_dim=256, dropout=0.3),
+    "transformer-tiny": TransformerConfig(
+        vocab_size=10000, dim=128, depth=4, heads=4, mlp_dim=256, dropout=0.3
+    ),
 }
 
 
 @dataclass(frozen=True)
 class TransformerOutput:
-    """memory (S, D) of the encoder, hidden (T, D) of the decoder, logits (T, V) of each target token's successor."""
+    """What the two stacks and the head say."""
 
     memory: Ragged
+    """(S, D) of the encoder."""
     hidden: Ragged
+    """(T, D) of the decoder."""
     logits: Ragged
+    """(T, V) of each target token's successor."""
 
 
 class Transformer(nn.Module):
@@ -87,7 +92,7 @@ class Transformer(nn.Module):
         check_lengths(pattern.keys, self.config.context)
         x = self.embed(target.values, positions)
         for i, block in enumerate(self.decoder):
-            layer = cache.layers[i] if cache else None
+            layer = None if cache is None else cache.layers[i]
             x = block(x, pattern, cache=layer, memory=memory[i], memory_pattern=memory_pattern)
         return target.like(self.decoder_norm(x))
 
@@ -97,7 +102,7 @@ class Transformer(nn.Module):
         return self.dropout(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> logits (..., V), by the one matrix that also embeds sources and targets (3.4)."""
+        """hidden (..., D) -> logits (..., V), by the matrix that also embeds sources and targets (3.4)."""
         return F.linear(hidden, self.tokens.weight, self.logits_bias.to(hidden.dtype))
 
     def start(self, source: Ragged) -> Cache:

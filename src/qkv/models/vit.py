@@ -17,28 +17,30 @@ from qkv.errors import InputError
 from qkv.layers import Block, init_normal
 from qkv.ragged import Layout, Ragged
 
-_SIZES = {
-    "ti": {"dim": 192, "depth": 12, "heads": 3, "mlp_dim": 768},
-    "s": {"dim": 384, "depth": 12, "heads": 6, "mlp_dim": 1536},
-    "b": {"dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072},
-    "l": {"dim": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096},
-    "h": {"dim": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120},
+_SIZES: dict[str, tuple[ViTConfig, tuple[int, ...]]] = {
+    "ti": (ViTConfig(dim=192, heads=3, mlp_dim=768), (16,)),
+    "s": (ViTConfig(dim=384, heads=6, mlp_dim=1536), (16, 32)),
+    "b": (ViTConfig(), (16, 32)),
+    "l": (ViTConfig(dim=1024, depth=24, heads=16, mlp_dim=4096), (16, 32)),
+    "h": (ViTConfig(dim=1280, depth=32, heads=16, mlp_dim=5120), (14,)),
 }
-_PATCHES = {"ti": (16,), "s": (16, 32), "b": (16, 32), "l": (16, 32), "h": (14,)}
+"""Sizes (table 1; Ti and S of Steiner et al. 2021, table 1) and the patch sides they were published with."""
 
 PRESETS: dict[str, ViTConfig] = {
-    f"vit-{size}/{patch}": ViTConfig(patch_size=patch, **_SIZES[size])
-    for size, patches in _PATCHES.items()
+    f"vit-{size}/{patch}": replace(config, patch_size=patch)
+    for size, (config, patches) in _SIZES.items()
     for patch in patches
 }
 
 
 @dataclass(frozen=True)
 class ViTOutput:
-    """hidden: class token and patches of each image (1 + P, D) after the last norm; logits (N, K) if there is a head."""
+    """What the encoder and the head say."""
 
     hidden: Ragged
+    """Class token and patches of each image, 1 + P tokens (., D), after the last norm."""
     logits: Tensor | None
+    """(N, K); None without a head."""
 
 
 class ViT(nn.Module):
@@ -68,7 +70,7 @@ class ViT(nn.Module):
             self.classifier.to(device=self.class_token.device, dtype=self.class_token.dtype)
 
     def forward(self, images: Tensor) -> ViTOutput:
-        """images (N, C, height, width), normalised; sides are multiples of p. Raises InputError if they are not."""
+        """images (N, C, height, width), normalised. Raises InputError unless sides are multiples of p."""
         hidden = self.features(images)
         return ViTOutput(hidden, None if self.classifier is None else self.head(hidden))
 
@@ -76,16 +78,18 @@ class ViT(nn.Module):
         """images (N, C, height, width) -> hidden: 1 + P tokens (., D) for each image."""
         N, C, height, width = images.shape
         p, D = self.config.patch_size, self.config.dim
-        if C != self.config.channels or height % p or width % p:
+        channels = self.config.channels
+        if (C, height % p, width % p) != (channels, 0, 0):
             raise InputError(
-                f"images of {C} channels and {height}x{width} pixels; this model reads {self.config.channels} "
-                f"channels and sides that are multiples of {p}"
+                f"images of {C} channels and {height}x{width} pixels; "
+                f"this model reads {channels} channels and sides that are multiples of {p}"
             )
         rows, columns = height // p, width // p
-        cut = images.view(N, C, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
+        cut = images.reshape(N, C, rows, p, columns, p)
+        cut = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
         x = self.patches(cut.reshape(N, rows * columns, C * p * p))  # (N, P, D)
-        x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1) + self.positions_for(rows, columns)  # (N, 1 + P, D)
-        x = self.dropout(x).flatten(0, 1)  # (T, D)
+        x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1)  # (N, 1 + P, D)
+        x = self.dropout(x + self.positions_for(rows, columns)).flatten(0, 1)  # (T, D)
         layout = Layout((1 + rows * columns,) * N, x.device)
         pattern = Pattern(layout, layout)
         for block in self.blocks:
@@ -93,7 +97,7 @@ class ViT(nn.Module):
         return Ragged(self.norm(x), layout)
 
     def positions_for(self, rows: int, columns: int) -> Tensor:
-        """Position vectors (1 + P, D) of a grid: the trained ones, interpolated in 2-D for another grid (3.2)."""
+        """Position vectors (1 + P, D): the trained ones, interpolated in 2-D for another grid (3.2)."""
         side = self.config.image_size // self.config.patch_size
         if rows == columns == side:
             return self.positions
@@ -102,7 +106,7 @@ class ViT(nn.Module):
         return torch.cat([self.positions[:1], grid[0].flatten(1).T])
 
     def head(self, hidden: Ragged) -> Tensor:
-        """hidden -> class logits (N, K), from the class token (equation 4). Raises InputError without a head."""
+        """Class logits (N, K) from the class token (equation 4). Raises InputError without a head."""
         if self.classifier is None:
             raise InputError("this model has no classification head")
         return self.classifier(hidden.first())  # type: ignore[no-any-return]
