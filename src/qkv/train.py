@@ -48,12 +48,12 @@ class Observer(Protocol):
         """The loop starts behind `step`."""
         ...
 
-    def record(self, record: dict[str, float]) -> None:
-        """Metrics after a step, as they go to metrics.jsonl."""
+    def step(self, step: int, loss: float, tokens: float) -> None:
+        """An optimiser step over so many tokens is done."""
         ...
 
-    def step(self, step: int) -> None:
-        """An optimiser step is done."""
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """The held-out scores behind a step."""
         ...
 
 
@@ -168,21 +168,20 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict
             record = _step(job, model, optimizer, epoch, indices, step, rate)
             progress.step = step
             progress.seconds = time.monotonic() - started
-            observer.step(step)
+            observer.step(step, record["loss"], record["tokens"])
             last = step == config.max_steps
             if step % config.logging_steps == 0 or last or step == 1:
                 record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
                 metrics.add(record)
-                observer.record(record)
             if step % config.eval_steps == 0 or last:
                 scores = evaluate(model, job.valid)
                 if scores["loss"] < progress.best_loss:
                     progress.best_loss, progress.best_step = scores["loss"], step
                     hub.save(run, job.checkpoint)
                 progress.seconds = time.monotonic() - started
-                record = {"step": step, "seconds": progress.seconds} | {f"valid_{k}": v for k, v in scores.items()}
-                metrics.add(record)
-                observer.record(record)
+                valid = {f"valid_{name}": score for name, score in scores.items()}
+                metrics.add({"step": step, "seconds": progress.seconds} | valid)
+                observer.evaluated(step, scores)
             if step % config.save_steps == 0 or last or interrupted.is_set():
                 save_state(run, model, optimizer, progress)
             if interrupted.is_set() and not last:

@@ -1,0 +1,61 @@
+"""How a run looks in a terminal: a progress bar with loss, rate and time left, and a line an evaluation."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class TrainingBar:
+    """An observer of `qkv.train.train`, used as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=30),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.rate = 0.0
+        self.before = time.monotonic()
+
+    def __enter__(self) -> TrainingBar:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, message: str) -> None:
+        """Print a sentence above the bar."""
+        self.console.print(message, highlight=False, markup=False)
+
+    def begin(self, step: int, max_steps: int) -> None:
+        """Show the bar."""
+        self.task = self.bar.add_task("", total=max_steps, completed=step, loss=float("nan"), rate=0.0)
+        self.before = time.monotonic()
+
+    def step(self, step: int, loss: float, tokens: float) -> None:
+        """Advance; the rate is a moving average over about twenty steps."""
+        assert self.task is not None
+        now = time.monotonic()
+        rate = tokens / max(now - self.before, 1e-9)
+        self.before = now
+        self.rate = rate if not self.rate else 0.95 * self.rate + 0.05 * rate
+        self.bar.update(self.task, completed=step, loss=loss, rate=self.rate)
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        """Print one line of scores."""
+        shown = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        self.say(f"step {step}: held-out {shown}")
+        self.before = time.monotonic()
