@@ -1,0 +1,498 @@
+"""Text to token ids and back: tokenizers trained here or brought by a checkpoint.
+
+All of them are `tokenizers` pipelines (normalise, split, model, template, decoder). Only Marian's
+folders need a second library, `sentencepiece`, for the step from text to pieces.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from qkv.config import Family, TokenizerConfig
+from qkv.errors import InputError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+Role = Literal["pad", "unk", "bos", "eos", "cls", "sep", "mask"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+)
+"""Every file of a checkpoint's folder that `Tokenizer.load` may read."""
+
+END_OF_TEXT = "<|endoftext|>"
+_USUAL: dict[Role, tuple[str, ...]] = {
+    "pad": ("<pad>", "[PAD]"),
+    "unk": ("<unk>", "[UNK]"),
+    "bos": ("<s>", END_OF_TEXT),
+    "eos": ("</s>", END_OF_TEXT),
+    "cls": ("[CLS]",),
+    "sep": ("[SEP]",),
+    "mask": ("[MASK]",),
+}
+"""What special tokens are called where no file says so."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids and, of the same length, the segment (0 or 1) that each belongs to."""
+
+    ids: list[int]
+    segments: list[int]
+
+
+class Tokenizer:
+    """A `tokenizers` pipeline, `backend`, and the parts that its special tokens play."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, special: dict[Role, str]) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+        backend.add_special_tokens(_added(sorted(set(special.values()) - known)))
+        self.backend = backend
+        self.special = special
+
+    # ------------------------------------------------------------ vocabulary
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def _id(self, role: Role) -> int | None:
+        token = self.special.get(role)
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token; None, as for the other roles, if there is none."""
+        return self._id("pad")
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of the token for what the vocabulary cannot say."""
+        return self._id("unk")
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text."""
+        return self._id("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the token that ends a text."""
+        return self._id("eos")
+
+    @property
+    def cls_id(self) -> int | None:
+        """Id of BERT's first token."""
+        return self._id("cls")
+
+    @property
+    def sep_id(self) -> int | None:
+        """Id of the token that ends a segment."""
+        return self._id("sep")
+
+    @property
+    def mask_id(self) -> int | None:
+        """Id of the token that hides another."""
+        return self._id("mask")
+
+    def token(self, id: int) -> str:
+        """How the vocabulary writes an id. Raises IndexError for an id that is not in it."""
+        token = self.backend.id_to_token(id)
+        if token is None:
+            raise IndexError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
+        return token
+
+    # ------------------------------------------------------------ text to ids
+
+    def encode(self, text: str, pair: str | None = None) -> Encoding:
+        """As models read it: in its template, and special tokens written in the text are special."""
+        return self.encode_batch([text], None if pair is None else [pair])[0]
+
+    def encode_batch(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[Encoding]:
+        """Each text, or each text and its pair, as `encode` does it. Raises InputError for broken Unicode."""
+        inputs = [self._split(text) for text in texts]
+        both = inputs if pairs is None else list(zip(inputs, map(self._split, pairs), strict=True))
+        found = self.backend.encode_batch_fast(both, is_pretokenized=self._presplit)
+        return [Encoding(e.ids, e.type_ids) for e in found]
+
+    def plain(self, text: str) -> list[int]:
+        """The text itself: no template, and special tokens written in it are text like any other."""
+        return self.plain_batch([text])[0]
+
+    def plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text as `plain` does it. Raises InputError for broken Unicode."""
+        found = self._literal.encode_batch_fast(
+            [self._split(text) for text in texts], is_pretokenized=self._presplit, add_special_tokens=False
+        )
+        return [e.ids for e in found]
+
+    @cached_property
+    def _literal(self) -> tokenizers.Tokenizer:
+        """The backend, blind to special tokens in a text."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    _presplit = False
+
+    def _split(self, text: str) -> str | list[str]:
+        """What the backend is given: the text, or its pieces if `_presplit`."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"character {error.start} of a text is half a surrogate pair: not Unicode"
+            ) from None
+        return text
+
+    @property
+    def target(self) -> Tokenizer:
+        """The tokenizer of target texts: this one, unless sources and targets are split differently."""
+        return self
+
+    # ------------------------------------------------------------ ids to text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text in pieces as ids arrive: together they are `decode` of all ids; none splits a character.
+
+        A piece's bytes can lack the end of a character, which `decode` shows as U+FFFD; such a piece waits
+        for the next id. Text is decoded after the previous piece, because a first token can lose its space.
+        """
+        window: list[int] = []  # the ids of the previous piece, then those of the coming one
+        shown = 0  # how many of the window's ids are in pieces already given
+        for id in ids:
+            window.append(id)
+            piece = self.decode(window)[len(self.decode(window[:shown])) :]
+            if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield piece
+                window, shown = window[shown:], len(window) - shown
+        rest = self.decode(window)[len(self.decode(window[:shown])) :]
+        if rest:
+            yield rest
+
+    # ------------------------------------------------------------ files
+
+    def save(self, folder: str | Path, context: int | None = None) -> None:
+        """Write what `load` and transformers' AutoTokenizer open. context: the model's longest sequence."""
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        self._save_config(folder, "PreTrainedTokenizerFast", context)
+
+    def _save_config(self, folder: Path, tokenizer_class: str, context: int | None) -> None:
+        values: dict[str, Any] = {"tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
+        values |= {f"{role}_token": token for role, token in self.special.items()}
+        if "cls" in self.special:
+            values["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        if context is not None:
+            values["model_max_length"] = context
+        _write_json(folder / "tokenizer_config.json", values)
+
+    @staticmethod
+    def load(folder: str | Path) -> Tokenizer:
+        """A folder's tokenizer. Raises InputError if it has none, or one that cannot be read."""
+        folder = Path(folder)
+        has = {name for name in FILES if (folder / name).is_file()}
+        try:
+            if "tokenizer.json" in has:
+                text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+                backend = tokenizers.Tokenizer.from_str(text)
+            elif "vocab.txt" in has:
+                backend = _wordpiece_files(folder)
+            elif {"vocab.json", "merges.txt"} <= has:
+                backend = _bpe_files(folder)
+            elif {"vocab.json", "source.spm", "target.spm"} <= has:
+                return MarianTokenizer.read(folder)
+            else:
+                raise InputError(
+                    f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.txt, nor vocab.json with "
+                    "merges.txt or with source.spm and target.spm"
+                )
+            return Tokenizer(backend, _special(folder, backend.get_vocab(with_added_tokens=True)))
+        except InputError:
+            raise
+        except Exception as error:  # the libraries' readers raise plain Exception
+            raise InputError(f"the tokenizer in {folder} cannot be read: {_one_line(error)}") from None
+
+
+def _added(names: Iterable[str]) -> list[AddedToken]:
+    """Special tokens: found in a text before it is normalised, and left out when ids are decoded."""
+    return [AddedToken(name, special=True, normalized=False) for name in names]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _json_file(path: Path) -> Any:
+    """A JSON file's content; an empty object if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _special(folder: Path, vocab: dict[str, int]) -> dict[Role, str]:
+    """Which token plays which part: as the folder's files say, otherwise by the usual names."""
+    said = _json_file(folder / "special_tokens_map.json") | _json_file(folder / "tokenizer_config.json")
+    found: dict[Role, str] = {}
+    for role in ROLES:
+        token = said.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        known = [name for name in (_USUAL[role] if content is None else (content,)) if name in vocab]
+        if known:
+            found[role] = known[0]
+    return found
+
+
+# ---------------------------------------------------------------- the kinds of pipeline
+
+
+def _wordpiece(
+    model: models.WordPiece, lowercase: bool, chinese: bool = True, accents: bool | None = None
+) -> tokenizers.Tokenizer:
+    """BERT's pipeline but for the template. accents: strip them; None: only if lowercase."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=chinese, strip_accents=accents, lowercase=lowercase
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _byte_level(model: models.BPE, lowercase: bool = False) -> tokenizers.Tokenizer:
+    """GPT-2's pipeline: every text is bytes, and every byte is in the vocabulary."""
+    backend = tokenizers.Tokenizer(model)
+    if lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _characters(vocab: dict[str, int], unk: str, lowercase: bool) -> tokenizers.Tokenizer:
+    """One token a code point."""
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token=unk))
+    if lowercase:
+        backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return backend
+
+
+def _template(backend: tokenizers.Tokenizer, family: Family) -> None:
+    """What a family's models read around a text."""
+    templates: dict[Family, tuple[str, str]] = {
+        "bert": ("[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"),
+        "transformer": ("$A </s>", "$A $B </s>"),
+    }
+    if family in templates:
+        single, pair = templates[family]
+        names = [name for name in ("[CLS]", "[SEP]", "</s>") if name in single]
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(name, backend.token_to_id(name)) for name in names]
+        )
+
+
+def _wordpiece_files(folder: Path) -> tokenizers.Tokenizer:
+    """BERT's vocab.txt, one token a line."""
+    lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    said = _json_file(folder / "tokenizer_config.json")
+    backend = _wordpiece(
+        models.WordPiece({token: id for id, token in enumerate(lines)}, unk_token="[UNK]"),
+        lowercase=said.get("do_lower_case", True),
+        chinese=said.get("tokenize_chinese_chars", True),
+        accents=said.get("strip_accents"),
+    )
+    _template(backend, "bert")
+    return backend
+
+
+def _bpe_files(folder: Path) -> tokenizers.Tokenizer:
+    """vocab.json and merges.txt of GPT-2, or of GPT-1, whose tokens mark the end of a word."""
+    vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    if not any(token.endswith("</w>") for token in vocab):
+        return _byte_level(models.BPE(vocab, merges))
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token="<unk>"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder(suffix="</w>")
+    return backend
+
+
+# ---------------------------------------------------------------- Marian
+
+
+class MarianTokenizer(Tokenizer):
+    """One vocabulary, but sources and targets are cut into its pieces by two sentencepiece models."""
+
+    _presplit = True
+
+    def __init__(
+        self, vocab: dict[str, int], source: SentencePieceProcessor, target: SentencePieceProcessor
+    ) -> None:
+        backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        _template(backend, "transformer")
+        super().__init__(backend, {role: t for role, t in _MARIAN_SPECIAL.items() if t in vocab})
+        self.vocab = vocab
+        self.source_model, self.target_model = source, target
+        self._model = source
+
+    @staticmethod
+    def read(folder: Path) -> MarianTokenizer:
+        """vocab.json, source.spm and target.spm of a folder."""
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise InputError("Marian's tokenizers need sentencepiece: pip install 'qkv[marian]'") from None
+        if (folder / "target_vocab.json").is_file():
+            raise InputError(f"{folder} has a second vocabulary, target_vocab.json; it must share one")
+        source = SentencePieceProcessor(model_file=str(folder / "source.spm"))
+        target = SentencePieceProcessor(model_file=str(folder / "target.spm"))
+        return MarianTokenizer(_json_file(folder / "vocab.json"), source, target)
+
+    @property
+    def target(self) -> Tokenizer:
+        """The same vocabulary with the model that cuts targets."""
+        other = copy.copy(self)
+        other._model = self.target_model
+        return other
+
+    def _split(self, text: str) -> list[str]:
+        super()._split(text)
+        code = re.match(r">>.*?<<", text, re.DOTALL)  # the language to translate to, as in >>fra<<
+        start = code.end() if code else 0
+        pieces: list[str] = self._model.encode(text[start:], out_type=str)
+        return [text[:start], *pieces] if start else pieces
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        left_out = {self._id(role) for role in self.special}
+        pieces = [self.token(id) for id in ids if id not in left_out]
+        text: str = self._model.decode_pieces(pieces)
+        return text.replace("▁", " ").strip()
+
+    def save(self, folder: str | Path, context: int | None = None) -> None:
+        """Write what `load` and transformers' AutoTokenizer open. context: the model's longest sequence."""
+        folder = Path(folder)
+        _write_json(folder / "vocab.json", self.vocab)
+        (folder / "source.spm").write_bytes(self.source_model.serialized_model_proto())
+        (folder / "target.spm").write_bytes(self.target_model.serialized_model_proto())
+        self._save_config(folder, "MarianTokenizer", context)
+
+
+_MARIAN_SPECIAL: dict[Role, str] = {"pad": "<pad>", "unk": "<unk>", "eos": "</s>"}
+
+
+# ---------------------------------------------------------------- training
+
+
+_SPECIAL: dict[Family, dict[Role, str]] = {
+    "transformer": {"pad": "<pad>", "eos": "</s>"},
+    "bert": {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
+    "gpt": {"bos": END_OF_TEXT, "eos": END_OF_TEXT},
+}
+"""What each family needs; these come first in the vocabulary, in this order."""
+
+
+def train_tokenizer(config: TokenizerConfig, family: Family, texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer of that kind, with the family's special tokens and template, from training texts.
+
+    Raises InputError if the vocabulary size cannot hold the alphabet, or for a family without text.
+    """
+    if family not in _SPECIAL:
+        raise InputError(f"the {family} family reads no text; it needs no tokenizer")
+    special = dict(_SPECIAL[family])
+    if config.kind != "bpe":  # bytes leave nothing unknown
+        special.setdefault("unk", "<unk>")
+    first = list(dict.fromkeys(special.values()))
+    if config.kind == "char":
+        backend = _train_characters(config, special["unk"], first, texts)
+    elif config.kind == "bpe":
+        backend = _train_byte_level(config, first, texts)
+    else:
+        backend = _train_wordpiece(config, special["unk"], first, list(texts))
+    _template(backend, family)
+    tokenizer = Tokenizer(backend, special)
+    if config.kind != "char" and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"tokenizer.vocab_size is {config.vocab_size}, but special tokens and alphabet are already "
+            f"{tokenizer.vocab_size}; give at least that many"
+        )
+    return tokenizer
+
+
+def _train_characters(
+    config: TokenizerConfig, unk: str, first: list[str], texts: Iterable[str]
+) -> tokenizers.Tokenizer:
+    """First the tokens `first`, then every code point that occurs."""
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(normalizers.Lowercase().normalize_str(text) if config.lowercase else text)
+    vocab = {token: id for id, token in enumerate(first + sorted(seen))}
+    return _characters(vocab, unk, config.lowercase)
+
+
+def _train_byte_level(
+    config: TokenizerConfig, first: list[str], texts: Iterable[str]
+) -> tokenizers.Tokenizer:
+    """First the tokens `first`, then all bytes, then merges (Sennrich et al. 2016, algorithm 1)."""
+    backend = _byte_level(models.BPE(), config.lowercase)
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=_added(first),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend
+
+
+def _train_wordpiece(
+    config: TokenizerConfig, unk: str, first: list[str], texts: list[str]
+) -> tokenizers.Tokenizer:
+    """First the tokens `first`, then characters that begin words and that continue them, then merges."""
+    backend = _wordpiece(models.WordPiece(unk_token=unk), config.lowercase)
+    words: set[str] = set()
+    for text in texts:
+        words.update(backend.normalizer.normalize_str(text).split())
+    parts = [part for word in words for part, _ in backend.pre_tokenizer.pre_tokenize_str(word)]
+    begin, continuing = {c for part in parts for c in part}, {c for part in parts for c in part[1:]}
+    # The trainer numbers continuing characters as it meets them in a hash table, and breaks ties by
+    # number: naming them in order beforehand makes training repeatable. A fresh model forgets that
+    # they were named as special tokens.
+    alphabet = sorted(begin) + [f"##{c}" for c in sorted(continuing)]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocab_size, special_tokens=_added(first + alphabet), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    vocab = backend.get_vocab(with_added_tokens=True)
+    return _wordpiece(models.WordPiece(vocab, unk_token=unk), config.lowercase)
