@@ -1,0 +1,136 @@
+"""Images to the normalised pixels that a ViT reads, by the settings that its checkpoint brings.
+
+Legend: C channels, S side of the square result in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from qkv.errors import InputError
+
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+FILE = "preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Resize to size x size pixels, scale to [0, 1], subtract each channel's mean, divide by its deviation."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: Resample = "bilinear"
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise InputError(
+                f"image mean has {len(self.mean)} values, std {len(self.std)}; both need 1 (grey) or 3 (RGB)"
+            )
+        if self.size < 1 or min(self.std) <= 0:
+            raise InputError(f"image size {self.size} and std {self.std} must be positive")
+
+    @property
+    def channels(self) -> int:
+        """C: 1 for grey images, 3 for RGB."""
+        return len(self.mean)
+
+    def __call__(self, source: Image.Image | str | Path | bytes) -> Tensor:
+        """An image, its path or its file's bytes -> float32 (C, S, S). Raises InputError if it is broken."""
+        image = source if isinstance(source, Image.Image) else open_image(source)
+        image = _convert(image, "L" if self.channels == 1 else "RGB")
+        image = image.resize((self.size, self.size), Image.Resampling[self.resample.upper()])
+        pixels = torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels)  # uint8
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)  # (C,)
+        return ((pixels / 255 - mean) / std).permute(2, 0, 1).contiguous()
+
+    def save(self, folder: str | Path) -> None:
+        """Write the settings where `load` and transformers' AutoImageProcessor find them."""
+        values = {
+            "image_processor_type": "ViTImageProcessor",
+            "do_convert_rgb": self.channels == 3,
+            "do_resize": True,
+            "size": {"height": self.size, "width": self.size},
+            "resample": int(Image.Resampling[self.resample.upper()]),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        (Path(folder) / FILE).write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+    @staticmethod
+    def load(folder: str | Path) -> ImageProcessor:
+        """A checkpoint's settings. Raises InputError if they are missing or ask for what is not done here."""
+        path = Path(folder) / FILE
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"{folder} has no {FILE}") from None
+        except ValueError as error:
+            raise InputError(f"{path} is not valid JSON: {error}") from None
+        fixed = {"do_resize": True, "do_rescale": True, "do_center_crop": False, "do_pad": False}
+        for key, wanted in fixed.items():
+            if (given := values.get(key)) not in (None, wanted):
+                raise InputError(f"{path} has {key} = {given}; only {wanted} is supported")
+        if abs(values.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+            raise InputError(
+                f"{path} has rescale_factor = {values['rescale_factor']}; only 1/255 is supported"
+            )
+        size = values.get("size", 224)
+        sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")}
+        if len(sides) != 1 or None in sides:
+            raise InputError(f"{path} has size = {size}; only a square is supported")
+        number = values.get("resample", 2)
+        names = {int(Image.Resampling[name.upper()]): name for name in get_args(Resample)}
+        if number not in names:
+            raise InputError(f"{path} has resample = {number}; it must be one of {sorted(names)}")
+        mean, std = values.get("image_mean", [0.5] * 3), values.get("image_std", [0.5] * 3)
+        if not values.get("do_normalize", True):
+            mean, std = [0.0] * len(mean), [1.0] * len(std)
+        return ImageProcessor(sides.pop(), tuple(mean), tuple(std), names[number])
+
+
+def open_image(source: str | Path | bytes) -> Image.Image:
+    """An image file or its bytes, decoded, and turned upright as its EXIF data say.
+
+    Raises InputError, naming the file, if it is missing or broken.
+    """
+    name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError:
+        raise InputError(f"no image file {name}") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not an image that can be read") from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # what Pillow's readers raise
+        raise InputError(f"{name} is broken: {error}") from None
+
+
+def _convert(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+    """To grey or RGB; what is transparent becomes white. Raises InputError for more than 8 bits a channel."""
+    if image.mode[0] in "IF":
+        raise InputError(
+            f"an image has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
