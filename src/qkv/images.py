@@ -25,7 +25,7 @@ FILE = "preprocessor_config.json"
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Resize to size x size pixels, scale to [0, 1], subtract each channel's mean, divide by its deviation."""
+    """Resize to size x size pixels, scale to [0, 1], subtract a channel's mean, divide by its deviation."""
 
     size: int
     mean: tuple[float, ...]
@@ -47,12 +47,20 @@ class ImageProcessor:
 
     def __call__(self, source: Image.Image | str | Path | bytes) -> Tensor:
         """An image, its path or its file's bytes -> float32 (C, S, S). Raises InputError if it is broken."""
+        return self.normalize(self.pixels(source))
+
+    def pixels(self, source: Image.Image | str | Path | bytes) -> Tensor:
+        """What `normalize` takes, and data sets keep: uint8 (C, S, S). Raises InputError as a call does."""
         image = source if isinstance(source, Image.Image) else open_image(source)
         image = _convert(image, "L" if self.channels == 1 else "RGB")
         image = image.resize((self.size, self.size), Image.Resampling[self.resample.upper()])
-        pixels = torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels)  # uint8
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)  # (C,)
-        return ((pixels / 255 - mean) / std).permute(2, 0, 1).contiguous()
+        pixels = torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels)
+        return pixels.permute(2, 0, 1).contiguous()
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 (..., C, S, S) -> float32 of that shape."""
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))  # (C, 1, 1)
+        return (pixels / 255 - mean) / std
 
     def save(self, folder: str | Path) -> None:
         """Write the settings where `load` and transformers' AutoImageProcessor find them."""

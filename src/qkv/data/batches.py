@@ -1,0 +1,73 @@
+"""What the objectives are given: one kind of batch for each way to learn.
+
+Legend: T tokens of the batch, N sequences or images, M selected tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from qkv.ragged import Ragged
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tensors and ragged sequences that belong together."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageBatch(Batch):
+    """Token ids (T,) and each one's successor (T,)."""
+
+    ids: Ragged
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedBatch(Batch):
+    """Pairs of segments in which tokens were hidden."""
+
+    ids: Ragged
+    """(T,): [CLS] A [SEP] B [SEP] with 15 % of the tokens replaced."""
+    segments: Tensor
+    """(T,): 0 up to the first [SEP], 1 behind it."""
+    selected: Tensor
+    """(M,): rows of the tokens to predict."""
+    labels: Tensor
+    """(M,): what the selected tokens were."""
+    next_labels: Tensor
+    """(N,): 0 if B follows A, 1 if B is from another document."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch(Batch):
+    """Token ids (T,) with their segments (T,), and the class (N,) of each sequence."""
+
+    ids: Ragged
+    segments: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch(Batch):
+    """Source ids (S,), the target ids (T,) that the decoder reads, and each one's successor (T,)."""
+
+    source: Ragged
+    inputs: Ragged
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch(Batch):
+    """Normalised images (N, C, height, width) and their classes (N,)."""
+
+    images: Tensor
+    labels: Tensor

@@ -1,0 +1,172 @@
+"""Files to texts, lines, tables and images, with an error that says where a file is broken."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qkv.errors import InputError
+
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def existing(location: str) -> Path:
+    """A path that is there. Raises InputError if it is not."""
+    path = Path(location).expanduser()
+    if not path.exists():
+        raise InputError(f"no such file or folder: {location}")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """A whole file, line ends as they are. Raises InputError if it is unreadable, empty, or not UTF-8."""
+    data = _read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; convert it, "
+            f"for example with iconv -f latin1 -t utf-8"
+        ) from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file, which only line feeds (or carriage return and line feed) end."""
+    lines = read_text(path).split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+# ---------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by name, those that were asked for and are there."""
+
+    path: Path
+    present: tuple[str, ...]
+    """Names of all columns of the file."""
+    columns: dict[str, list[Any]]
+    class_names: dict[str, tuple[str, ...]]
+    """What the numbers of a column of classes mean, where the file says so."""
+
+    def texts(self, name: str, setting: str) -> list[str]:
+        """A column of texts; setting: the one that names it."""
+        values = self.values(name, setting)
+        for row, value in enumerate(values, start=1):
+            if not isinstance(value, str):
+                raise InputError(f"{self.path}: row {row} of column {name!r} holds {value!r}, not text")
+        return values
+
+    def values(self, name: str, setting: str) -> list[Any]:
+        """A column without gaps. Raises InputError if it is not there or a value is missing."""
+        if name not in self.columns:
+            raise InputError(
+                f"{self.path} has no column {name!r}; it has {', '.join(self.present)}: "
+                f"name the right one with {setting}"
+            )
+        values = self.columns[name]
+        if not values:
+            raise InputError(f"{self.path} has no rows")
+        for row, value in enumerate(values, start=1):
+            if value is None:
+                raise InputError(f"{self.path}: row {row} has no value in column {name!r}")
+        return values
+
+
+def read_table(path: Path, wanted: Sequence[str]) -> Table:
+    """The wanted columns of a CSV, TSV, JSON Lines or Parquet file. Raises InputError if it is not one."""
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    return readers[path.suffix.lower()](path, wanted)
+
+
+def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
+    """CSV as in RFC 4180; TSV, as its media type defines it, knows no quotes. Values stay text."""
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import csv
+
+    data = read_text(path).encode()
+    tabs = path.suffix.lower() == ".tsv"
+    try:
+        table = csv.read_csv(
+            io.BytesIO(data),
+            csv.ReadOptions(block_size=min(len(data) + 1, 1 << 30)),  # no row may be longer than a block
+            csv.ParseOptions(
+                delimiter="\t" if tabs else ",",
+                quote_char=False if tabs else '"',
+                newlines_in_values=not tabs,
+            ),
+            csv.ConvertOptions(
+                column_types=dict.fromkeys(wanted, pyarrow.string()), strings_can_be_null=False
+            ),
+        )
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} is not a table: {_first_line(error)}") from None
+    return _from_arrow(path, table, wanted, {})
+
+
+def _read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
+    """One JSON object a line."""
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}: line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {number} is not a JSON object with column names as keys")
+        rows.append(row)
+    present = tuple(dict.fromkeys(key for row in rows for key in row))
+    columns = {name: [row.get(name) for row in rows] for name in wanted if name in present}
+    return Table(path, present, columns, {})
+
+
+def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
+    """Parquet; class names are where Hugging Face's datasets library puts them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        table = file.read([name for name in wanted if name in schema.names])
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = about.get("info", {}).get("features", {})
+    names = {name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"}
+    return _from_arrow(path, table, wanted, names, tuple(schema.names))
+
+
+def _from_arrow(
+    path: Path,
+    table: Any,
+    wanted: Sequence[str],
+    class_names: dict[str, tuple[str, ...]],
+    present: tuple[str, ...] | None = None,
+) -> Table:
+    names = table.column_names
+    columns = {name: table[name].to_pylist() for name in wanted if names.count(name) == 1}
+    return Table(path, present or tuple(names), columns, class_names)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

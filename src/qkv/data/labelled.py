@@ -1,0 +1,67 @@
+"""Texts, or pairs of texts, with a class.
+
+Legend: T tokens of the batch, N texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qkv.data.batches import LabelledBatch
+from qkv.data.dataset import Dataset, Sequences, check_context, fit, join, lay, slices, special_ids
+from qkv.tokenizers import Encoding, Tokenizer
+
+
+class LabelledDataset(Dataset):
+    """Texts in the tokenizer's template (Devlin et al. 2018, 4), and the index of each one's class."""
+
+    batch_type = LabelledBatch
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str],
+        labels: Sequence[int],
+        tokenizer: Tokenizer,
+        context: int,
+        truncate: bool,
+    ) -> None:
+        """pairs: second texts, or none. Raises InputError for a text over the context that may not be cut."""
+        encodings = [
+            encoding
+            for some in slices(len(texts))
+            for encoding in tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
+        ]
+        lengths = np.array([len(e.ids) for e in encodings])
+        self.notes = check_context(lengths, texts, context, truncate)
+        if self.notes:
+            structure = set(special_ids(tokenizer)) - {tokenizer.unk_id}
+            encodings = [_shorten(e, context, structure) for e in encodings]
+        self.ids = Sequences(e.ids for e in encodings)
+        self.segments = Sequences(e.segments for e in encodings)
+        self.labels = np.asarray(labels)
+        self.costs = self.ids.lengths
+
+    def batch(self, indices: Sequence[int], epoch: int) -> LabelledBatch:
+        """Texts as ids and segments (T,), classes (N,); the same in every epoch."""
+        return LabelledBatch(
+            lay([self.ids[i] for i in indices]),
+            join([self.segments[i] for i in indices]),
+            torch.from_numpy(self.labels[list(indices)]),
+        )
+
+
+def _shorten(encoding: Encoding, context: int, structure: set[int]) -> Encoding:
+    """Cut the ends of the texts so that with their special tokens they fit."""
+    words: tuple[list[int], list[int]] = ([], [])
+    for position, (id, segment) in enumerate(zip(encoding.ids, encoding.segments, strict=True)):
+        if id not in structure:
+            words[segment].append(position)
+    first, second = words
+    keep = fit(len(first), len(second), context - (len(encoding.ids) - len(first) - len(second)))
+    cut = {*first[keep[0] :], *second[keep[1] :]}
+    kept = [i for i in range(len(encoding.ids)) if i not in cut]
+    return Encoding([encoding.ids[i] for i in kept], [encoding.segments[i] for i in kept])

@@ -1,0 +1,325 @@
+"""From the user's files to samples: what they hold, how they are split, which labels there are."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from qkv.config import DataConfig, Family
+from qkv.data.files import TABLES, Table, existing, read_lines, read_table, read_text
+from qkv.data.text import pieces
+from qkv.errors import InputError
+from qkv.images import ImageProcessor
+
+Kind = Literal["text", "labelled", "pairs", "images"]
+
+SPLIT_SEED = 0
+"""Held-out samples do not depend on the run's seed, so that runs with different seeds compare."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image not yet decoded, and what errors call it."""
+
+    name: str
+    source: Path | bytes
+
+    def pixels(self, processor: ImageProcessor) -> Tensor:
+        """uint8 (C, S, S). Raises InputError, naming the image, if it is broken."""
+        try:
+            return processor.pixels(self.source)
+        except InputError as error:
+            raise InputError(
+                f"{self.name}: {error}" if isinstance(self.source, bytes) else str(error)
+            ) from None
+
+    def shape(self) -> tuple[int, int]:
+        """Shorter side and number of channels (1 or 3), by the file's header."""
+        try:
+            with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as image:
+                return min(image.size), 1 if image.mode in ("1", "L", "LA") else 3
+        except (UnidentifiedImageError, OSError):
+            raise InputError(f"{self.name} is not an image that can be read") from None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Columns of equal length; those that a kind of data does not have are empty."""
+
+    kind: Kind
+    texts: list[str] = field(default_factory=list)
+    """Documents, texts to classify, or sources."""
+    pairs: list[str] = field(default_factory=list)
+    """Second texts, or targets."""
+    images: list[ImageFile] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """Index of each sample's class among the labels."""
+
+    def __len__(self) -> int:
+        return max(len(self.texts), len(self.images))
+
+    def take(self, indices: Sequence[int]) -> Samples:
+        """Some of the samples."""
+
+        def some(column: list[Any]) -> list[Any]:
+            return [column[i] for i in indices] if column else []
+
+        return Samples(self.kind, some(self.texts), some(self.pairs), some(self.images), some(self.labels))
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Samples to train on and to be scored on, as the files have them."""
+
+    train: Samples
+    valid: Samples
+    labels: tuple[str, ...]
+    """Names of the classes; none if the samples have no labels."""
+    split: str
+    """Where the held-out samples are from."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the samples are."""
+        return self.train.kind
+
+    @cached_property
+    def image_size(self) -> int:
+        """The most common shorter side of the training images; 0 if there are none."""
+        return self._most_common(0)
+
+    @cached_property
+    def channels(self) -> int:
+        """3 if most training images have colours, 1 if they are grey; 0 if there are none."""
+        return self._most_common(1)
+
+    def _most_common(self, part: int) -> int:
+        counts = Counter(shape[part] for shape in self._shapes)
+        return counts.most_common(1)[0][0] if counts else 0
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [image.shape() for image in self.train.images]
+
+    def texts(self) -> Iterator[str]:
+        """The training text, for a tokenizer to learn from."""
+        for column in (self.train.texts, self.train.pairs):
+            for text in column:
+                yield from pieces(text)
+
+    def describe(self) -> str:
+        """What was understood of the data, for the user."""
+        what = {
+            "text": "documents",
+            "labelled": "texts with labels",
+            "pairs": "sentence pairs",
+            "images": "images",
+        }
+        lines = [
+            f"{len(self.train):,} {what[self.kind]} to train on, {len(self.valid):,} held out ({self.split})."
+        ]
+        if self.kind == "text":
+            characters = [sum(map(len, samples.texts)) for samples in (self.train, self.valid)]
+            lines.append(f"{characters[0]:,} characters to train on, {characters[1]:,} held out.")
+        if self.kind == "labelled" and self.train.pairs:
+            lines.append("Each text has a second text.")
+        if self.kind == "images":
+            lines.append(
+                f"Most are {self.image_size} pixels wide or high, {'grey' if self.channels == 1 else 'RGB'}."
+            )
+        if self.labels:
+            counts = Counter(self.train.labels)
+            shown = [f"{name} ({counts[i]:,})" for i, name in enumerate(self.labels[:20])]
+            more = f" and {len(self.labels) - 20} more" if len(self.labels) > 20 else ""
+            lines.append(f"{len(self.labels)} labels: {', '.join(shown)}{more}.")
+        return " ".join(lines)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(data: DataConfig, family: Family) -> Raw:
+    """What a family learns from at `data.path`, with held-out samples from `data.valid` or split off.
+
+    Raises InputError for anything that is missing, broken or cannot be understood.
+    """
+    if not data.path:
+        raise InputError("no data: name a file or folder with data.path")
+    samples, labels = _read(data.path, data, family, ())
+    if len(labels) == 1:
+        raise InputError(
+            f"every sample of {data.path} has the label {labels[0]!r}; a classifier needs at least two"
+        )
+    if data.valid:
+        valid = read_held_out(data.valid, data, family, labels)
+        if valid.kind != samples.kind:
+            raise InputError(f"{data.path} holds {samples.kind} data, but {data.valid} {valid.kind} data")
+        return Raw(samples, valid, labels, f"all of {data.valid}")
+    share = f"{data.valid_fraction:.0%}"
+    if samples.kind == "text":
+        cut = _cut_documents if family == "bert" else _cut_characters
+        first, last = cut(samples.texts, 1 - data.valid_fraction)
+        if not first or not last:
+            raise InputError(
+                f"{data.path} has too little text to hold out {share}: give more (blank lines separate "
+                f"documents for BERT), or data.valid"
+            )
+        return Raw(Samples("text", first), Samples("text", last), labels, f"the last {share}")
+    held_out = max(1, round(len(samples) * data.valid_fraction))
+    if held_out >= len(samples):
+        raise InputError(f"{data.path} has {len(samples)} samples, too few to hold some out; give data.valid")
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(samples)).tolist()
+    train_order, valid_order = sorted(order[held_out:]), sorted(order[:held_out])
+    return Raw(samples.take(train_order), samples.take(valid_order), labels, f"a random {share}")
+
+
+def read_held_out(location: str, data: DataConfig, family: Family, labels: tuple[str, ...]) -> Samples:
+    """All samples at a location. Raises InputError as `read` does, and for a label not among `labels`."""
+    return _read(location, data, family, labels)[0]
+
+
+def _read(
+    location: str, data: DataConfig, family: Family, labels: tuple[str, ...]
+) -> tuple[Samples, tuple[str, ...]]:
+    """The samples of a location, and the labels: those given, or if there are none, those found."""
+    if family == "vit":
+        return _read_images(existing(location), data, labels)
+    if family == "transformer":
+        return _read_pairs(location, data), ()
+    path = existing(location)
+    if path.suffix.lower() not in TABLES:
+        documents = [read_text(file) for file in _text_files(path)]
+        return Samples("text", _divide_documents(documents) if family == "bert" else documents), ()
+    if family == "bert":
+        return _read_labelled(path, data, labels)
+    return Samples("text", read_table(path, [data.text]).texts(data.text, "data.text")), ()
+
+
+def _text_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*.txt"))
+    if not files:
+        raise InputError(f"folder {path} holds no .txt files")
+    return files
+
+
+def _divide_documents(texts: list[str]) -> list[str]:
+    """Documents are separated by blank lines."""
+    parts = (part.strip("\r\n") for text in texts for part in re.split(r"\n(?:[^\S\n]*\n)+", text))
+    return [part for part in parts if part.strip()]
+
+
+def _read_pairs(location: str, data: DataConfig) -> Samples:
+    if Path(location).suffix.lower() in TABLES:
+        table = read_table(existing(location), [data.source, data.target])
+        sources, targets = table.texts(data.source, "data.source"), table.texts(data.target, "data.target")
+        return Samples("pairs", sources, targets)
+    names = location.split(",")
+    if len(names) != 2:
+        raise InputError(
+            f"{location} is neither two aligned files, given as source.en,target.de, nor a table "
+            f"({', '.join(TABLES)}) with columns {data.source!r} and {data.target!r}"
+        )
+    source, target = (existing(name.strip()) for name in names)
+    sources, targets = read_lines(source), read_lines(target)
+    if len(sources) != len(targets):
+        raise InputError(
+            f"{source} has {len(sources):,} lines, but {target} {len(targets):,}; "
+            f"line i of one must translate line i of the other"
+        )
+    return Samples("pairs", sources, targets)
+
+
+def _read_labelled(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
+    table = read_table(path, [data.text, data.text_pair, data.label])
+    texts = table.texts(data.text, "data.text")
+    paired = data.text_pair in table.present or data.text_pair != DataConfig.text_pair
+    pairs = table.texts(data.text_pair, "data.text_pair") if paired else []
+    indices, labels = _labels(table, data, labels)
+    return Samples("labelled", texts, pairs, labels=indices), labels
+
+
+def _read_images(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
+    if path.is_dir():
+        suffixes = Image.registered_extensions()
+        files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in suffixes]
+        if not files:
+            raise InputError(
+                f"folder {path} holds no images in folders of their class, as in {path}/cat/1.png"
+            )
+        indices, labels = _index([file.parent.name for file in files], labels, path)
+        return Samples(
+            "images", images=[ImageFile(str(file), file) for file in files], labels=indices
+        ), labels
+    if path.suffix.lower() != ".parquet":
+        raise InputError(f"{path} is neither a folder of images, as in class/name.png, nor a .parquet file")
+    table = read_table(path, [data.image, data.label])
+    images = []
+    for row, value in enumerate(table.values(data.image, "data.image"), start=1):
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise InputError(f"{path}: row {row} of column {data.image!r} holds no image file's bytes")
+        images.append(ImageFile(f"row {row} of {path}", content))
+    indices, labels = _labels(table, data, labels)
+    return Samples("images", images=images, labels=indices), labels
+
+
+def _labels(table: Table, data: DataConfig, labels: tuple[str, ...]) -> tuple[list[int], tuple[str, ...]]:
+    """The column of labels as indices, and the labels' names."""
+    values = table.values(data.label, "data.label")
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, str | int) or value == "":
+            raise InputError(f"{table.path}: row {row} of column {data.label!r} holds {value!r}, not a class")
+    names = table.class_names.get(data.label, ())
+    if names and not all(isinstance(value, int) and 0 <= value < len(names) for value in values):
+        raise InputError(
+            f"{table.path}: column {data.label!r} has numbers outside its {len(names)} class names"
+        )
+    found = [names[value] for value in values] if names else [str(value) for value in values]
+    return _index(found, labels or names, table.path)
+
+
+def _index(found: list[str], labels: tuple[str, ...], path: Path) -> tuple[list[int], tuple[str, ...]]:
+    """Each label's index among the known ones; with none known, among those found, numbers by size."""
+    if not labels:
+        key: Callable[[str], Any] = int if all(re.fullmatch(r"-?\d{1,18}", name) for name in found) else str
+        labels = tuple(sorted(set(found), key=key))
+    places = {name: i for i, name in enumerate(labels)}
+    if strange := sorted(set(found) - places.keys()):
+        raise InputError(
+            f"{path} has the label {strange[0]!r}, which the training data lack: {', '.join(labels[:20])}"
+        )
+    return [places[name] for name in found], labels
+
+
+# ---------------------------------------------------------------- splitting running text
+
+
+def _cut_characters(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """The first part of all characters, and the rest; one document may be cut in two."""
+    left = int(sum(map(len, documents)) * fraction)
+    train: list[str] = []
+    for i, document in enumerate(documents):
+        if len(document) > left:
+            train, valid = [*train, document[:left]], [document[left:], *documents[i + 1 :]]
+            return [d for d in train if d], valid
+        train.append(document)
+        left -= len(document)
+    return train, []
+
+
+def _cut_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """The first documents and the rest, at least two: next-sentence prediction needs another document."""
+    cut = max(0, min(int(len(documents) * fraction), len(documents) - 2))
+    return documents[:cut], documents[cut:]
