@@ -214,8 +214,12 @@ def _varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> boo
     For equal lengths the dense kernel is as good.
     """
     half = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    if not half or query.shape[-1] % 8 or query.shape[-1] > 256:  # head widths that the kernel has
+        return False
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return False
     packed = pattern.keys.stride is None and 0 not in pattern.keys.lengths
-    return half and packed and dropout == 0.0 and not (pattern.queries.equal and pattern.keys.equal)
+    return packed and dropout == 0.0 and not (pattern.queries.equal and pattern.keys.equal)
 
 
 def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
@@ -333,7 +337,7 @@ class Cache:
         memory_layout: Layout | None = None,
     ) -> None:
         self.lengths: tuple[int, ...] = (0,) * sequences
-        self.capacity = 0
+        self.capacity = 32
         self.device = device
         self.layers = [LayerCache(self) for _ in range(depth)]
         self.rows = torch.zeros(0, dtype=torch.long, device=device)
@@ -353,10 +357,9 @@ class Cache:
         self.lengths = tuple(a + b for a, b in zip(self.lengths, layout.lengths, strict=True))
         longest = max(self.lengths, default=0)
         if longest > self.capacity:
-            before, self.capacity = self.capacity, max(longest + 1, 2 * self.capacity, 32)
-            if before:
-                for layer in self.layers:
-                    layer.regroup(torch.arange(len(self), device=self.device), before)
+            before, self.capacity = self.capacity, max(longest + 1, 2 * self.capacity)
+            for layer in self.layers:
+                layer.regroup(torch.arange(len(self), device=self.device), before)
         positions = old[layout.owner] + layout.positions
         self.rows = layout.owner * self.capacity + positions
         keys = Layout(self.lengths, self.device, stride=self.capacity)
@@ -377,14 +380,13 @@ class Cache:
         With an encoder, those that read one source must stay together and in the order of the sources.
         """
         sources = tuple(self.sources[i] for i in sequences)
-        if any(a > b for a, b in pairwise(sources)):
+        if self.memory is not None and any(a > b for a, b in pairwise(sources)):
             raise ValueError("the kept sequences must stay in the order of their sources")
         self.sources = sources
         self.lengths = tuple(self.lengths[i] for i in sequences)
-        if self.capacity:
-            slots = torch.tensor(sequences, dtype=torch.long, device=self.device)
-            for layer in self.layers:
-                layer.regroup(slots, self.capacity)
+        slots = torch.tensor(sequences, dtype=torch.long, device=self.device)
+        for layer in self.layers:
+            layer.regroup(slots, self.capacity)
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget the last tokens: sequence i keeps its first lengths[i]."""
@@ -489,7 +491,8 @@ def record(
     The fused kernels stay on; the probabilities are computed beside them for the chosen layers,
     heads and query rows (None: all; negative numbers count from the end). stacks: some of "encoder",
     "decoder", "cross". Raises IndexError for a layer or head, KeyError for a stack that the model
-    does not have. A model is recorded by one block at a time.
+    does not have, RuntimeError for a layer that is being recorded already. A forward pass inside
+    raises IndexError if one of its sequences lacks a chosen row.
     """
     modules = model.attentions()
     chosen: dict[tuple[str, int], Attention] = {}
@@ -497,12 +500,15 @@ def record(
         depth = range(len(modules[stack]))
         for layer in depth if layers is None else [depth[i] for i in layers]:
             chosen[stack, layer] = modules[stack][layer]
-    taps = {key: Tap(heads, rows) for key in chosen}
-    for key, module in chosen.items():
+    for module in chosen.values():
         if module.tap is not None:
             raise RuntimeError("this model is being recorded already")
-        module.tap = taps[key]
+        if heads is not None and any(head not in range(-module.heads, module.heads) for head in heads):
+            raise IndexError(f"heads {list(heads)} of a layer that has {module.heads}")
+    taps = {key: Tap(heads, rows) for key in chosen}
     try:
+        for key, module in chosen.items():
+            module.tap = taps[key]
         yield Record(taps)
     finally:
         for module in chosen.values():
