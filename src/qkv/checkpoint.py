@@ -1,9 +1,9 @@
 """The run folder and the state in it: written whole or not at all, never pickled.
 
-    config.toml        the resolved settings
-    metrics.jsonl      one line a record
-    config.json, model.safetensors, tokenizer.json ...   the best model so far, a Hugging Face folder
-    state/last.safetensors   everything that resuming needs
+config.toml        the resolved settings
+metrics.jsonl      one line a record
+config.json, model.safetensors, tokenizer.json ...   the best model so far, a Hugging Face folder
+state/last.safetensors   everything that resuming needs
 """
 
 from __future__ import annotations
@@ -77,25 +77,33 @@ def save_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, pr
 
 
 def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a run's last state into its model and optimiser. Raises InputError if there is none or it does not fit."""
+    """Put a run's last state into its model and optimiser.
+
+    Raises InputError if there is none, or if it is damaged or does not fit.
+    """
     path = run / STATE
     if not path.exists():
         raise InputError(f"{run} has no state to resume from ({path} is missing)")
     model_state: dict[str, Tensor] = {}
     optimizer_state: dict[int, dict[str, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        progress = Progress(**json.loads(file.metadata()["progress"]))
-        for key in file.keys():  # noqa: SIM118 - not a dict
-            part, _, name = key.partition(".")
-            if part == "model":
-                model_state[name] = file.get_tensor(key)
-            else:
-                index, _, field = name.partition(".")
-                optimizer_state.setdefault(int(index), {})[field] = file.get_tensor(key)
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = Progress(**json.loads(file.metadata()["progress"]))
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                part, _, name = key.partition(".")
+                if part == "model":
+                    model_state[name] = file.get_tensor(key)
+                else:
+                    index, _, field = name.partition(".")
+                    optimizer_state.setdefault(int(index), {})[field] = file.get_tensor(key)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
     try:
         model.load_state_dict(model_state)
     except RuntimeError as error:
-        raise InputError(f"{path} does not fit the model of {run / CONFIG}: {str(error).splitlines()[-1].strip()}") from None
+        raise InputError(
+            f"{path} does not fit the model of {run / CONFIG}: {str(error).splitlines()[-1].strip()}"
+        ) from None
     optimizer.load_state_dict({**optimizer.state_dict(), "state": optimizer_state})
     return progress
 

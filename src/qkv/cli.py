@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 from tyro.conf import Positional, arg
 
-from qkv.config import FAMILIES, AnyModelConfig, Family, GPTConfig, RunConfig, read_toml
+from qkv.config import FAMILIES, AnyModelConfig, Family, RunConfig, read_toml
 from qkv.errors import InputError
 from qkv.recipes import default_recipe
 
 if TYPE_CHECKING:
-    from qkv.pipelines import Encoder, ImageClassifier, Pipeline, TextGenerator, Translator
+    from qkv.pipelines import AnyPipeline, Encoder, Guess, TextGenerator, Translator
 
 Model = Annotated[str, arg(metavar="RUN_OR_HUB_ID")]
+Settings = Annotated[RunConfig, arg(name="")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none: lines of standard input)")]
 
 
@@ -32,7 +34,7 @@ Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none
 
 def train(
     recipe: Positional[str] = "",
-    config: Annotated[RunConfig, arg(name="")] = RunConfig(model=GPTConfig()),
+    config: Settings = default_recipe("gpt"),  # noqa: B008 - frozen; _train_arguments gives the recipe's
     out: Path | None = None,
     resume: Path | None = None,
 ) -> None:
@@ -68,12 +70,14 @@ def _train_arguments(arguments: list[str]) -> None:
     """Parse `qkv train`: the recipe decides which settings there are and their defaults."""
     named = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if named in FAMILIES:
-        config = default_recipe(cast(Family, named))
+        config = default_recipe(named)
     elif named:
         config = read_toml(Path(named))
     elif any(a == "--resume" or a.startswith("--resume=") for a in arguments):
         if len(arguments) > 2:
-            raise InputError("--resume takes the run folder and nothing else: the run's settings are in its config.toml")
+            raise InputError(
+                "--resume takes the run folder and nothing else: the run's settings are in its config.toml"
+            )
         config = default_recipe("gpt")
     elif "--help" in arguments or "-h" in arguments:
         config = default_recipe("gpt")
@@ -95,7 +99,7 @@ def evaluate(model: Positional[Model], data: str = "", num_beams: int = 5) -> No
 
     Args:
         model: Run folder, checkpoint folder or hub id.
-        data: A file or folder in the form that the model was trained on; default: the run's own held-out data.
+        data: A file or folder in the form that the model was trained on; default: the run's held-out data.
         num_beams: Beam width of translations, whose BLEU is measured.
     """
     from qkv.evaluate import score
@@ -174,7 +178,7 @@ def fill(model: Positional[Model], texts: Positional[Texts] = (), top_k: int = 5
     """
     encoder = cast("Encoder", _load(model, "bert"))
     for text in _lines(texts):
-        print(json.dumps(encoder.fill(text, top_k=top_k), ensure_ascii=False))
+        _print_guesses(encoder.fill(text, top_k=top_k))
 
 
 def classify(
@@ -193,15 +197,19 @@ def classify(
     pipeline = from_pretrained(model)
     given = _lines(inputs)
     if isinstance(pipeline, ImageClassifier):
-        answers = cast("ImageClassifier", pipeline).classify(given, top_k=top_k)
+        answers = pipeline.classify(given, top_k=top_k)
     else:
         encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
         answers = encoder.classify(given if pair is None else [(text, pair) for text in given], top_k=top_k)
     for answer in answers:
-        print(json.dumps(answer, ensure_ascii=False))
+        _print_guesses(answer)
 
 
-def embed(model: Positional[Model], texts: Positional[Texts] = (), output: Annotated[Path | None, arg(aliases=["-o"])] = None) -> None:
+def embed(
+    model: Positional[Model],
+    texts: Positional[Texts] = (),
+    output: Annotated[Path | None, arg(aliases=["-o"])] = None,
+) -> None:
     """Turn texts into vectors: a JSON line each, or a NumPy file.
 
     Args:
@@ -234,13 +242,17 @@ def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> 
 # ---------------------------------------------------------------- shared
 
 
-def _load(source: str, family: Family) -> Pipeline:
+def _print_guesses(guesses: Sequence[Guess]) -> None:
+    print(json.dumps([guess._asdict() for guess in guesses], ensure_ascii=False))
+
+
+def _load(source: str, family: Family) -> AnyPipeline:
     from qkv.pipelines import from_pretrained
 
     return _of_family(from_pretrained(source), source, family)
 
 
-def _of_family(pipeline: Pipeline, source: str, family: Family) -> Pipeline:
+def _of_family(pipeline: AnyPipeline, source: str, family: Family) -> AnyPipeline:
     config: AnyModelConfig = pipeline.model.config
     if config.family != family:
         raise InputError(f"{source} is a {config.family} model; this command needs a {family} model")
@@ -280,6 +292,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main() -> None:
     """Run the command line; exits with 0, 2 for a mistake of the user's, or 130 when interrupted."""
     arguments = sys.argv[1:]
+    warnings.formatwarning = lambda message, *_: f"qkv: {message}\n"  # without file, line and code
     try:
         if arguments[:1] == ["train"]:
             _train_arguments(arguments[1:])

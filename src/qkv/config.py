@@ -225,8 +225,9 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     gradient_accumulation_steps: int = 1
     label_smoothing_factor: float = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products in bfloat16 (autocast), weights and optimiser in float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: matrix products in bfloat16 (autocast), weights and optimiser in float32. auto: where the
+    processor has instructions for it; the run's config.toml says which it was."""
     logging_steps: int = 10
     eval_steps: int = 200
     save_steps: int = 200

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qkv.data import Dataset, Sampler
+from qkv.checkpoint import CONFIG
+from qkv.config import BertConfig, DataConfig, RunConfig, read_toml
+from qkv.data import Dataset, Sampler, build, read, read_held_out
+from qkv.errors import InputError
 from qkv.models import Model
-from qkv.objectives import Term, objective_for
+from qkv.objectives import Term, loss_terms
+from qkv.pipelines import Translator, from_pretrained
 
 
 @torch.inference_mode()
@@ -21,7 +26,6 @@ def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[s
     models `perplexity` and `bits_per_byte`; for classifiers `macro_f1` and `matthews`. The answer
     does not depend on batch_tokens.
     """
-    objective = objective_for(dataset.batch_type)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -31,7 +35,7 @@ def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[s
     confusion: Counter[tuple[int, int]] = Counter()
     for indices in Sampler(dataset.costs, batch_tokens, seed=0).epoch(0):
         batch = dataset.batch(indices, epoch=0).to(device)
-        for name, term in objective.terms(model, batch).items():
+        for name, term in loss_terms(model, batch).items():
             losses[name] += term.loss_sum().item()
             correct[name] += int(term.correct())
             counts[name] += len(term.labels)
@@ -65,9 +69,14 @@ def macro_f1(confusion: Counter[tuple[int, int]]) -> float:
 def matthews(confusion: Counter[tuple[int, int]]) -> float:
     """The correlation of labels and predictions (Gorodkin 2004, equation 8); 0 where either is constant."""
     labels, predictions = _margins(confusion)
-    total, right = confusion.total(), sum(n for (label, predicted), n in confusion.items() if label == predicted)
+    total, right = (
+        confusion.total(),
+        sum(n for (label, predicted), n in confusion.items() if label == predicted),
+    )
     covariance = right * total - sum(labels[c] * predictions[c] for c in labels)
-    spread = (total**2 - sum(n**2 for n in labels.values())) * (total**2 - sum(n**2 for n in predictions.values()))
+    spread = (total**2 - sum(n**2 for n in labels.values())) * (
+        total**2 - sum(n**2 for n in predictions.values())
+    )
     return covariance / math.sqrt(spread) if spread else 0.0
 
 
@@ -81,8 +90,14 @@ def _margins(confusion: Counter[tuple[int, int]]) -> tuple[Counter[int], Counter
 
 
 def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str, float | str]:
-    """sacreBLEU's BLEU and chrF of detokenised text with their signatures (Post 2018). Needs the `eval` extra."""
-    from sacrebleu.metrics import BLEU, CHRF
+    """sacreBLEU's BLEU and chrF of detokenised text with their signatures (Post 2018).
+
+    Raises InputError without the `eval` extra.
+    """
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError:
+        raise InputError("translations are scored by sacreBLEU: pip install 'qkv[eval]'") from None
 
     bleu, chrf = BLEU(), CHRF()
     return {
@@ -91,3 +106,32 @@ def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str
         "bleu_signature": str(bleu.get_signature()),
         "chrf_signature": str(chrf.get_signature()),
     }
+
+
+def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | str]:
+    """Scores of a run folder or checkpoint on all of `data`; "" takes the run's own held-out data.
+
+    Column names are those of the run's config. Translations are also decoded with beam search and
+    compared by `translation_scores`. Raises InputError for data that do not suit the model.
+    """
+    pipeline = from_pretrained(source)
+    model = pipeline.model
+    path = Path(source) / CONFIG
+    run = read_toml(path) if path.exists() else RunConfig(model=model.config, data=DataConfig())
+    labels: tuple[str, ...] = getattr(model.config, "labels", ())
+    family = model.config.family
+    if not data and not run.data.path:
+        raise InputError(f"{source} is not a run folder: say with --data what to score it on")
+    samples = read_held_out(data, run.data, family, labels) if data else read(run.data, family).valid
+    if isinstance(model.config, BertConfig):
+        head = "pretraining" if samples.kind == "text" else "classification"
+        if model.config.head != head:
+            raise InputError(
+                f"{samples.kind} data score a {head} head, but {source} has the head {model.config.head!r}"
+            )
+    dataset = build(samples, run, pipeline.tokenizer, pipeline.images)
+    scores: dict[str, float | str] = {"samples": len(samples), **evaluate(model, dataset)}
+    if isinstance(pipeline, Translator):
+        translations = pipeline.translate(samples.texts, num_beams=num_beams)
+        scores |= {"num_beams": num_beams, **translation_scores(translations, samples.pairs)}
+    return scores

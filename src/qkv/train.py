@@ -11,19 +11,19 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from qkv import hub
 from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, read_metrics, save_state, write_text
-from qkv.config import RunConfig, read_toml, write_toml
+from qkv.config import BertHead, RunConfig, read_toml, write_toml
 from qkv.data import Dataset, Raw, Sampler, prepare, read
 from qkv.data.batches import Batch
 from qkv.errors import InputError
@@ -31,9 +31,9 @@ from qkv.evaluate import evaluate
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.models import build
-from qkv.objectives import objective_for
+from qkv.objectives import item_counts, loss_terms
 from qkv.optim import adamw, learning_rate
-from qkv.runtime import pick_device, seed_all
+from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -59,7 +59,7 @@ class Observer(Protocol):
 
 @dataclass
 class Job:
-    """A run made ready: the resolved config, the model with its tokenizer or image processor, and the samples."""
+    """A run made ready: the resolved config, the model with what prepares its input, and the samples."""
 
     config: RunConfig
     checkpoint: Checkpoint
@@ -75,6 +75,9 @@ def new_job(config: RunConfig) -> Job:
     The resolved config has the vocabulary, labels and image size that the data decided.
     Raises InputError for anything that cannot work, before any training.
     """
+    if config.train.precision == "auto":
+        precision: Literal["fp32", "bf16"] = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
+        config = replace(config, train=replace(config.train, precision=precision))
     raw = read(config.data, config.model.family)
     return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
 
@@ -92,14 +95,13 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     config = replace(config, model=checkpoint.model.config)
     hub.check_savable(config.model)
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
-    return Job(config, checkpoint, train, valid, raw.describe())
+    return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
     """The checkpoint `init`, with a fresh head for this data's labels."""
     if config.model.family == "bert":
-        head = "classification" if raw.kind == "labelled" else "pretraining"
-        checkpoint = hub.load(config.init, head=head, labels=raw.labels)
+        checkpoint = hub.load(config.init, head=_bert_head(raw), labels=raw.labels)
     else:
         checkpoint = hub.load(config.init, labels=raw.labels)
     family = checkpoint.model.config.family
@@ -122,10 +124,12 @@ def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
         if model.family == "transformer":
             model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
         elif model.family == "bert":
-            labelled = raw.kind == "labelled"
-            head = "classification" if labelled else "pretraining"
-            model = replace(model, head=head, labels=raw.labels)
+            model = replace(model, head=_bert_head(raw), labels=raw.labels)
     return Checkpoint(build(model), tokenizer, images, pooling=None, normalize=False)
+
+
+def _bert_head(raw: Raw) -> BertHead:
+    return "classification" if raw.kind == "labelled" else "pretraining"
 
 
 def _need(token_id: int | None) -> int:
@@ -134,7 +138,7 @@ def _need(token_id: int | None) -> int:
 
 
 def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict[str, float]:
-    """Train a job into a run folder; returns the metrics record of the best model, which the folder then holds.
+    """Train a job into a run folder, which then holds its best model; returns that model's metrics record.
 
     SIGINT and SIGTERM end the loop behind the step in progress with its state saved; then
     KeyboardInterrupt is raised. Raises InputError if the folder holds another run, has no state to
@@ -147,7 +151,9 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict
     if resume:
         progress = load_state(run, model, optimizer)
     elif (run / CONFIG).exists():
-        raise InputError(f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out")
+        raise InputError(
+            f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
+        )
     else:
         progress = Progress()
         write_text(run / CONFIG, write_toml(job.config))
@@ -187,7 +193,9 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict
             if interrupted.is_set() and not last:
                 raise KeyboardInterrupt
     if progress.best_step != config.max_steps:
-        observer.say(f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss.")
+        observer.say(
+            f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
+        )
     return next(r for r in read_metrics(run) if r["step"] == progress.best_step and "valid_loss" in r)
 
 
@@ -202,22 +210,21 @@ def _step(
 ) -> dict[str, float]:
     """One optimiser step over the samples `indices`; returns its loss, gradient norm and number of tokens."""
     config = job.config.train
-    objective = objective_for(job.train.batch_type)
     device = next(model.parameters()).device
     seed_all(_step_seed(config.seed, step))
     model.train()
     pieces = [job.train.batch(part, epoch) for part in _divide(indices, config.gradient_accumulation_steps)]
-    counts: Counter[str] = sum((Counter(objective.counts(piece)) for piece in pieces), Counter())
+    counts: Counter[str] = sum((Counter(item_counts(piece)) for piece in pieces), Counter())
     loss = torch.zeros((), device=device)
     for piece in pieces:
-        piece_loss = _loss(job, model, piece.to(device), counts)
+        piece_loss = _loss(job, piece.to(device), counts)
         piece_loss.backward()  # type: ignore[no-untyped-call]
         loss += piece_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     if not math.isfinite(loss.item() + norm.item()):
         raise InputError(
             f"the loss or its gradient is no longer a number at step {step}: "
-            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, and start again"
+            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps"
         )
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -226,12 +233,13 @@ def _step(
     return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": float(job.train.costs[indices].sum())}
 
 
-def _loss(job: Job, model: torch.nn.Module, batch: Batch, counts: Counter[str]) -> Tensor:
+def _loss(job: Job, batch: Batch, counts: Mapping[str, int]) -> Tensor:
     """The batch's share of the step's loss: each term's sum over the step's number of items."""
     config = job.config.train
+    model = job.checkpoint.model
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        terms = objective_for(job.train.batch_type).terms(job.checkpoint.model, batch)
+        terms = loss_terms(model, batch)
     smoothing = config.label_smoothing_factor
     return torch.stack([term.loss_sum(smoothing) / counts[name] for name, term in terms.items()]).sum()
 
@@ -249,7 +257,7 @@ def _step_seed(seed: int, step: int) -> int:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal acts as usual. Only the main thread gets signals."""
+    """An event that SIGINT and SIGTERM set in the main thread; a second signal acts as usual."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield interrupted

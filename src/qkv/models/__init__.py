@@ -9,6 +9,8 @@ from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
 from qkv.models.vit import ViT
 
+__all__ = ["GPT", "PRESETS", "Bert", "Model", "Transformer", "ViT", "build"]
+
 Model = Transformer | Bert | GPT | ViT
 
 PRESETS: dict[str, AnyModelConfig] = {**transformer.PRESETS, **bert.PRESETS, **gpt.PRESETS, **vit.PRESETS}

@@ -105,19 +105,15 @@ class Bert(nn.Module):
         Raises InputError for a sequence over the context.
         """
         hidden = self.features(batch, segments)
-        pooled = None if self.pooler is None else self.pool(hidden)
-        classes = tags = None
-        if self.classifier is not None and pooled is not None:
-            classes = self.classifier(self.dropout(pooled))
-        elif self.classifier is not None:
-            tags = hidden.like(self.classifier(self.dropout(hidden.values)))
+        head = self.config.head
+        words, tags = head in ("pretraining", "masked_lm"), head == "tagging"
         return BertOutput(
             hidden=hidden,
-            pooled=pooled,
-            word_logits=None if self.words is None else hidden.like(self.word_logits(hidden.values)),
-            next_logits=None if self.next_sentence is None or pooled is None else self.next_sentence(pooled),
-            class_logits=classes,
-            tag_logits=tags,
+            pooled=None if self.pooler is None else self.pool(hidden),
+            word_logits=hidden.like(self.word_logits(hidden.values)) if words else None,
+            next_logits=self.next_logits(hidden) if head == "pretraining" else None,
+            class_logits=self.class_logits(hidden) if head == "classification" else None,
+            tag_logits=hidden.like(self.tag_logits(hidden.values)) if tags else None,
         )
 
     def features(self, batch: Ragged, segments: Tensor | None = None) -> Ragged:
@@ -143,6 +139,24 @@ class Bert(nn.Module):
         if self.words is None:
             raise InputError("this model has no masked language model head")
         return self.words(hidden, self.tokens.weight)  # type: ignore[no-any-return]
+
+    def next_logits(self, hidden: Ragged) -> Tensor:
+        """hidden (T, D) -> next-sentence logits (N, 2). Raises InputError without that head."""
+        if self.next_sentence is None:
+            raise InputError("this model has no next-sentence head")
+        return self.next_sentence(self.pool(hidden))  # type: ignore[no-any-return]
+
+    def class_logits(self, hidden: Ragged) -> Tensor:
+        """hidden (T, D) -> logits (N, K) of each sequence's class. Raises InputError without that head."""
+        if self.config.head != "classification" or self.classifier is None:
+            raise InputError("this model has no classification head")
+        return self.classifier(self.dropout(self.pool(hidden)))  # type: ignore[no-any-return]
+
+    def tag_logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., K) of each token's class. Raises InputError without that head."""
+        if self.config.head != "tagging" or self.classifier is None:
+            raise InputError("this model has no tagging head")
+        return self.classifier(self.dropout(hidden))  # type: ignore[no-any-return]
 
     def attentions(self) -> dict[str, list[Attention]]:
         """The attention modules, first layer first."""

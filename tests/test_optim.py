@@ -1,0 +1,65 @@
+"""Schedules are continuous and end where they say; decay touches matrices only."""
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qkv.config import TrainConfig
+from qkv.optim import adamw, learning_rate
+
+SCHEDULES = ["cosine", "linear", "inverse_sqrt", "constant"]
+
+
+def config(**changes):
+    return dataclasses.replace(TrainConfig(), **changes)
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(0, 50), st.integers(51, 500))
+def test_rate_rises_to_its_peak_then_never_rises(schedule, warmup, steps):
+    c = config(schedule=schedule, warmup_steps=warmup, max_steps=steps, learning_rate=0.5)
+    rates = [learning_rate(step, c) for step in range(1, steps + 1)]
+    peak = max(warmup, 1) - 1
+    assert all(a < b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(rates[peak:]))
+    assert max(rates) == pytest.approx(0.5, rel=0.1)
+    assert min(rates) >= 0.0
+
+
+def test_where_the_schedules_end():
+    c = config(warmup_steps=100, max_steps=400, learning_rate=1.0)
+    ends = {s: learning_rate(400, dataclasses.replace(c, schedule=s)) for s in SCHEDULES}
+    assert ends == pytest.approx({"cosine": 0.1, "linear": 0.0, "inverse_sqrt": 0.5, "constant": 1.0})
+
+
+@given(st.integers(1, 5000), st.integers(1, 4000))
+def test_inverse_sqrt_is_the_paper_s_formula(step, warmup):
+    dim = 512
+    peak = dim**-0.5 * warmup**-0.5
+    ours = learning_rate(step, config(schedule="inverse_sqrt", warmup_steps=warmup, learning_rate=peak))
+    assert ours == pytest.approx(dim**-0.5 * min(step**-0.5, step * warmup**-1.5))
+
+
+def test_cosine_equals_torch_s():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100, eta_min=0.1)
+    c = config(warmup_steps=0, max_steps=100, learning_rate=1.0)
+    for step in range(1, 100):
+        optimizer.step()
+        oracle.step()
+        assert learning_rate(step, c) == pytest.approx(oracle.get_last_lr()[0], abs=1e-6)
+
+
+def test_weight_decay_on_matrices_only():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
+    groups = adamw(model, config(weight_decay=0.3)).param_groups
+    decayed = {tuple(p.shape) for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
+    spared = [tuple(p.shape) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]]
+    assert decayed == {(4, 3), (5, 4)}
+    assert spared == [(4,), (4,), (4,)]
+    assert math.isclose(sum(len(g["params"]) for g in groups), len(list(model.parameters())))

@@ -1,0 +1,234 @@
+"""Every family learns from raw files; accumulation changes nothing; resuming is exact, also after kill -9."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from safetensors.torch import load_file
+
+from qkv.checkpoint import STATE, read_metrics
+from qkv.config import (
+    BertConfig,
+    DataConfig,
+    GPTConfig,
+    RunConfig,
+    TokenizerConfig,
+    TrainConfig,
+    TransformerConfig,
+    ViTConfig,
+    read_toml,
+    write_toml,
+)
+from qkv.errors import InputError
+from qkv.evaluate import evaluate, score
+from qkv.objectives import item_counts
+from qkv.pipelines import from_pretrained
+from qkv.train import Job, _loss, new_job, resumed_job, train
+
+SIZES = {"dim": 32, "depth": 1, "heads": 2, "mlp_dim": 64, "dropout": 0.1}
+MODELS = {
+    "gpt": GPTConfig(**SIZES, context=32),
+    "bert": BertConfig(**SIZES, context=32),
+    "transformer": TransformerConfig(**SIZES, context=32),
+    "vit": ViTConfig(**SIZES, image_size=0, patch_size=4),
+}
+FAMILIES = list(MODELS)
+TOKENIZERS = {"bert": TokenizerConfig(kind="wordpiece", vocab_size=200)}
+
+
+class Nobody:
+    """An observer that only remembers, and can stop the run as Ctrl-C would."""
+
+    def __init__(self, interrupt_at: int = 0) -> None:
+        self.said: list[str] = []
+        self.interrupt_at = interrupt_at
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def begin(self, step: int, max_steps: int) -> None:
+        self.first = step
+
+    def step(self, step: int, loss: float, tokens: float) -> None:
+        if step == self.interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+
+    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+        self.scores = scores
+
+
+def run_config(folder: Path, family: str, **changes) -> RunConfig:
+    settings = {
+        "max_steps": 60,
+        "batch_tokens": 256,
+        "learning_rate": 1e-2,
+        "warmup_steps": 10,
+        "eval_steps": 30,
+        "save_steps": 30,
+        "precision": "fp32",
+        **changes,
+    }
+    return RunConfig(
+        model=MODELS[family],
+        tokenizer=TOKENIZERS.get(family, TokenizerConfig(kind="char")),
+        data=DataConfig(path=samples.write(folder, family)),
+        train=TrainConfig(**settings),
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: t for name, t in load_file(run / STATE).items() if name.startswith(("model.", "optimizer."))
+    }
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    timeless = [[{**r, "seconds": 0} for r in read_metrics(run)] for run in (one, other)]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_learns_from_files_and_scores_itself(family, tmp_path):
+    run = tmp_path / "run"
+    job = new_job(run_config(tmp_path, family))
+    untrained = evaluate(job.checkpoint.model, job.valid)
+    best = train(job, run, Nobody())
+    losses = [r["loss"] for r in read_metrics(run) if "loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
+    assert best["valid_loss"] < 0.7 * untrained["loss"]
+    again = score(str(run))
+    assert again["loss"] == pytest.approx(best["valid_loss"], rel=1e-4)
+    assert read_toml(run / "config.toml") == job.config
+    if family in ("bert", "vit"):
+        assert best["valid_label_accuracy"] > 0.9
+        assert job.config.model.labels == (("bad", "good") if family == "bert" else ("bright", "dark"))
+
+
+def test_masked_words_and_next_sentence_from_documents(tmp_path):
+    config = run_config(tmp_path, "bert", batch_tokens=512)
+    config = dataclasses.replace(config, data=DataConfig(path=samples.documents(tmp_path)))
+    job = new_job(config)
+    untrained = evaluate(job.checkpoint.model, job.valid)
+    best = train(job, tmp_path / "run", Nobody())
+    assert job.config.model.head == "pretraining"
+    assert best["valid_masked_word_loss"] < 0.6 * untrained["masked_word_loss"]
+    assert {"valid_next_sentence_loss", "valid_next_sentence_accuracy"} <= best.keys()
+    fine = dataclasses.replace(
+        config, data=DataConfig(path=samples.labelled(tmp_path)), init=str(tmp_path / "run")
+    )
+    tuned = new_job(fine)
+    assert tuned.config.model.head == "classification"
+    assert torch.equal(
+        tuned.checkpoint.model.tokens.weight, from_pretrained(tmp_path / "run").model.tokens.weight
+    )
+    assert train(tuned, tmp_path / "tuned", Nobody())["valid_label_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accumulation_changes_neither_loss_nor_gradient(family, tmp_path):
+    config = run_config(tmp_path, family)
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
+    )
+    job = new_job(config)
+    indices = list(range(min(16, len(job.train))))
+    whole = step_gradient(job, [indices])
+    pieces = step_gradient(job, [indices[:1], indices[1:6], indices[6:]])
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    for a, b in zip(whole[1], pieces[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def step_gradient(job: Job, parts: list[list[int]]):
+    model = job.checkpoint.model
+    model.zero_grad()
+    batches = [job.train.batch(part, 0) for part in parts]
+    counts = {name: sum(item_counts(b)[name] for b in batches) for name in item_counts(batches[0])}
+    losses = [_loss(job, batch, counts) for batch in batches]
+    for loss in losses:
+        loss.backward()
+    return sum(loss.item() for loss in losses), [
+        p.grad.clone() for p in model.parameters() if p.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resume_after_an_interrupt_is_exact(family, tmp_path):
+    config = run_config(
+        tmp_path, family, max_steps=12, save_steps=5, eval_steps=4, logging_steps=1, warmup_steps=2
+    )
+    train(new_job(config), tmp_path / "whole", Nobody())
+    with pytest.raises(KeyboardInterrupt):
+        train(new_job(config), tmp_path / "cut", Nobody(interrupt_at=7))
+    assert read_metrics(tmp_path / "cut")[-1]["step"] == 7
+    rest = Nobody()
+    train(resumed_job(tmp_path / "cut"), tmp_path / "cut", rest, resume=True)
+    assert rest.first == 7
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_after_kill_9_is_exact(tmp_path):
+    config = run_config(tmp_path, "gpt", max_steps=60, save_steps=7, eval_steps=20, logging_steps=1)
+    (tmp_path / "recipe.toml").write_text(write_toml(config))
+    command = [sys.executable, "-c", "from qkv.cli import main; main()", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torch_threads = torch.get_num_threads()
+    assert torch_threads == 1
+    train(new_job(config), tmp_path / "whole", Nobody())
+    cut = tmp_path / "cut"
+    arguments = [str(tmp_path / "recipe.toml"), "--out", str(cut)]
+    for wanted in (1, 3):
+        process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.DEVNULL)
+        while len(read_metrics(cut)) < 20 * wanted and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        arguments = ["--resume", str(cut)]
+    subprocess.run([*command, *arguments], env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert_equal_runs(tmp_path / "whole", cut)
+
+
+def test_a_finished_run_resumes_to_its_own_scores(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=5)
+    first = train(new_job(config), tmp_path / "run", Nobody())
+    assert train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True) == first
+
+
+def test_a_run_folder_is_not_overwritten(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=2)
+    train(new_job(config), tmp_path / "run", Nobody())
+    with pytest.raises(InputError, match="already holds a run"):
+        train(new_job(config), tmp_path / "run", Nobody())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    job = new_job(run_config(tmp_path, "gpt"))
+    with torch.no_grad():
+        job.checkpoint.model.tokens.weight[3] = float("nan")
+    with pytest.raises(InputError, match="no longer a number at step 1"):
+        train(job, tmp_path / "run", Nobody())
+
+
+def test_the_best_model_stays_when_later_ones_are_worse(tmp_path):
+    config = run_config(tmp_path, "bert", max_steps=40, eval_steps=5, learning_rate=1e-2)
+    best = train(new_job(config), tmp_path / "run", Nobody())
+    records = [r for r in read_metrics(tmp_path / "run") if "valid_loss" in r]
+    assert best == min(records, key=lambda r: r["valid_loss"])
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best["valid_loss"], rel=1e-4)
+
+
+def test_bfloat16_trains_too(tmp_path):
+    best = train(new_job(run_config(tmp_path, "gpt", precision="bf16")), tmp_path / "run", Nobody())
+    assert best["valid_loss"] < 1.0
