@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CONFIGS, ids, tiny
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -19,7 +20,6 @@ from qkv.errors import InputError
 from qkv.layers import ACTIVATIONS, Block, check_lengths, init_normal, init_xavier, sinusoidal
 from qkv.models import GPT, Transformer
 from qkv.ragged import Layout, pack
-from tiny import CONFIGS, ids, tiny
 
 D = 12
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import CONFIGS, CONTEXT, DECODERS, EMPTY_ALLOWED, VOCAB, answers, flat, ids, samples, tiny
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -18,7 +19,6 @@ from qkv.errors import InputError
 from qkv.layers import Block
 from qkv.models import GPT, Bert, Model, Transformer, ViT, build
 from qkv.ragged import Ragged, pack
-from tiny import CONFIGS, CONTEXT, DECODERS, EMPTY_ALLOWED, VOCAB, answers, ids, samples, tiny
 
 SEEDS = st.integers(0, 9)
 
@@ -90,7 +90,7 @@ def test_bfloat16_is_near_float32(name: str):
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             near, true = answers(rough, samples(rough, lengths)), answers(exact, samples(exact, lengths))
-        for a, b in zip(sum(near, []), sum(true, []), strict=True):
+        for a, b in zip(flat(near), flat(true), strict=True):
             assert a.dtype == torch.bfloat16
             scale = b.square().mean().sqrt()
             assert (a.float() - b).square().mean().sqrt() < 0.05 * scale
@@ -103,9 +103,9 @@ def test_autocast_is_near_float32_and_leaves_float32_gradients(name: str):
     true = answers(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         near = answers(model, batch)
-    for a, b in zip(sum(near, []), sum(true, []), strict=True):
+    for a, b in zip(flat(near), flat(true), strict=True):
         assert (a.float() - b).square().mean().sqrt() < 0.05 * b.square().mean().sqrt()
-    sum(value.float().square().sum() for value in sum(near, [])).backward()
+    sum(value.float().square().sum() for value in flat(near)).backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
@@ -318,7 +318,7 @@ def test_recorded_attention_explains_what_the_model_did(name: str, data, seed: i
         plain = answers(model, batch)
         with record(model) as maps:
             recorded = answers(model, batch)
-    for a, b in zip(sum(plain, []), sum(recorded, []), strict=True):
+    for a, b in zip(flat(plain), flat(recorded), strict=True):
         assert torch.equal(a, b)
     assert maps.residual < 1e-4
     for (stack, layer), tap in maps.taps.items():

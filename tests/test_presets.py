@@ -38,7 +38,7 @@ PUBLISHED: dict[str, tuple[int, float, float, str]] = {
     "bert-base": (110_106_428, 110.1, 0.05, TURC),
     # Rounded to tens of millions in the paper.
     "bert-large": (336_226_108, 340.0, 5.0, DEVLIN),
-    # The paper gives no figure; 117M is the small GPT-2's in Radford et al. 2019, "equivalent to the original GPT".
+    # Its own paper has no figure; that of GPT-2 has one for a model "equivalent to the original GPT".
     "gpt": (116_534_784, 117.0, 0.5, "Radford et al. 2019, table 2"),
     "gpt2": (124_439_808, 124.0, 0.5, GPT2),
     "gpt2-medium": (354_823_168, 355.0, 0.5, GPT2),

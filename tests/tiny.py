@@ -81,6 +81,11 @@ def samples(model: Model, lengths: list[tuple[int, int]], seed: int = 0) -> list
     return made
 
 
+def flat(said: list[list[Tensor]]) -> list[Tensor]:
+    """All tensors of all samples' answers."""
+    return [values for answer in said for values in answer]
+
+
 def answers(model: Model, batch: list) -> list[list[Tensor]]:
     """All that the model says of each sample of a batch."""
     if isinstance(model, GPT):
