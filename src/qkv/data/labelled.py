@@ -39,7 +39,7 @@ class LabelledDataset(Dataset):
         self.notes = check_context(lengths, texts, context, truncate)
         if self.notes:
             structure = set(special_ids(tokenizer)) - {tokenizer.unk_id}
-            encodings = [_shorten(e, context, structure) for e in encodings]
+            encodings = [shorten(e, context, structure) for e in encodings]
         self.ids = Sequences(e.ids for e in encodings)
         self.segments = Sequences(e.segments for e in encodings)
         self.labels = np.asarray(labels)
@@ -54,7 +54,7 @@ class LabelledDataset(Dataset):
         )
 
 
-def _shorten(encoding: Encoding, context: int, structure: set[int]) -> Encoding:
+def shorten(encoding: Encoding, context: int, structure: set[int]) -> Encoding:
     """Cut the ends of the texts so that with their special tokens they fit."""
     words: tuple[list[int], list[int]] = ([], [])
     for position, (id, segment) in enumerate(zip(encoding.ids, encoding.segments, strict=True)):
