@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 Role = Literal["pad", "unk", "bos", "eos", "cls", "sep", "mask"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+"""A folder with a tokenizer has one of these."""
 FILES = (
-    "tokenizer.json",
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
     "merges.txt",
     "source.spm",
     "target.spm",

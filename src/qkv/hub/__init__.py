@@ -1,0 +1,184 @@
+"""Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
+
+`load` reads a folder or a Hub id, strictly; `save` writes a folder whole. The formats are `gpt2`,
+`openai-gpt`, `bert`, `vit` and `marian`, one table each in the files beside this one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from qkv import images
+from qkv.config import AnyModelConfig, BertConfig, BertHead, GPTConfig, TransformerConfig, ViTConfig
+from qkv.errors import InputError
+from qkv.hub import folder as folders
+from qkv.hub import sentence
+from qkv.hub.bert import BERT
+from qkv.hub.gpt import GPT1, GPT2
+from qkv.hub.marian import Marian
+from qkv.hub.sentence import Pooling
+from qkv.hub.table import Format, Slice
+from qkv.hub.vit import VIT
+from qkv.images import ImageProcessor
+from qkv.models import Model, build
+from qkv.tokenizers import VOCABULARIES, Tokenizer
+
+_FORMATS: dict[str, Format[Any]] = {f.model_type: f for f in (GPT2(), GPT1(), BERT(), VIT(), Marian())}
+_HEADS = ("pooler", "words", "next_sentence", "classifier")
+"""Modules that may be absent from a checkpoint if the caller asks for a head."""
+
+
+@dataclass
+class Checkpoint:
+    """A model and what it needs to be used."""
+
+    model: Model
+    tokenizer: Tokenizer | None = None
+    images: ImageProcessor | None = None
+    pooling: Pooling | None = None
+    """How a sentence-transformers folder makes one vector of a text; None: it is not such a folder."""
+    normalize: bool = False
+    """Whether such vectors are scaled to length 1."""
+    fresh: tuple[str, ...] = ()
+    """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
+
+
+def load(
+    source: str | Path,
+    *,
+    head: BertHead | None = None,
+    labels: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> Checkpoint:
+    """A checkpoint from a folder or a Hub id, which huggingface_hub downloads and keeps in its cache.
+
+    head, labels: ask for this head of BERT, or classes of BERT or ViT; what of it the checkpoint does not
+    have gets fresh weights. Without them the head that the checkpoint declares must be there.
+    revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
+
+    Raises InputError for anything that is missing, unexpected, misshapen, or not supported.
+    """
+    folder, pooling, normalize = sentence.read(folders.locate(source, revision))
+    theirs = folders.read_json(folder / folders.CONFIG)
+    model_type = theirs.get("model_type") if isinstance(theirs, dict) else None
+    if model_type not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise InputError(f"{folder / folders.CONFIG} has model_type {model_type!r}; supported are {known}")
+    format = _FORMATS[model_type]
+    with folders.open_tensors(folder) as tensors:
+        disk = _by_table_name(folder, tensors, format)
+        try:
+            declared: AnyModelConfig = format.config(format.fields.read(theirs), theirs, disk.keys())
+        except InputError as error:
+            raise InputError(f"{folder / folders.CONFIG}: {error}") from None
+        config = _asked(declared, head, labels)
+        if _classes(config) != _classes(declared):
+            disk = {name: tensor for name, tensor in disk.items() if not name.startswith("classifier.")}
+        model = build(config)
+        try:
+            fresh = format.table.load(model, config, disk, _HEADS if head or labels else ())
+        except InputError as error:
+            raise InputError(f"the tensors in {folder} do not fit its {folders.CONFIG}: {error}") from None
+    model.eval()
+    has_tokenizer = any((folder / name).is_file() for name in VOCABULARIES)
+    has_images = (folder / images.FILE).is_file()
+    return Checkpoint(
+        model=model,
+        tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
+        images=ImageProcessor.load(folder) if has_images else None,
+        pooling=pooling,
+        normalize=normalize,
+        fresh=fresh,
+    )
+
+
+def _by_table_name(folder: Path, tensors: Mapping[str, Slice], format: Format[Any]) -> dict[str, Slice]:
+    """The tensors under the names that the table has for them."""
+    found: dict[str, Slice] = {}
+    for name, tensor in tensors.items():
+        known = format.table.name(name)
+        if known in found:
+            raise InputError(f"{folder} has {known} twice, under an old and a new name")
+        found[known] = tensor
+    return found
+
+
+def _asked(declared: AnyModelConfig, head: BertHead | None, labels: tuple[str, ...]) -> AnyModelConfig:
+    """The declared config with the head and the classes that the caller asks for."""
+    if not head and not labels:
+        return declared
+    if isinstance(declared, BertConfig):
+        wanted = head or declared.head
+        kept = declared.labels if wanted == declared.head else ()
+        return replace(declared, head=wanted, labels=labels or kept)
+    if isinstance(declared, ViTConfig) and not head:
+        return replace(declared, labels=labels)
+    raise InputError(f"a {declared.family} checkpoint has no head {head or 'with labels'}")
+
+
+def _classes(config: AnyModelConfig) -> tuple[str, tuple[str, ...]] | None:
+    """What a classifier's weights mean: they fit no other head and no other classes."""
+    if isinstance(config, BertConfig):
+        return config.head, config.labels
+    return (config.family, config.labels) if isinstance(config, ViTConfig) else None
+
+
+# ---------------------------------------------------------------- saving
+
+
+def _format_of(config: AnyModelConfig) -> Format[Any]:
+    if isinstance(config, GPTConfig):
+        return _FORMATS["gpt2" if config.norm_first else "openai-gpt"]
+    if isinstance(config, BertConfig):
+        return _FORMATS["bert"]
+    return _FORMATS["marian" if isinstance(config, TransformerConfig) else "vit"]
+
+
+def check_savable(config: AnyModelConfig) -> None:
+    """Raise InputError if no format can express a model of this config; to be asked before training."""
+    obstacle = _format_of(config).obstacle(config)
+    if obstacle:
+        raise InputError(f"such a model cannot be saved: {obstacle}")
+
+
+def save(folder: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
+
+    It is written beside and moved into place, so a failure leaves what was there before. Raises
+    InputError if the config cannot be expressed, the disk is full, or the folder cannot be written.
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    config: AnyModelConfig = model.config
+    check_savable(config)
+    if checkpoint.pooling is not None and not isinstance(config, BertConfig):
+        raise InputError(f"sentence-transformers' pooling is for bert, not {config.family}")
+    format = _format_of(config)
+    settings = {
+        "model_type": format.model_type,
+        **format.fields.write(config),
+        **format.rest(config, tokenizer),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+    tensors = format.table.save(model, config, format.bare(config))
+
+    def write(staging: Path) -> None:
+        save_file(tensors, staging / folders.WEIGHTS, metadata={"format": "pt"})
+        files = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
+        for name, values in files.items():
+            if values:
+                text = json.dumps(values, indent=2, ensure_ascii=False)
+                (staging / name).write_text(text + "\n", encoding="utf-8")
+        if tokenizer is not None and not isinstance(config, ViTConfig):
+            tokenizer.save(staging, context=config.context)
+        if checkpoint.images is not None:
+            checkpoint.images.save(staging)
+        if checkpoint.pooling is not None and isinstance(config, BertConfig):
+            sentence.write(staging, config, checkpoint.pooling, checkpoint.normalize)
+
+    folders.replace(Path(folder), write)

@@ -1,0 +1,289 @@
+"""How a family's tensors and settings are written on disk: tables that are read in both directions.
+
+A `Table` pairs our tensor names with theirs, `Fields` our settings with theirs. What a row can do to a
+tensor is small and reversible: rename, stack several into one, transpose, reshape.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qkv.config import AnyModelConfig
+from qkv.errors import InputError
+from qkv.tokenizers import Tokenizer
+
+# ---------------------------------------------------------------- tensors
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of ours and where it is on disk. `{}` in the names stands for the number of the layer."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    """Several: stacked along the first dimension they are ours."""
+    transpose: bool = False
+    shape: tuple[int | str, ...] = ()
+    """Shape on disk, in numbers and names of settings, -1 for what remains; (): the same as ours."""
+    copies: tuple[str, ...] = ()
+    """Other names under which the same tensor may be on disk, instead or as well. Never written."""
+
+    def layer(self, number: int) -> Row:
+        """This row for one layer."""
+        names = tuple(name.format(number) for name in self.theirs)
+        return replace(self, ours=self.ours.format(number), theirs=names)
+
+    def disk_shape(self, shape: torch.Size, config: AnyModelConfig) -> tuple[int, ...]:
+        """The shape of each tensor on disk, given ours."""
+        if self.shape:
+            sizes = [getattr(config, size) if isinstance(size, str) else size for size in self.shape]
+            known = math.prod(size for size in sizes if size != -1)
+            return tuple(shape.numel() // known if size == -1 else size for size in sizes)
+        part = (shape[0] // len(self.theirs), *shape[1:])
+        return part[::-1] if self.transpose else part
+
+    def read(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
+        """Tensors on disk -> ours."""
+        return torch.cat([part.T if self.transpose else part for part in parts]).reshape(shape)
+
+    def write(self, tensor: Tensor, config: AnyModelConfig) -> list[Tensor]:
+        """Ours -> tensors on disk, which share no memory."""
+        shape = self.disk_shape(tensor.shape, config)
+        parts = tensor.detach().cpu().chunk(len(self.theirs))
+        return [(part.T if self.transpose else part).reshape(shape).clone() for part in parts]
+
+
+def module(ours: str, *theirs: str) -> tuple[Row, Row]:
+    """Weight and bias of a module."""
+    weight, bias = ((f"{ours}.{x}", tuple(f"{name}.{x}" for name in theirs)) for x in ("weight", "bias"))
+    return Row(*weight), Row(*bias)
+
+
+def conv1d(ours: str, theirs: str) -> tuple[Row, Row]:
+    """A linear module that GPT keeps as a convolution of width 1: its weight is (inputs, outputs)."""
+    weight, bias = module(ours, theirs)
+    return replace(weight, transpose=True), bias
+
+
+class Slice(Protocol):
+    """A tensor in a file, not read yet."""
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        ...
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A part of it; `[...]` is all of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """All tensors that a family's checkpoints may hold, whatever head they have."""
+
+    rows: tuple[Row, ...]
+    prefix: str
+    """Before the names of the rows where the model has a head on disk; bare models lack it."""
+    outside: tuple[str, ...] = ()
+    """Names of the heads begin so; they never have the prefix."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of names that may be on disk and say nothing: constants and parts that are not built here."""
+    old: tuple[tuple[str, str], ...] = ()
+    """Endings of names in old checkpoints, and what they are called now."""
+
+    def name(self, name: str) -> str:
+        """A name on disk as it is in the rows."""
+        for old, new in self.old:
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        return name.removeprefix(self.prefix)
+
+    def layers(self, depth: int) -> Iterator[Row]:
+        """The rows of a model of that depth."""
+        for row in self.rows:
+            yield from (row.layer(i) for i in range(depth)) if "{}" in row.ours else [row]
+
+    @torch.no_grad()
+    def load(
+        self, model: nn.Module, config: AnyModelConfig, disk: Mapping[str, Slice], fresh: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
+        """Fill the model's tensors from those on disk, named as in the rows.
+
+        fresh: modules of ours that keep their initial values if nothing of them is on disk.
+        Returns our names of what stayed so. Raises InputError naming what is missing, unexpected, or of
+        a wrong shape, and copies that differ from what they copy. A tensor that the rows know and this
+        model has no place for, another head's, is left out.
+        """
+        ours = model.state_dict()
+        rows = list(self.layers(config.depth))
+        on_disk = {row.ours.partition(".")[0] for row in rows if not disk.keys().isdisjoint(row.theirs)}
+        kept, missing, misshapen, different = [], [], [], []
+        for row in rows:
+            if row.ours not in ours:
+                continue
+            if (name := row.ours.partition(".")[0]) in fresh and name not in on_disk:
+                kept.append(row.ours)
+                continue
+            target = ours[row.ours]
+            copies = [name for name in row.copies if name in disk]
+            # A file holds tied tensors once, under any of their names.
+            names = row.theirs if row.theirs[0] in disk or not copies else (copies.pop(0),)
+            shape = row.disk_shape(target.shape, config)
+            absent = [name for name in names if name not in disk]
+            shapes = {name: tuple(disk[name].get_shape()) for name in (*names, *copies) if name in disk}
+            wrong = [f"{name} {found} instead of {shape}" for name, found in shapes.items() if found != shape]
+            missing += absent
+            misshapen += wrong
+            if not absent and not wrong:
+                parts = [disk[name][:] for name in names]
+                different += [name for name in copies if not torch.equal(disk[name][:], parts[0])]
+                target.copy_(row.read(parts, target.shape))
+        known = {name for row in rows for name in (*row.theirs, *row.copies)}
+        ignored = re.compile("|".join(self.ignored) or "(?!)")
+        unexpected = [name for name in disk if name not in known and not ignored.fullmatch(name)]
+        problems = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "of a wrong shape": misshapen,
+            "different from what they are tied to": different,
+        }
+        if any(problems.values()):
+            raise InputError(
+                "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+            )
+        return tuple(kept)
+
+    def save(self, model: nn.Module, config: AnyModelConfig, bare: bool) -> dict[str, Tensor]:
+        """The model's tensors as they are on disk."""
+        ours = model.state_dict()
+        disk: dict[str, Tensor] = {}
+        for row in self.layers(config.depth):
+            if row.ours in ours:
+                for name, part in zip(row.theirs, row.write(ours[row.ours], config), strict=True):
+                    disk[name if bare or name.startswith(self.outside) else self.prefix + name] = part
+        return disk
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# ---------------------------------------------------------------- settings
+
+ACTIVATIONS: Mapping[str, str] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""What most formats call an activation, and what we call it."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Our settings and what config.json calls them."""
+
+    names: Mapping[str, tuple[str, ...]]
+    """Ours -> theirs; where there are several, all have the same value."""
+    activation: str
+    """What they call that setting."""
+    activations: Mapping[str, str] = field(default_factory=lambda: ACTIVATIONS)
+    """Its values, theirs -> ours."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a config.json without one of these means."""
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Settings of theirs with the values that are supported; the first is written."""
+
+    def read(self, theirs: Mapping[str, Any]) -> dict[str, Any]:
+        """Their config -> our settings. Raises InputError for a missing or an unsupported one."""
+        for name, supported in self.fixed.items():
+            value = theirs.get(name, self.defaults.get(name, supported[0]))
+            if value not in supported:
+                raise InputError(f"{name} is {value!r}; only {supported[0]!r} is supported")
+        ours = {}
+        for our_name, names in self.names.items():
+            values = [self._get(theirs, name) for name in names]
+            if any(value != values[0] for value in values):
+                raise InputError(f"{' and '.join(names)} are {values}; only equal ones are supported")
+            ours[our_name] = values[0]
+        value = self._get(theirs, self.activation)
+        if value not in self.activations:
+            raise InputError(f"{self.activation} is {value!r}; supported are {', '.join(self.activations)}")
+        return {**ours, "activation": self.activations[value]}
+
+    def _get(self, theirs: Mapping[str, Any], name: str) -> Any:
+        if theirs.get(name) is not None:
+            return theirs[name]
+        if name in self.defaults:
+            return self.defaults[name]
+        raise InputError(f"{name} is missing")
+
+    def write(self, config: AnyModelConfig) -> dict[str, Any]:
+        """Our settings -> their config."""
+        theirs = {name: supported[0] for name, supported in self.fixed.items()}
+        for our_name, names in self.names.items():
+            theirs |= {name: getattr(config, our_name) for name in names}
+        theirs[self.activation] = next(a for a, ours in self.activations.items() if ours == config.activation)
+        return theirs
+
+
+# ---------------------------------------------------------------- formats
+
+
+C = TypeVar("C", bound=AnyModelConfig)
+
+
+class Format(ABC, Generic[C]):
+    """One on-disk format, known by transformers' `model_type`, for models of our config C."""
+
+    model_type: ClassVar[str]
+    fields: ClassVar[Fields]
+    table: ClassVar[Table]
+
+    @abstractmethod
+    def config(self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]) -> C:
+        """Our config from what `fields` read, their whole config, and the names of the tensors on disk."""
+
+    @abstractmethod
+    def rest(self, config: C, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """What config.json says beside `fields`: architectures, labels, ids of special tokens."""
+
+    def bare(self, config: C) -> bool:
+        """Whether a model of this config is saved without a head."""
+        return False
+
+    def obstacle(self, config: C) -> str | None:
+        """Why a model of this config cannot be expressed in this format; None if it can."""
+        return None
+
+    def generation(self, config: C) -> dict[str, Any]:
+        """What generation_config.json says; nothing: there is none."""
+        return {}
+
+
+def labels_of(theirs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names of a config.json that has a classification head; there are two where it does not say."""
+    names = theirs.get("id2label") or {str(i): f"LABEL_{i}" for i in range(theirs.get("num_labels", 2))}
+    if sorted(map(int, names)) != list(range(len(names))):
+        raise InputError(f"id2label has the ids {', '.join(names)}; they must be 0, 1, 2, ...")
+    return tuple(names[key] for key in sorted(names, key=int))
+
+
+def label_settings(labels: Iterable[str]) -> dict[str, Any]:
+    """id2label and label2id of a config.json; nothing without labels."""
+    names = {str(i): name for i, name in enumerate(labels)}
+    if not names:
+        return {}
+    return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}

@@ -1,0 +1,80 @@
+"""ViT on disk: `vit`, bare or with a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from qkv.config import ViTConfig, from_dict
+from qkv.hub.table import Fields, Format, Row, Table, label_settings, labels_of, module
+from qkv.tokenizers import Tokenizer
+
+_CLASSIFIER = "ViTForImageClassification"
+
+
+class VIT(Format[ViTConfig]):
+    """Pre-norm encoder over patches; its pooler is not built: the paper reads the class token itself."""
+
+    model_type = "vit"
+    fields = Fields(
+        names={
+            "image_size": ("image_size",),
+            "patch_size": ("patch_size",),
+            "channels": ("num_channels",),
+            "dim": ("hidden_size",),
+            "depth": ("num_hidden_layers",),
+            "heads": ("num_attention_heads",),
+            "mlp_dim": ("intermediate_size",),
+            "norm_eps": ("layer_norm_eps",),
+            "dropout": ("hidden_dropout_prob",),
+            "attention_dropout": ("attention_probs_dropout_prob",),
+        },
+        activation="hidden_act",
+        fixed={"qkv_bias": (True,), "problem_type": (None, "single_label_classification")},
+    )
+    table = Table(
+        rows=(
+            Row("class_token", ("embeddings.cls_token",), shape=(1, 1, "dim")),
+            Row("positions", ("embeddings.position_embeddings",), shape=(1, -1, "dim")),
+            Row(
+                "patches.weight",
+                ("embeddings.patch_embeddings.projection.weight",),
+                shape=("dim", "channels", "patch_size", "patch_size"),
+            ),
+            Row("patches.bias", ("embeddings.patch_embeddings.projection.bias",)),
+            *module("blocks.{}.attention_norm", "encoder.layer.{}.layernorm_before"),
+            *module(
+                "blocks.{}.attention.qkv",
+                "encoder.layer.{}.attention.attention.query",
+                "encoder.layer.{}.attention.attention.key",
+                "encoder.layer.{}.attention.attention.value",
+            ),
+            *module("blocks.{}.attention.out", "encoder.layer.{}.attention.output.dense"),
+            *module("blocks.{}.mlp_norm", "encoder.layer.{}.layernorm_after"),
+            *module("blocks.{}.mlp.up", "encoder.layer.{}.intermediate.dense"),
+            *module("blocks.{}.mlp.down", "encoder.layer.{}.output.dense"),
+            *module("norm", "layernorm"),
+            *module("classifier", "classifier"),
+        ),
+        prefix="vit.",
+        outside=("classifier.",),
+        ignored=(r"pooler\.dense\.(weight|bias)",),
+    )
+
+    def config(self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]) -> ViTConfig:
+        """Classes only where the architecture declares a classifier."""
+        labels = labels_of(theirs) if _CLASSIFIER in (theirs.get("architectures") or []) else ()
+        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True})
+
+    def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """The architecture, and the classes."""
+        architecture = "ViTModel" if self.bare(config) else _CLASSIFIER
+        return {"architectures": [architecture], **label_settings(config.labels)}
+
+    def bare(self, config: ViTConfig) -> bool:
+        """Without classes there is no head."""
+        return not config.labels
+
+    def obstacle(self, config: ViTConfig) -> str | None:
+        """It must be pre-norm."""
+        return None if config.norm_first else "transformers' vit is pre-norm: model.norm_first must be true"
