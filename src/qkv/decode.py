@@ -60,9 +60,10 @@ class Decoding:
         for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("temperature", "top_k"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0 and finite")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; it must be 0, or from 1e-6 up and finite")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; it must be at least 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
@@ -136,7 +137,7 @@ def filter_logits(logits: Tensor, decoding: Decoding) -> Tensor:
 
 
 def penalise(scores: Tensor, history: Ragged, penalty: float) -> Tensor:
-    """Scores (N, V), with those of each sequence's past ids (T,) lowered: s / penalty, or s * penalty if s < 0."""
+    """Scores (N, V), those of past ids, history (T,), made worse: s / penalty, or s * penalty if s < 0."""
     where = (history.layout.owner, history.values)
     past = scores[where]  # (T,)
     return scores.index_put(where, torch.where(past < 0, past * penalty, past / penalty))

@@ -1,0 +1,472 @@
+"""Trained models in use: text or images in, answers out.
+
+`from_pretrained` opens a checkpoint as the pipeline of its family. Pipelines only translate between
+what people read and what models read: tokens and pixels are made by the checkpoint's own tokenizer
+and image processor, answers by the model and `decode`.
+
+Legend: T tokens of a batch, N inputs, D model width, V vocabulary, K classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from qkv import hub
+from qkv.attention import Attention
+from qkv.config import BertHead
+from qkv.data.dataset import special_ids
+from qkv.data.labelled import shorten
+from qkv.decode import Decoding, Finish, Hypothesis, generate, sample
+from qkv.errors import InputError
+from qkv.hub import Checkpoint
+from qkv.images import ImageProcessor
+from qkv.models.bert import Bert, BertOutput
+from qkv.models.gpt import GPT, GPTOutput
+from qkv.models.transformer import Transformer, TransformerOutput
+from qkv.models.vit import ViT, ViTOutput
+from qkv.ragged import Ragged, pack
+from qkv.runtime import pick_device
+from qkv.tokenizers import Encoding, Tokenizer
+
+BATCH_TOKENS = 4096
+"""Most tokens that a pipeline gives a model at once; an input larger than that goes alone."""
+
+M = TypeVar("M", bound=Transformer | Bert | GPT | ViT)
+
+ImageLike = Image.Image | str | Path | bytes
+"""An image, its path, or its file's bytes."""
+AnyImage = TypeVar("AnyImage", bound=ImageLike)
+
+
+class Guess(NamedTuple):
+    """One possible answer and how probable the model finds it."""
+
+    name: str
+    probability: float
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The fields of `qkv.decode.Decoding`, which says what each means and checks them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    num_beams: int
+    length_penalty: float
+    repetition_penalty: float
+    num_return_sequences: int
+    seed: int
+
+
+class Pipeline(Generic[M]):
+    """A model with what prepares its input. Calling it is calling the model, on its device."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.model: M = cast(M, checkpoint.model.to(device).eval())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises InputError if it has none."""
+        if self.checkpoint.tokenizer is None:
+            raise InputError("this checkpoint has no tokenizer: it works on ids, not on text")
+        return self.checkpoint.tokenizer
+
+    @property
+    def images(self) -> ImageProcessor:
+        """The checkpoint's image settings. Raises InputError if it has none."""
+        if self.checkpoint.images is None:
+            raise InputError(
+                "this checkpoint has no preprocessor_config.json: how are images to be prepared?"
+            )
+        return self.checkpoint.images
+
+    def attentions(self) -> dict[str, list[Attention]]:
+        """The model's attention modules, so that `qkv.record` takes a pipeline."""
+        return self.model.attentions()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the checkpoint as a Hugging Face folder. Raises InputError if it cannot be written."""
+        hub.save(folder, self.checkpoint)
+
+
+# ---------------------------------------------------------------- GPT
+
+
+class TextGenerator(Pipeline[GPT]):
+    """Continues text."""
+
+    def __call__(self, batch: Ragged) -> GPTOutput:
+        """The model on ids (T,)."""
+        return cast(GPTOutput, self.model(batch.to(self.device)))
+
+    @overload
+    def generate(
+        self, text: str, *, stream: Literal[False] = False, **options: Unpack[DecodingOptions]
+    ) -> str: ...
+    @overload
+    def generate(
+        self, text: str, *, stream: Literal[True], **options: Unpack[DecodingOptions]
+    ) -> Iterator[str]: ...
+    @overload
+    def generate(
+        self, text: list[str], *, stream: Literal[False] = False, **options: Unpack[DecodingOptions]
+    ) -> list[str]: ...
+    def generate(
+        self, text: str | list[str], *, stream: bool = False, **options: Unpack[DecodingOptions]
+    ) -> str | list[str] | Iterator[str]:
+        """What follows a text; options are the fields of `qkv.decode.Decoding`.
+
+        One text gives one answer, or with stream=True an iterator of its pieces, none of which splits a
+        character (beam search gives the whole in one piece). A list gives a list: the
+        `num_return_sequences` answers of the first text, of the second, and so on. An empty text starts
+        from the tokenizer's begin token. Raises InputError for a text longer than the context.
+        """
+        decoding = Decoding(**options)
+        if isinstance(text, str):
+            if decoding.num_return_sequences > 1:
+                raise InputError("several answers come as a list: give the text in a list")
+            prompts = self._prompts([text])
+            return self._stream(prompts[0], decoding) if stream else self._answers(prompts, decoding)[0]
+        if stream:
+            raise InputError("only one text can be streamed: give it alone, not in a list")
+        return self._answers(self._prompts(text), decoding)
+
+    def _prompts(self, texts: list[str]) -> list[list[int]]:
+        prompts = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
+        if [] not in prompts:
+            return prompts
+        if self.tokenizer.bos_id is None:
+            raise InputError("an empty text has nothing to continue, and this tokenizer has no begin token")
+        return [ids or [self.tokenizer.bos_id] for ids in prompts]
+
+    def _eos(self) -> list[int]:
+        return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+
+    def _answers(self, prompts: list[list[int]], decoding: Decoding) -> list[str]:
+        found = _decode(self.model, prompts, decoding, self._eos())
+        self._warn_if_full([answer.finish for answer in found])
+        return [self.tokenizer.decode(answer.ids) for answer in found]
+
+    def _stream(self, prompt: list[int], decoding: Decoding) -> Iterator[str]:
+        if decoding.num_beams > 1:
+            yield from self._answers([prompt], decoding)
+            return
+
+        def ids() -> Iterator[int]:
+            for token in sample(self.model, [prompt], decoding, self._eos()):
+                yield token.id
+            self._warn_if_full([token.finish])
+
+        yield from self.tokenizer.stream(ids())
+
+    def _warn_if_full(self, ends: Sequence[Finish | None]) -> None:
+        if full := ends.count("context"):
+            context = self.model.config.context
+            _warn(f"{full} of {len(ends)} answers ended where the context of {context} tokens was full")
+
+
+# ---------------------------------------------------------------- Transformer
+
+
+class Translator(Pipeline[Transformer]):
+    """Translates text."""
+
+    def __call__(self, source: Ragged, target: Ragged) -> TransformerOutput:
+        """The model on source ids (S,) and target ids (T,)."""
+        return cast(TransformerOutput, self.model(source.to(self.device), target.to(self.device)))
+
+    @overload
+    def translate(
+        self,
+        texts: str,
+        *,
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+        truncate: bool = False,
+    ) -> str: ...
+    @overload
+    def translate(
+        self,
+        texts: list[str],
+        *,
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+        truncate: bool = False,
+    ) -> list[str]: ...
+    def translate(
+        self,
+        texts: str | list[str],
+        *,
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+        truncate: bool = False,
+    ) -> str | list[str]:
+        """The likeliest translation of a text, or of each text of a list; num_beams=1 is greedy.
+
+        max_new_tokens: at most so many tokens each; None: what the model's context holds. truncate: cut
+        texts longer than the context, with a warning that counts them. Raises InputError for such a
+        text otherwise.
+        """
+        if isinstance(texts, str):
+            (answer,) = self.translate(
+                [texts],
+                num_beams=num_beams,
+                length_penalty=length_penalty,
+                max_new_tokens=max_new_tokens,
+                truncate=truncate,
+            )
+            return answer
+        context = self.model.config.context
+        decoding = Decoding(
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            temperature=0.0,
+            max_new_tokens=context if max_new_tokens is None else max_new_tokens,
+        )
+        sources = _fit(self.tokenizer, self.tokenizer.encode_batch(texts), context, truncate)
+        found = _decode(self.model, [source.ids for source in sources], decoding, [self.model.config.eos_id])
+        if unfinished := sum(answer.finish != "eos" for answer in found):
+            _warn(f"{unfinished} of {len(found)} translations were cut at {decoding.max_new_tokens} tokens")
+        target = self.tokenizer.target
+        return [target.decode(answer.ids) for answer in found]
+
+
+# ---------------------------------------------------------------- BERT
+
+TextOrPair = str | tuple[str, str]
+"""A text, or two that are read together."""
+OneOrPair = TypeVar("OneOrPair", bound=TextOrPair)
+
+
+class Encoder(Pipeline[Bert]):
+    """Fills masks, turns texts into vectors, names their classes: as the checkpoint's heads allow."""
+
+    def __call__(self, batch: Ragged, segments: Tensor | None = None) -> BertOutput:
+        """The model on ids (T,) and segments (T,)."""
+        segments = None if segments is None else segments.to(self.device)
+        return cast(BertOutput, self.model(batch.to(self.device), segments))
+
+    @torch.inference_mode()
+    def fill(self, text: str, top_k: int = 5) -> list[Guess]:
+        """The likeliest tokens in place of the text's mask.
+
+        Raises InputError if there is not exactly one mask, if the text is longer than the context, or
+        if the model has no masked language model head.
+        """
+        _check_top_k(top_k)
+        mask = self.tokenizer.mask_id
+        if mask is None:
+            raise InputError("this tokenizer has no mask token: there is nothing to fill")
+        encoding = self.tokenizer.encode(text)
+        if (masks := encoding.ids.count(mask)) != 1:
+            raise InputError(f"the text has {masks} masks; write {self.tokenizer.token(mask)} exactly once")
+        config = self.model.config
+        batch, segments = self._batch(_fit(self.tokenizer, [encoding], config.context, truncate=False))
+        hidden = self.model.features(batch, segments).values[encoding.ids.index(mask)]  # (D,)
+        logits = self.model.word_logits(hidden).float()  # (V,)
+        best = logits.softmax(-1).topk(min(top_k, config.vocab_size))
+        found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [Guess(self.tokenizer.token(id), probability) for id, probability in found]
+
+    @torch.inference_mode()
+    def embed(self, texts: list[str], truncate: bool = False) -> NDArray[np.float32]:
+        """One vector a text, (N, D): the mean over its tokens, unless the checkpoint says otherwise.
+
+        truncate: cut texts longer than the context, with a warning that counts them. Raises InputError
+        for such a text otherwise.
+        """
+        _check_list(texts)
+        config = self.model.config
+        encodings = _fit(self.tokenizer, self.tokenizer.encode_batch(texts), config.context, truncate)
+        vectors = np.empty((len(texts), config.dim), dtype=np.float32)
+        for indices in _batches([len(e.ids) for e in encodings]):
+            hidden = self.model.features(*self._batch([encodings[i] for i in indices]))
+            pooled = (hidden.first() if self.checkpoint.pooling == "cls" else hidden.mean()).float()  # (N, D)
+            vectors[indices] = (F.normalize(pooled) if self.checkpoint.normalize else pooled).cpu().numpy()
+        return vectors
+
+    @overload
+    def classify(self, texts: TextOrPair, top_k: int = 5, truncate: bool = False) -> list[Guess]: ...
+    @overload
+    def classify(
+        self, texts: list[OneOrPair], top_k: int = 5, truncate: bool = False
+    ) -> list[list[Guess]]: ...
+    @torch.inference_mode()
+    def classify(
+        self, texts: TextOrPair | list[OneOrPair], top_k: int = 5, truncate: bool = False
+    ) -> list[Guess] | list[list[Guess]]:
+        """The likeliest classes of a text or a pair (a tuple of two), or of each of a list of them.
+
+        truncate: cut texts longer than the context, with a warning that counts them. Raises InputError
+        for such a text otherwise, or if the model has no classification head.
+        """
+        if isinstance(texts, str | tuple):
+            return self.classify([texts], top_k, truncate)[0]
+        _check_top_k(top_k)
+        config = self.model.config
+        if config.head != "classification":
+            raise InputError(f"this model has no classification head but {config.head!r}: fine-tune it first")
+        given = [(text,) if isinstance(text, str) else text for text in texts]
+        encodings = [self.tokenizer.encode(*parts) for parts in given]
+        encodings = _fit(self.tokenizer, encodings, config.context, truncate)
+        guesses: dict[int, list[Guess]] = {}
+        for indices in _batches([len(e.ids) for e in encodings]):
+            logits = self(*self._batch([encodings[i] for i in indices])).class_logits  # (N, K)
+            guesses |= zip(indices, _guesses(logits, config.labels, top_k), strict=True)
+        return [guesses[i] for i in range(len(texts))]
+
+    def _batch(self, encodings: list[Encoding]) -> tuple[Ragged, Tensor]:
+        """Ids and segments, (T,) each."""
+        segments = pack((e.segments for e in encodings), self.device)
+        return pack((e.ids for e in encodings), self.device), segments.values
+
+
+# ---------------------------------------------------------------- ViT
+
+
+class ImageClassifier(Pipeline[ViT]):
+    """Names what is in an image."""
+
+    def __call__(self, images: Tensor) -> ViTOutput:
+        """The model on normalised images (N, C, height, width)."""
+        return cast(ViTOutput, self.model(images.to(self.device)))
+
+    @overload
+    def classify(self, images: ImageLike, top_k: int = 5) -> list[Guess]: ...
+    @overload
+    def classify(self, images: list[AnyImage], top_k: int = 5) -> list[list[Guess]]: ...
+    @torch.inference_mode()
+    def classify(self, images: ImageLike | list[AnyImage], top_k: int = 5) -> list[Guess] | list[list[Guess]]:
+        """The likeliest classes of an image, or of each of a list; an image can be a path or a file's bytes.
+
+        Raises InputError for an image that cannot be read, or if the model has no head.
+        """
+        if isinstance(images, ImageLike):
+            return self.classify([images], top_k)[0]
+        _check_top_k(top_k)
+        if not self.model.config.labels:
+            raise InputError("this model has no classification head: fine-tune it first")
+        tokens = (self.images.size // self.model.config.patch_size) ** 2 + 1
+        guesses: list[list[Guess]] = []
+        for indices in _batches([tokens] * len(images)):
+            logits = self(torch.stack([self.images(images[i]) for i in indices])).logits  # (N, K)
+            guesses += _guesses(logits, self.model.config.labels, top_k)
+        return guesses
+
+
+# ---------------------------------------------------------------- opening
+
+
+AnyPipeline = TextGenerator | Encoder | Translator | ImageClassifier
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    head: BertHead | None = None,
+    labels: tuple[str, ...] = (),
+    revision: str | None = None,
+    device: str = "auto",
+) -> AnyPipeline:
+    """Open a checkpoint, a folder or a hub id, as the pipeline of its family.
+
+    head, labels: give the model a fresh head where the checkpoint has none. revision: a hub id's branch,
+    tag or commit. device: "auto" is the GPU if there is one. Raises InputError for what cannot be opened.
+    """
+    return pipeline(hub.load(source, head=head, labels=labels, revision=revision), device)
+
+
+def pipeline(checkpoint: Checkpoint, device: str = "auto") -> AnyPipeline:
+    """The pipeline of a checkpoint's family, its model moved to the device, which must exist (InputError)."""
+    families: dict[type, type[AnyPipeline]] = {
+        GPT: TextGenerator,
+        Bert: Encoder,
+        Transformer: Translator,
+        ViT: ImageClassifier,
+    }
+    return families[type(checkpoint.model)](checkpoint, pick_device(device))
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _batches(costs: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of inputs in batches of at most BATCH_TOKENS; the costliest come first, alike ones together."""
+    batch: list[int] = []
+    room = BATCH_TOKENS
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        if batch and costs[i] > room:
+            yield batch
+            batch, room = [], BATCH_TOKENS
+        batch.append(i)
+        room -= costs[i]
+    if batch:
+        yield batch
+
+
+def _decode(
+    model: GPT | Transformer, inputs: list[list[int]], decoding: Decoding, eos: list[int]
+) -> list[Hypothesis]:
+    """The answers of the first input, of the second, and so on."""
+    copies = max(decoding.num_beams, decoding.num_return_sequences)
+    costs = [min(len(ids) + decoding.max_new_tokens, model.config.context) * copies for ids in inputs]
+    found: dict[int, list[Hypothesis]] = {}
+    for indices in _batches(costs):
+        answers = generate(model, [inputs[i] for i in indices], decoding, eos)
+        found |= zip(indices, answers, strict=True)
+    return [answer for i in range(len(inputs)) for answer in found[i]]
+
+
+def _fit(tokenizer: Tokenizer, encodings: list[Encoding], context: int, truncate: bool) -> list[Encoding]:
+    """The encodings, those over the context cut. Raises InputError for such a one unless it may be cut."""
+    lengths = [len(e.ids) for e in encodings]
+    over = sum(length > context for length in lengths)
+    if not over:
+        return encodings
+    if not truncate:
+        i = lengths.index(max(lengths))
+        raise InputError(
+            f"text {i} has {lengths[i]} tokens; the model's context is {context}: shorten it or pass truncate"
+        )
+    _warn(f"{over} of {len(encodings)} texts were longer than {context} tokens and were cut")
+    structure = set(special_ids(tokenizer)) - {tokenizer.unk_id}
+    return [shorten(e, context, structure) for e in encodings]
+
+
+def _guesses(logits: Tensor | None, labels: tuple[str, ...], top_k: int) -> list[list[Guess]]:
+    """Each row of logits (N, K) as its likeliest labels."""
+    assert logits is not None
+    best = logits.float().softmax(-1).topk(min(top_k, len(labels)))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [[Guess(labels[k], p) for k, p in zip(classes, chances, strict=True)] for classes, chances in rows]
+
+
+def _check_top_k(top_k: int) -> None:
+    if top_k < 1:
+        raise InputError(f"top_k is {top_k}; it must be at least 1")
+
+
+def _check_list(texts: Any) -> None:
+    if isinstance(texts, str):
+        raise InputError("give a list of texts, not a single one")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
