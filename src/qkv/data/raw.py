@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from qkv.config import DataConfig, Family
@@ -48,7 +48,7 @@ class ImageFile:
         try:
             with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as image:
                 return min(image.size), 1 if image.mode in ("1", "L", "LA") else 3
-        except (UnidentifiedImageError, OSError):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             raise InputError(f"{self.name} is not an image that can be read") from None
 
 
@@ -119,30 +119,28 @@ class Raw:
 
     def describe(self) -> str:
         """What was understood of the data, for the user."""
-        what = {
-            "text": "documents",
-            "labelled": "texts with labels",
-            "pairs": "sentence pairs",
-            "images": "images",
-        }
-        lines = [
-            f"{len(self.train):,} {what[self.kind]} to train on, {len(self.valid):,} held out ({self.split})."
-        ]
-        if self.kind == "text":
-            characters = [sum(map(len, samples.texts)) for samples in (self.train, self.valid)]
-            lines.append(f"{characters[0]:,} characters to train on, {characters[1]:,} held out.")
-        if self.kind == "labelled" and self.train.pairs:
-            lines.append("Each text has a second text.")
+        lines = [f"{self._count(self.train)} to train on, {self._count(self.valid)} held out ({self.split})."]
+        if self.kind == "labelled":
+            lines.append("Each has a second text." if self.train.pairs else "There is no second text.")
         if self.kind == "images":
-            lines.append(
-                f"Most are {self.image_size} pixels wide or high, {'grey' if self.channels == 1 else 'RGB'}."
-            )
+            colours = "grey" if self.channels == 1 else "RGB"
+            lines.append(f"Most are {colours}, their shorter side {self.image_size} pixels.")
         if self.labels:
             counts = Counter(self.train.labels)
             shown = [f"{name} ({counts[i]:,})" for i, name in enumerate(self.labels[:20])]
             more = f" and {len(self.labels) - 20} more" if len(self.labels) > 20 else ""
             lines.append(f"{len(self.labels)} labels: {', '.join(shown)}{more}.")
         return " ".join(lines)
+
+    def _count(self, samples: Samples) -> str:
+        if self.kind == "text":
+            return f"{sum(map(len, samples.texts)):,} characters in {_plural(len(samples), 'document')}"
+        nouns = {"labelled": "labelled text", "pairs": "sentence pair", "images": "image"}
+        return _plural(len(samples), nouns[self.kind])
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 # ---------------------------------------------------------------- reading
@@ -165,7 +163,7 @@ def read(data: DataConfig, family: Family) -> Raw:
         if valid.kind != samples.kind:
             raise InputError(f"{data.path} holds {samples.kind} data, but {data.valid} {valid.kind} data")
         return Raw(samples, valid, labels, f"all of {data.valid}")
-    share = f"{data.valid_fraction:.0%}"
+    share = f"{100 * data.valid_fraction:g} %"
     if samples.kind == "text":
         cut = _cut_documents if family == "bert" else _cut_characters
         first, last = cut(samples.texts, 1 - data.valid_fraction)
@@ -252,12 +250,9 @@ def _read_labelled(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tup
 
 def _read_images(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
     if path.is_dir():
-        suffixes = Image.registered_extensions()
-        files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in suffixes]
-        if not files:
-            raise InputError(
-                f"folder {path} holds no images in folders of their class, as in {path}/cat/1.png"
-            )
+        files = [file for file in sorted(path.glob("*/*")) if not file.name.startswith(".")]
+        if not files or any(file.is_dir() for file in files):
+            raise InputError(f"folder {path} must hold one folder a class with its images, as in cat/1.png")
         indices, labels = _index([file.parent.name for file in files], labels, path)
         return Samples(
             "images", images=[ImageFile(str(file), file) for file in files], labels=indices
