@@ -74,7 +74,7 @@ def test_csv_gives_back_any_text(folder: Path, rows: list[tuple[str, str]]) -> N
 @given(rows=st.lists(st.tuples(ANY_TEXT, st.integers(-9, 9)), min_size=1, max_size=5))
 def test_json_lines_give_back_any_text(folder: Path, rows: list[tuple[str, int]]) -> None:
     lines = [json.dumps({"text": text, "n": n}, ensure_ascii=False) for text, n in rows]
-    table = read_table(_write(folder / "any.jsonl", "\n".join(lines)), ["text", "n"])
+    table = read_table(_write(folder / "any.jsonl", "\n".join([*lines, "", ""])), ["text", "n"])
     assert list(zip(table.columns["text"], table.columns["n"], strict=True)) == rows
 
 
@@ -117,9 +117,11 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\none,1\ntwo\n", "is not a table: .*Expected 2 columns, got 1"),
+        ("a.csv", "text,label\none,1\ntwo\n", "is not a table: line 3: 1 columns, not 2"),
+        ("a.csv", 'text,label\n"one,1\ntwo,2\n', "is not a table: line 3: unexpected end of data"),
+        ("a.csv", 'text,label\n"one" more,1\n', "is not a table: line 2: ',' expected after '\"'"),
         ("a.csv", "", "is empty"),
-        ("a.tsv", "text\tlabel\none\t1\t2\n", "is not a table: .*Expected 2 columns, got 3"),
+        ("a.tsv", "text\tlabel\none\t1\t2\n", "is not a table: line 2: 3 columns, not 2"),
         ("a.csv", "text\nsch\xf6n".encode("latin-1"), "is not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": ', "line 2 is not JSON"),
         ("a.jsonl", '{"text": "a"}\n[1]', "line 2 is not a JSON object"),

@@ -52,4 +52,4 @@ def test_a_broken_image_is_named() -> None:
     with pytest.raises(InputError, match=r"row 2 of a\.parquet"):
         ImageDataset(files, [0, 1], processor, 4)
     with pytest.raises(InputError, match=r"no image file .*gone\.png"):
-        ImageDataset([ImageFile("gone.png", Path("gone\.png"))], [0], processor, 4)
+        ImageDataset([ImageFile("gone.png", Path("gone.png"))], [0], processor, 4)

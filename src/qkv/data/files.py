@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import io
 import json
 from collections.abc import Sequence
@@ -100,33 +101,37 @@ def read_table(path: Path, wanted: Sequence[str]) -> Table:
 
 def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
     """CSV as in RFC 4180; TSV, as its media type defines it, knows no quotes. Values stay text."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import csv
-
-    data = read_text(path).encode()
+    text = read_text(path)
     tabs = path.suffix.lower() == ".tsv"
+    usual_limit = csv.field_size_limit(len(text))
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    rows: list[list[str]] = []
     try:
-        table = csv.read_csv(
-            io.BytesIO(data),
-            csv.ReadOptions(block_size=min(len(data) + 1, 1 << 30)),  # no row may be longer than a block
-            csv.ParseOptions(
-                delimiter="\t" if tabs else ",",
-                quote_char=False if tabs else '"',
-                newlines_in_values=not tabs,
-            ),
-            csv.ConvertOptions(
-                column_types=dict.fromkeys(wanted, pyarrow.string()), strings_can_be_null=False
-            ),
-        )
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not a table: {_first_line(error)}") from None
-    return _from_arrow(path, table, wanted, {})
+        for row in filter(None, reader):
+            if rows and len(row) != len(rows[0]):
+                raise csv.Error(f"{len(row)} columns, not {len(rows[0])}")
+            rows.append(row)
+    except csv.Error as error:
+        raise InputError(f"{path} is not a table: line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(usual_limit)
+    header, *rows = rows
+    places = {name: header.index(name) for name in wanted if header.count(name) == 1}
+    columns = {name: [row[place] for row in rows] for name, place in places.items()}
+    return Table(path, tuple(header), columns, {})
 
 
 def _read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
     """One JSON object a line."""
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -141,31 +146,20 @@ def _read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
 
 def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     """Parquet; class names are where Hugging Face's datasets library puts them."""
-    import pyarrow
+    import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     try:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
-        table = file.read([name for name in wanted if name in schema.names])
+        table = file.read([name for name in wanted if name in schema.names], use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
-    names = {name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"}
-    return _from_arrow(path, table, wanted, names, tuple(schema.names))
-
-
-def _from_arrow(
-    path: Path,
-    table: Any,
-    wanted: Sequence[str],
-    class_names: dict[str, tuple[str, ...]],
-    present: tuple[str, ...] | None = None,
-) -> Table:
-    names = table.column_names
-    columns = {name: table[name].to_pylist() for name in wanted if names.count(name) == 1}
-    return Table(path, present or tuple(names), columns, class_names)
+    class_names = {name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"}
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return Table(path, tuple(schema.names), columns, class_names)
 
 
 def _first_line(error: Exception) -> str:
