@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from qkv import images
@@ -26,7 +27,8 @@ from qkv.hub.sentence import Pooling
 from qkv.hub.table import Format, Slice
 from qkv.hub.vit import VIT
 from qkv.images import ImageProcessor
-from qkv.models import Model, build
+from qkv.layers import sinusoidal
+from qkv.models import Bert, Model, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
 _FORMATS: dict[str, Format[Any]] = {f.model_type: f for f in (GPT2(), GPT1(), BERT(), VIT(), Marian())}
@@ -80,7 +82,7 @@ def load(
         config = _asked(declared, head, labels)
         if _classes(config) != _classes(declared):
             disk = {name: tensor for name, tensor in disk.items() if not name.startswith("classifier.")}
-        model = build(config)
+        model = _unfilled(config)
         try:
             fresh = format.table.load(model, config, disk, _HEADS if head or labels else ())
         except InputError as error:
@@ -127,6 +129,25 @@ def _classes(config: AnyModelConfig) -> tuple[str, tuple[str, ...]] | None:
     if isinstance(config, BertConfig):
         return config.head, config.labels
     return (config.family, config.labels) if isinstance(config, ViTConfig) else None
+
+
+def _unfilled(config: AnyModelConfig) -> Model:
+    """A model with fresh heads, whose body waits for a checkpoint's tensors: none are drawn in vain."""
+    body = config
+    if isinstance(config, BertConfig):
+        body = replace(config, head="none", labels=())
+    elif isinstance(config, ViTConfig):
+        body = replace(config, labels=())
+    with torch.device("meta"):
+        model = build(body)
+    model.to_empty(device="cpu")
+    if isinstance(model, Transformer):
+        model.position_table = sinusoidal(model.config.context, model.config.dim)  # on no disk
+    elif isinstance(model, Bert) and isinstance(config, BertConfig):
+        model.reset_head(config.head, config.labels)
+    elif isinstance(model, ViT) and isinstance(config, ViTConfig):
+        model.reset_head(config.labels)
+    return model
 
 
 # ---------------------------------------------------------------- saving

@@ -58,7 +58,10 @@ class Row:
         """Ours -> tensors on disk, which share no memory."""
         shape = self.disk_shape(tensor.shape, config)
         parts = tensor.detach().cpu().chunk(len(self.theirs))
-        return [(part.T if self.transpose else part).reshape(shape).clone() for part in parts]
+        return [
+            (part.T if self.transpose else part).reshape(shape).clone(memory_format=torch.contiguous_format)
+            for part in parts
+        ]
 
 
 def module(ours: str, *theirs: str) -> tuple[Row, Row]:
