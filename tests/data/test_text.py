@@ -77,7 +77,13 @@ def test_a_window_does_not_depend_on_its_neighbours() -> None:
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "char"])
 def test_pieces_have_the_tokens_of_the_whole_text(kind: str) -> None:
-    sample = ["it's a\nb c\n\nd  1\n e \nf\t\ng's"] * 3
+    sample = [
+        "it's a\nb c\n\nd  1\n e \nf\t\ng's",
+        "a\n\n",
+        "a\n\n\n",
+        "a \n",
+        "a\t\n",
+    ] * 3  # white space merges
     tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), "gpt", sample)  # type: ignore[arg-type]
 
     @given(st.text(alphabet="ab1's. \n\t", max_size=80))
