@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,11 +40,15 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     Raises InputError if there is no such folder, or the id cannot be had.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if is_folder:
         if revision is not None:
             raise InputError(f"{path} is a folder; a revision belongs to a Hub id")
         return path
-    if path.exists():
+    if exists:
         raise InputError(f"{path} is a file; give the folder of a checkpoint")
     if not isinstance(source, str) or not re.fullmatch(r"[\w.-]*\w/[\w.-]+|\w[\w.-]*", source):
         raise InputError(f"no folder {path}")
@@ -81,6 +84,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
@@ -123,32 +128,35 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
     Files of a checkpoint that was there before go with it; others stay. Raises InputError if the disk is
     full or the folder cannot be written; what was there before is then untouched.
     """
-    made = not folder.exists()
-    staging: Path | None = None
+    made = False
     try:
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-        write(staging)
-        names = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-        for name in names:
-            _sync(staging / name)
-        old = _checkpoint_files(folder)
-        for name in names:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (staging / name).replace(folder / name)
-        for name in old - set(names):
-            (folder / name).unlink()
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+            staging = Path(name)
+            write(staging)
+            _move(staging, folder)
         _sync(folder)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        kept = "" if made else "; what was there before is kept"
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
         if made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        kept = "" if made else "; what was there before is kept"
         raise InputError(f"cannot save to {folder}: {reason}{kept}") from error
-    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move(staging: Path, folder: Path) -> None:
+    """Put all files of one folder into the other, in place of the checkpoint that is there."""
+    names = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+    for name in names:
+        _sync(staging / name)
+    old = _checkpoint_files(folder)
+    for name in sorted(names):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (staging / name).replace(folder / name)
+    for name in old - names:
+        (folder / name).unlink()
 
 
 def _checkpoint_files(folder: Path) -> set[Path]:
