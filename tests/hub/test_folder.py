@@ -54,6 +54,7 @@ def test_text_models_come_back_with_their_tokenizer(tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 0, None)
     tokenizer = json.loads((tmp_path / "deep" / "er" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 16
+    assert len({file.stat().st_mode for file in (tmp_path / "deep" / "er").iterdir()}) == 1
 
 
 def test_image_models_come_back_with_their_settings(tmp_path: Path) -> None:

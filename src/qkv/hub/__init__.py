@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,6 +196,8 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
             if values:
                 text = json.dumps(values, indent=2, ensure_ascii=False)
                 (staging / name).write_text(text + "\n", encoding="utf-8")
+        # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
+        shutil.copymode(staging / folders.CONFIG, staging / folders.WEIGHTS)
         if tokenizer is not None and not isinstance(config, ViTConfig):
             tokenizer.save(staging, context=config.context)
         if checkpoint.images is not None:
