@@ -218,7 +218,7 @@ def test_a_full_context_is_said() -> None:
 def test_translations_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     mt = translator()
     texts = [text[:25] for text in TEXTS]
-    with pytest.warns(UserWarning, match="of 6 translations were cut at 12 tokens"):
+    with pytest.warns(UserWarning, match=r"of [16] translations were cut at 12 tokens"):
         together = mt.translate(texts, max_new_tokens=12)
         alone = [mt.translate(text, max_new_tokens=12) for text in texts]
         monkeypatch.setattr(pipelines, "BATCH_TOKENS", 100)
