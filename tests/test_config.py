@@ -201,7 +201,7 @@ BELOW_ONE = [
 ]
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), DataConfig, TrainConfig])
+@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
 def test_numbers_out_of_range_are_named(section: type):
     for name, hint in get_type_hints(section).items():
         if hint not in (int, float):

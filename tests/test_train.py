@@ -126,7 +126,10 @@ def test_masked_words_and_next_sentence_from_documents(tmp_path):
     assert best["valid_masked_word_loss"] < 0.6 * untrained["masked_word_loss"]
     assert {"valid_next_sentence_loss", "valid_next_sentence_accuracy"} <= best.keys()
     fine = dataclasses.replace(
-        config, data=DataConfig(path=samples.labelled(tmp_path)), init=str(tmp_path / "run")
+        config,
+        data=DataConfig(path=samples.labelled(tmp_path)),
+        train=dataclasses.replace(config.train, learning_rate=3e-3),
+        init=str(tmp_path / "run"),
     )
     tuned = new_job(fine)
     assert tuned.config.model.head == "classification"

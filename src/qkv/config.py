@@ -182,6 +182,9 @@ class TokenizerConfig:
     """Upper bound; small data may give fewer tokens. Characters take what occurs."""
     lowercase: bool = False
 
+    def __post_init__(self) -> None:
+        _check("tokenizer", self, *_COUNT, "vocab_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

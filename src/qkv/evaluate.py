@@ -129,7 +129,7 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
             raise InputError(
                 f"{samples.kind} data score a {head} head, but {source} has the head {model.config.head!r}"
             )
-    dataset = build(samples, run, pipeline.tokenizer, pipeline.images)
+    dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
     scores: dict[str, float | str] = {"samples": len(samples), **evaluate(model, dataset)}
     if isinstance(pipeline, Translator):
         translations = pipeline.translate(samples.texts, num_beams=num_beams)

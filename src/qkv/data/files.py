@@ -146,7 +146,7 @@ def _read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
 
 def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     """Parquet; class names are where Hugging Face's datasets library puts them."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:
