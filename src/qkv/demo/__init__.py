@@ -1,0 +1,79 @@
+"""`qkv demo`: all four families trained on what every Python installation already holds.
+
+Nothing is downloaded. Each family's file makes its data, names its recipe and baselines, and shows
+what the trained model does; `report.html` is the page about all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from qkv.checkpoint import write_text
+from qkv.config import Family
+from qkv.demo import bert, gpt, transformer, vit
+from qkv.demo.lab import Lab
+from qkv.errors import InputError
+from qkv.report import Section, page
+
+PARTS: dict[Family, Callable[[Lab], Section]] = {
+    "gpt": gpt.part,
+    "bert": bert.part,
+    "transformer": transformer.part,
+    "vit": vit.part,
+}
+SCORES = "scores.json"
+
+
+def run_demo(only: tuple[Family, ...], out: Path, console: Console, share: float = 1.0) -> None:
+    """Train the families, then write `report.html` and `scores.json` into `out`.
+
+    A folder of an earlier demo is begun afresh. share: of each recipe's optimiser steps. Raises
+    InputError for a folder that is not a demo's, or if an extra package is missing.
+    """
+    _claim(out)
+    lab = Lab(out, console, share)
+    started = time.monotonic()
+    sections: list[Section] = []
+    numbers: dict[str, object] = {}
+    for family in [family for family in PARTS if family in only]:
+        console.rule(family)
+        begun = time.monotonic()
+        section = PARTS[family](lab)
+        seconds = time.monotonic() - begun
+        sections.append(section)
+        numbers[family] = {"seconds": round(seconds, 1), "held_out": section.scores.plain()}
+        for name, row in section.scores.plain().items():
+            shown = "  ".join(
+                f"{m.name} {m.show(row[m.name])}" for m in section.scores.measures if m.name in row
+            )
+            console.print(f"  {name}: {shown}", highlight=False, markup=False)
+        _write(out, sections, numbers)
+    console.print(
+        f"{time.monotonic() - started:.0f} s. See {out / 'report.html'}", highlight=False, markup=False
+    )
+
+
+def _claim(out: Path) -> None:
+    """Make the folder, or take over that of an earlier demo."""
+    if not (out / SCORES).exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is there and is not an earlier demo's: choose another --out")
+        write_text(out / SCORES, "{}\n")
+
+
+def _write(out: Path, sections: list[Section], numbers: dict[str, object]) -> None:
+    """The page and the numbers about the families so far."""
+    lead = (
+        "Trained in minutes on what this Python installation already holds, and scored on data that they have not seen, "
+        f"beside honest baselines. Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads."
+    )
+    write_text(out / SCORES, json.dumps(numbers, indent=2) + "\n")
+    write_text(out / "report.html", page("Four Transformers, one attention", lead, sections))

@@ -1,0 +1,369 @@
+"""BERT on the standard library's English: masked words and next sentences, then a labelled task.
+
+Legend: T tokens of a batch, N pairs, M selected tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import tokenize
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from qkv.attention import record
+from qkv.config import BertConfig, DataConfig, RunConfig, TokenizerConfig, TrainConfig
+from qkv.data import Sampler
+from qkv.data.batches import MaskedBatch
+from qkv.data.dataset import Ids
+from qkv.data.documents import MaskedDataset
+from qkv.demo.lab import (
+    Lab,
+    Run,
+    accuracy,
+    held_out,
+    library,
+    logistic_regression,
+    need,
+    sharpest,
+    write_table,
+)
+from qkv.pipelines import Encoder, from_pretrained
+from qkv.ragged import pack
+from qkv.report import Figure, Measure, Scores, Section, filled, heatmap, table
+
+PRETRAIN = RunConfig(
+    model=BertConfig(dim=192, depth=4, heads=6, mlp_dim=768, context=128, dropout=0.0, attention_dropout=0.0),
+    tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=4096, lowercase=True),
+    train=TrainConfig(
+        max_steps=700,
+        batch_tokens=2048,
+        learning_rate=1.5e-3,
+        schedule="linear",
+        warmup_steps=60,
+        eval_steps=175,
+    ),
+)
+FINE_TUNE = TrainConfig(
+    max_steps=200, batch_tokens=1024, learning_rate=3e-4, schedule="linear", warmup_steps=20, eval_steps=50
+)
+DROPOUT = 0.1
+KINDS = ("class", "function", "module")
+SENTENCES = (
+    ("Return True if the two objects are ", "equal", "."),
+    ("Raise an exception if the file does not ", "exist", "."),
+    ("This function returns a list of ", "strings", "."),
+)
+
+
+def part(lab: Lab) -> Section:
+    """Make the data, pre-train, fine-tune, score and show."""
+    need("sklearn")
+    folder = lab.data("bert")
+    labelled = _write_data(folder)
+    data = DataConfig(path=str(folder / "documents.txt"), valid=str(folder / "documents-valid.txt"))
+    pretrained = lab.train("bert", replace(PRETRAIN, data=data))
+    data = DataConfig(path=str(folder / "kinds.csv"), valid=str(folder / "kinds-valid.csv"), truncate=True)
+    recipe = RunConfig(model=replace(PRETRAIN.model, dropout=DROPOUT), data=data, train=FINE_TUNE)
+    tuned = lab.train("bert-kinds", replace(recipe, init=str(pretrained.folder)))
+    scratch = lab.train("bert-kinds-from-random", replace(recipe, tokenizer=PRETRAIN.tokenizer))
+    rows: dict[str, tuple[float | None, ...]] = {
+        "BERT, fine-tuned": (
+            tuned.scores["label_accuracy"],
+            pretrained.scores["masked_word_accuracy"],
+            pretrained.scores["next_sentence_accuracy"],
+        ),
+        "BERT from random weights": (scratch.scores["label_accuracy"], None, None),
+        **_label_baselines(labelled),
+        **_pretraining_baselines(pretrained),
+    }
+    encoder = cast(Encoder, from_pretrained(pretrained.folder))
+    classifier = cast(Encoder, from_pretrained(tuned.folder))
+    sizes = {split: len(rows) for split, rows in labelled.items()}
+    return Section(
+        key="bert",
+        title="BERT: the English of the standard library",
+        lead="First masked words and next sentences, on docstrings and on the manual's topics, a tenth of the source files "
+        "held out. Then the same weights learn what a docstring describes, a class, a function or a module, from its "
+        "first paragraph, on the same split: the word forms say it less than their order.",
+        facts={
+            **pretrained.facts(),
+            "fine-tuning": f"{sizes['train']:,} docstrings, {sizes['valid']:,} held out, {tuned.seconds:.0f} s",
+        },
+        scores=Scores(
+            (
+                Measure("docstring kind right", percent=True),
+                Measure("masked word right", percent=True),
+                Measure("next sentence right", percent=True),
+            ),
+            rows,
+            frozenset({"BERT, fine-tuned"}),
+        ),
+        figures=(
+            pretrained.curve("Learning curve: pre-training"),
+            tuned.curve("Learning curve: fine-tuning"),
+            _classified(classifier, labelled["valid"]),
+            _filled(encoder),
+            _attention(encoder),
+        ),
+    )
+
+
+# ---------------------------------------------------------------- data
+
+
+LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "pydoc_data",
+    "__pycache__",
+}
+
+
+def _write_data(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    """Documents of sentences and a table of docstrings with their kinds; returns the table by split."""
+    documents: dict[str, list[str]] = {"train": [], "valid": []}
+    kinds: dict[str, list[tuple[str, str]]] = {"train": [], "valid": []}
+    seen: set[str] = set()
+    for path in _source_files():
+        split = "valid" if held_out(path.relative_to(library()).as_posix()) else "train"
+        found = list(_docstrings(path))
+        lines = [line for _, text in found for line in _sentences(text)]
+        if len(lines) > 1:
+            documents[split].append("\n".join(lines))
+        for kind, text in found:
+            paragraph = " ".join(text.split("\n\n")[0].split())
+            if len(paragraph) >= 20 and paragraph not in seen:
+                seen.add(paragraph)
+                kinds[split].append((paragraph, kind))
+    for topic, text in _topics().items():
+        lines = list(_sentences(text))
+        if len(lines) > 1:
+            documents["valid" if held_out(topic) else "train"].append("\n".join(lines))
+    for split, suffix in (("train", ""), ("valid", "-valid")):
+        (folder / f"documents{suffix}.txt").write_text("\n\n".join(documents[split]), encoding="utf-8")
+        kinds[split] = _balanced(kinds[split])
+        write_table(folder / f"kinds{suffix}.csv", ("text", "label"), kinds[split])
+    return kinds
+
+
+def _source_files() -> list[Path]:
+    folder = library()
+    return [p for p in sorted(folder.rglob("*.py")) if not LEFT_OUT & set(p.relative_to(folder).parts)]
+
+
+def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
+    """Kind and text of each docstring in a file, methods being functions; none if it is not this Python's syntax."""
+    try:
+        with tokenize.open(path) as file:
+            tree = ast.parse(file.read())
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function"), text
+
+
+def _topics() -> dict[str, str]:
+    """What `help("...")` says about the language, if this Python has it."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return {}
+    return dict(sorted(topics.items()))
+
+
+_CODE = re.compile(r"^\s*(>>>|\.\. |[-=*~^]{3})|::=|^\s{3,}\S", re.MULTILINE)
+_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z\"'`(])")
+
+
+def _sentences(text: str) -> Iterator[str]:
+    """The sentences of the paragraphs that are prose."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        if not _CODE.search(paragraph):
+            for sentence in _END.split(" ".join(paragraph.split())):
+                if len(sentence.split()) >= 4:
+                    yield sentence
+
+
+def _balanced(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """All classes and modules, and of the many functions as many as classes, evenly spaced."""
+    functions = [row for row in rows if row[1] == "function"]
+    wanted = sum(kind == "class" for _, kind in rows)
+    every = max(1.0, len(functions) / max(wanted, 1))
+    kept = {functions[int(i * every)] for i in range(int(len(functions) / every))}
+    return [row for row in rows if row[1] != "function" or row in kept]
+
+
+# ---------------------------------------------------------------- baselines
+
+
+def _label_baselines(labelled: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[float | None, ...]]:
+    """What counting words gives, and what always giving the most frequent answer does."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    (texts, kinds), (valid_texts, valid_kinds) = (
+        zip(*labelled[split], strict=True) for split in ("train", "valid")
+    )
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    model = logistic_regression(words.fit_transform(texts), kinds)
+    majority = Counter(kinds).most_common(1)[0][0]
+    return {
+        "TF-IDF of words and pairs, logistic regression": (
+            accuracy(model.predict(words.transform(valid_texts)), valid_kinds),
+            None,
+            None,
+        ),
+        "majority": (accuracy([majority] * len(valid_kinds), valid_kinds), None, 0.5),
+    }
+
+
+def _pretraining_baselines(run: Run) -> dict[str, tuple[float | None, ...]]:
+    """Counts for masked words, overlap of words for next sentences, on the batches that BERT is scored on."""
+    train, valid = run.job.train, run.job.valid
+    assert isinstance(train, MaskedDataset) and isinstance(valid, MaskedDataset)
+    tokenizer = run.job.checkpoint.tokenizer
+    assert tokenizer is not None
+    neighbours = _Neighbours(train.sentences.join(0, len(train.sentences)), tokenizer.vocab_size)
+    right: dict[str, int] = defaultdict(int)
+    selected = 0
+    for batch in _batches(valid):
+        selected += len(batch.labels)
+        ids, places, labels = batch.ids.values.numpy(), batch.selected.numpy(), batch.labels.numpy()
+        hidden = ids[places] == valid.mask
+        for name, guess in (
+            ("unigram counts", np.full(len(labels), neighbours.single.argmax())),
+            ("bigram counts, left and right", neighbours.guess(ids[places - 1], ids[places + 1])),
+        ):
+            # What is not hidden is the word itself or a random one, as BERT sees too.
+            right[name] += int((np.where(hidden, guess, ids[places]) == labels).sum())
+    overlap = _Overlap(train)
+    return {
+        **{name: (None, count / selected, None) for name, count in right.items()},
+        "overlap of words between the sentences": (None, None, overlap.accuracy(valid)),
+    }
+
+
+def _batches(dataset: MaskedDataset) -> Iterator[MaskedBatch]:
+    """All samples as evaluation sees them."""
+    for indices in Sampler(dataset.costs, 8192, seed=0).epoch(0):
+        yield dataset.batch(indices, epoch=0)
+
+
+class _Neighbours:
+    """P(word | left) P(right | word), each with absolute discounting (Ney et al. 1994)."""
+
+    def __init__(self, stream: Ids, vocab_size: int) -> None:
+        V = vocab_size
+        pairs = np.bincount(stream[:-1] * V + stream[1:], minlength=V * V).reshape(V, V)
+        once, twice = int((pairs == 1).sum()), int((pairs == 2).sum())
+        discount = once / max(once + 2 * twice, 1)
+        total = pairs.sum(1, keepdims=True)
+        self.single = (np.bincount(stream, minlength=V) + 0.1).astype(np.float32)
+        self.single /= self.single.sum()
+        freed = (discount * (pairs > 0).sum(1, keepdims=True) / total.clip(1)).astype(np.float32)
+        freed[total[:, 0] == 0] = 1.0
+        own = (pairs - discount).clip(0) / total.clip(1)
+        self.next = np.log(own.astype(np.float32) + freed * self.single)  # (V, V): log P(column | row)
+
+    def guess(self, left: Ids, right: Ids) -> Ids:
+        """The likeliest word between each left and right neighbour, (M,)."""
+        # Special tokens and [MASK] never occur in the stream: they leave the other neighbour to decide.
+        return np.concatenate(
+            [
+                (self.next[left[i : i + 256]] + self.next[:, right[i : i + 256]].T).argmax(1)
+                for i in range(0, len(left), 256)
+            ]
+        )
+
+
+class _Overlap:
+    """Whether B follows A, by the cosine of their TF-IDF vectors and a threshold learnt on training pairs."""
+
+    def __init__(self, train: MaskedDataset) -> None:
+        V = len(train.is_text)
+        occurs = np.zeros(V)
+        for document in range(len(train.bounds) - 1):
+            occurs[np.unique(train.sentences.join(train.bounds[document], train.bounds[document + 1]))] += 1
+        self.weight = np.log((1 + len(train.bounds)) / (1 + occurs)) * train.is_text
+        cosine, follows = self._pairs(train)
+        order = np.argsort(-cosine)
+        # With the first k pairs taken as following: right are those that follow, and all others that do not.
+        gained = np.cumsum(np.where(follows[order], 1, -1))
+        self.threshold = float(cosine[order][int(gained.argmax())])
+
+    def accuracy(self, dataset: MaskedDataset) -> float:
+        """The share of pairs that are told rightly."""
+        cosine, follows = self._pairs(dataset)
+        return float(((cosine >= self.threshold) == follows).mean())
+
+    def _pairs(self, dataset: MaskedDataset) -> tuple[np.ndarray, np.ndarray]:
+        """Each pair's cosine, and whether B follows, (N,) each."""
+        cosines, follows = [], []
+        for batch in _batches(dataset):
+            follows.append(batch.next_labels.numpy() == 0)
+            for ids, segments in zip(batch.ids.split(), batch.ids.like(batch.segments).split(), strict=True):
+                a, b = (
+                    np.bincount(ids[segments == s].numpy(), minlength=len(self.weight)) * self.weight
+                    for s in (0, 1)
+                )
+                cosines.append(a @ b / max(float(np.sqrt((a @ a) * (b @ b))), 1e-9))
+        return np.array(cosines), np.concatenate(follows)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _classified(classifier: Encoder, rows: list[tuple[str, str]]) -> Figure:
+    """Some held-out docstrings with what the model says."""
+    shown = [row for kind in KINDS for row in [r for r in rows if r[1] == kind and len(r[0]) < 120][:3]]
+    guesses = classifier.classify([text for text, _ in shown], top_k=1, truncate=True)
+    cells = [
+        (text, kind, f"{guess[0].name}, {guess[0].probability:.0%}")
+        for (text, kind), guess in zip(shown, guesses, strict=True)
+    ]
+    return Figure("It classifies", table(("held-out docstring", "describes a", "BERT says"), cells))
+
+
+def _filled(encoder: Encoder) -> Figure:
+    """Sentences with a gap."""
+    html = "".join(
+        filled(before, after, encoder.fill(f"{before}[MASK]{after}", top_k=5), truth)
+        for before, truth, after in SENTENCES
+    )
+    return Figure("It fills gaps", html, "Underlined: the word that was hidden from it.")
+
+
+def _attention(encoder: Encoder) -> Figure:
+    """One head over a pair of sentences."""
+    encoding = encoder.tokenizer.encode(
+        "Return a list of the open files.", "If no file is open, the list is empty."
+    )
+    names = [encoder.tokenizer.token(i) for i in encoding.ids]
+    with record(encoder) as maps:
+        encoder(pack([encoding.ids]), torch.tensor(encoding.segments))
+    L = len(names)
+    words = torch.tensor([name not in ("[CLS]", "[SEP]", ".", ",") for name in names])
+    far = (torch.arange(L)[:, None] - torch.arange(L)).abs() > 2
+    layer, head, weights = sharpest(maps, far & words & words[:, None])
+    return Figure(
+        "Where a head looks",
+        heatmap(names, names, weights, "reading", "the other words"),
+        f"Pre-trained BERT, layer {layer + 1}, head {head + 1}: the head that looks most decidedly at distant words. "
+        f"Recorded beside the fused kernel; largest difference from its output {maps.residual:.1e}.",
+        wide=True,
+    )

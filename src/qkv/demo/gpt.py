@@ -1,0 +1,143 @@
+"""GPT on the source text of the standard library, beside models that count.
+
+Legend: T tokens of a stream.
+"""
+
+from __future__ import annotations
+
+import math
+import tokenize
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from qkv.attention import record
+from qkv.config import DataConfig, GPTConfig, RunConfig, TokenizerConfig, TrainConfig
+from qkv.data.text import LanguageDataset
+from qkv.demo.counts import KneserNey
+from qkv.demo.lab import Lab, held_out, library, sharpest
+from qkv.pipelines import TextGenerator, from_pretrained
+from qkv.ragged import pack
+from qkv.report import Figure, Measure, Scores, Section, continuation, heatmap
+
+RECIPE = RunConfig(
+    model=GPTConfig(dim=192, depth=4, heads=6, mlp_dim=768, context=256, dropout=0.0, attention_dropout=0.0),
+    tokenizer=TokenizerConfig(kind="bpe", vocab_size=1024),
+    train=TrainConfig(
+        max_steps=1100,
+        batch_tokens=1024,
+        learning_rate=2e-3,
+        schedule="linear",
+        warmup_steps=60,
+        weight_decay=0.1,
+        eval_steps=275,
+    ),
+)
+PROMPTS = (
+    "def __init__(self, name, ",
+    "import os\nimport sys\n\ndef main(",
+    "    for line in lines:\n        if ",
+)
+LINE = "    for name, value in sorted(items): print(name, value)"
+
+
+def part(lab: Lab) -> Section:
+    """Make the data, train, score and show."""
+    run = lab.train("gpt", _with_data(lab.data("gpt")))
+    train, valid = run.job.train, run.job.valid
+    assert isinstance(train, LanguageDataset) and isinstance(valid, LanguageDataset)
+    model = run.job.config.model
+    assert isinstance(model, GPTConfig)
+    rows: dict[str, tuple[float | None, ...]] = {
+        "GPT": (run.scores["bits_per_byte"], run.scores["perplexity"], run.scores["next_token_accuracy"])
+    }
+    for name, order in (("unigram counts", 1), ("bigram counts", 2), ("5-gram counts", 5)):
+        rows[name] = (
+            *counted(train.stream, valid.stream, order, model.vocab_size, valid.size_in_bytes),
+            None,
+        )
+    generator = cast(TextGenerator, from_pretrained(run.folder))
+    return Section(
+        key="gpt",
+        title="GPT: the source of the standard library",
+        lead=f"{len(_names())} modules of this Python's standard library, one in ten of them held out. The count models "
+        "(interpolated modified Kneser-Ney) read the same training tokens and predict the same held-out tokens.",
+        facts={
+            **run.facts(),
+            "data": f"{len(train.stream):,} training tokens, {len(valid.stream):,} held out",
+        },
+        scores=Scores(
+            (
+                Measure("bits per byte", 3, lower_is_better=True),
+                Measure("perplexity of a token", 1, lower_is_better=True),
+                Measure("next token right", percent=True),
+            ),
+            rows,
+            frozenset({"GPT"}),
+        ),
+        figures=(run.curve(), _samples(generator), _attention(generator)),
+    )
+
+
+def _names() -> list[str]:
+    """The modules that are one file of the library each."""
+    return sorted(path.name for path in library().glob("*.py"))
+
+
+def _with_data(folder: Path) -> RunConfig:
+    """Copy the modules as .txt files, and name the folders in the recipe."""
+    for split in ("train", "valid"):
+        (folder / split).mkdir()
+    for name in _names():
+        with tokenize.open(library() / name) as file:  # by the source's own declaration of its encoding
+            text = file.read()
+        if text.strip():
+            split = "valid" if held_out(name) else "train"
+            (folder / split / f"{name}.txt").write_text(text, encoding="utf-8")
+    data = DataConfig(path=str(folder / "train"), valid=str(folder / "valid"))
+    return RunConfig(model=RECIPE.model, tokenizer=RECIPE.tokenizer, train=RECIPE.train, data=data)
+
+
+def counted(
+    train: np.ndarray, valid: np.ndarray, order: int, vocab_size: int, size_in_bytes: int
+) -> tuple[float, float]:
+    """Bits per byte and perplexity of an n-gram model on the tokens of `valid` (T,) but its first."""
+    successors = len(valid) - 1
+    both = np.concatenate([train, valid]).astype(np.int64)
+    model = KneserNey(both[: len(train)], order, vocab_size)
+    nats = -float(model.log_probabilities(both[-successors - order + 1 :]).sum())
+    return nats / math.log(2) / size_in_bytes, math.exp(nats / successors)
+
+
+def _samples(generator: TextGenerator) -> Figure:
+    """What the model writes behind some beginnings."""
+    texts = generator.generate(list(PROMPTS), max_new_tokens=90, temperature=0.7, top_p=0.95, seed=1)
+    html = "".join(continuation(prompt, text) for prompt, text in zip(PROMPTS, texts, strict=True))
+    return Figure(
+        "It goes on", html, "Marked: sampled at temperature 0.7 from the likeliest 95 % (top-p).", wide=True
+    )
+
+
+def _attention(generator: TextGenerator) -> Figure:
+    """One head over one line of code."""
+    ids = generator.tokenizer.plain(LINE)
+    with record(generator) as maps:
+        generator(pack([ids]))
+    # What looks back further than a few tokens, and not at the first one, is worth seeing.
+    distance = torch.arange(len(ids))[:, None] - torch.arange(len(ids))
+    far = (distance > 2) & (torch.arange(len(ids)) > 0)
+    layer, head, weights = sharpest(maps, far)
+    names = [_visible(generator.tokenizer.decode([i])) for i in ids]
+    return Figure(
+        "Where a head looks",
+        heatmap(names, names, weights, "reading", "earlier tokens"),
+        f"Layer {layer + 1}, head {head + 1}: the head that looks back most decidedly. Recorded beside the fused kernel; "
+        f"the largest difference from the kernel's own output is {maps.residual:.1e}.",
+        wide=True,
+    )
+
+
+def _visible(token: str) -> str:
+    return token.replace(" ", "·").replace("\n", "⏎")
