@@ -22,7 +22,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 from qkv.ragged import Layout
 
@@ -191,6 +190,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout:
     dropout: probability with which an attention weight is zeroed.
     """
     if _varlen_kernel_takes(query, pattern, dropout):
+        from torch.nn.attention.varlen import varlen_attn  # takes over a second to import
+
         window = (-1, 0) if pattern.causal else (-1, -1)
         q, k = pattern.queries, pattern.keys
         edges = (q.boundaries, k.boundaries, q.longest, k.longest)
