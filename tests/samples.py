@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-WORDS = "red green blue round square small large old new quick".split()
+WORDS = ["red", "green", "blue", "round", "square", "small", "large", "old", "new", "quick"]
 
 
 def write(folder: Path, family: str) -> str:
@@ -29,7 +29,11 @@ def documents(folder: Path, count: int = 40) -> str:
     made = []
     for n in range(count):
         topic = WORDS[n % len(WORDS)]
-        made.append("\n".join(f"the {topic} thing is {rng.choice(['fine', 'awful', *WORDS])} and {topic}" for _ in range(5)))
+        made.append(
+            "\n".join(
+                f"the {topic} thing is {rng.choice(['fine', 'awful', *WORDS])} and {topic}" for _ in range(5)
+            )
+        )
     path = folder / "documents.txt"
     path.write_text("\n\n".join(made) + "\n", encoding="utf-8")
     return str(path)

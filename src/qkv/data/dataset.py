@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +26,6 @@ class Dataset(ABC):
     What is random about a sample is a function of (seed, epoch, index): never of the rest of its batch.
     """
 
-    batch_type: ClassVar[type[Batch]]
     costs: Ids
     """Tokens of each sample; where they differ from epoch to epoch, the most there can be."""
     notes: tuple[str, ...] = ()

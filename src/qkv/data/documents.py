@@ -52,8 +52,6 @@ class MaskedDataset(Dataset):
     a passage of another document; and it selects and hides other tokens.
     """
 
-    batch_type = MaskedBatch
-
     def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, context: int, seed: int) -> None:
         """documents: one sentence a line. Raises InputError if no pairs can be made of them."""
         self.cls, self.sep, self.mask = _tokens(tokenizer)

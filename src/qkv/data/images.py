@@ -23,8 +23,6 @@ KEEP_BYTES = 2 << 30
 class ImageDataset(Dataset):
     """Images as the processor makes them, and the index of each one's class."""
 
-    batch_type = ImageBatch
-
     def __init__(
         self, files: Sequence[ImageFile], labels: Sequence[int], processor: ImageProcessor, patch_size: int
     ) -> None:

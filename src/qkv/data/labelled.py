@@ -18,8 +18,6 @@ from qkv.tokenizers import Encoding, Tokenizer
 class LabelledDataset(Dataset):
     """Texts in the tokenizer's template (Devlin et al. 2018, 4), and the index of each one's class."""
 
-    batch_type = LabelledBatch
-
     def __init__(
         self,
         texts: Sequence[str],

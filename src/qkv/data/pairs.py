@@ -17,8 +17,6 @@ from qkv.tokenizers import Tokenizer
 class PairDataset(Dataset):
     """Sources that end with the end token, and targets shifted by one (Vaswani et al. 2017, 3.1)."""
 
-    batch_type = PairBatch
-
     def __init__(
         self,
         sources: Sequence[str],

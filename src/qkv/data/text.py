@@ -40,8 +40,6 @@ class LanguageDataset(Dataset):
     every token but the first exactly once.
     """
 
-    batch_type = LanguageBatch
-
     def __init__(
         self, texts: Sequence[str], tokenizer: Tokenizer, context: int, seed: int, training: bool
     ) -> None:
