@@ -90,14 +90,13 @@ class Section:
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """A whole document in HTML."""
     style = resources.files("qkv").joinpath("report.css").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#{s.key}">{escape(s.title.split(":")[0])}</a>' for s in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p>"
-        f'<nav aria-label="Models">{links}</nav>{_overview(sections)}</header>\n'
+        f"{_overview(sections)}</header>\n"
         f"<main>\n{''.join(map(_section, sections))}</main>\n</body>\n</html>\n"
     )
 
@@ -115,14 +114,15 @@ def _overview(sections: Sequence[Section]) -> str:
             f'<span class="big">{measure.show(own)}</span>'
             f"<span>{escape(measure.name)}; best baseline {measure.show(baseline)}</span></a>"
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    return f'<nav class="cards" aria-label="Models">{"".join(cards)}</nav>'
 
 
 def _section(section: Section) -> str:
     facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in section.facts.items())
     figures = (Figure("Held-out scores", score_table(section.scores)), *section.figures)
     return (
-        f'<section id="{section.key}"><h2>{escape(section.title)}</h2><p class="lead">{escape(section.lead)}</p>'
+        f'<section id="{section.key}"><h2>{escape(section.title)}</h2>'
+        f'<p class="lead">{escape(section.lead)}</p>'
         f'<dl>{facts}</dl><div class="figures">{"".join(map(_figure, figures))}</div></section>\n'
     )
 
@@ -181,7 +181,8 @@ def filled(before: str, after: str, answers: Sequence[tuple[str, float]], truth:
         for word, p in answers
     )
     return (
-        f'<div class="gap"><p>{escape(before)}<ins title="what the text says">{escape(truth)}</ins>{escape(after)}</p>'
+        f'<div class="gap"><p>{escape(before)}<ins title="what the text says">{escape(truth)}</ins>'
+        f"{escape(after)}</p>"
         f"<ol>{items}</ol></div>"
     )
 
@@ -232,10 +233,12 @@ def heatmap(
     top = 26 + _LETTER * max(map(len, columns))
     width, height = left + C * _CELL + 4, top + R * _CELL + 4
     names = "".join(
-        f'<text class="token" x="{left - 5:.1f}" y="{top + (i + 0.72) * _CELL:.1f}" text-anchor="end">{escape(name)}</text>'
+        f'<text class="token" x="{left - 5:.1f}" y="{top + (i + 0.72) * _CELL:.1f}" text-anchor="end">'
+        f"{escape(name)}</text>"
         for i, name in enumerate(rows)
     ) + "".join(
-        f'<text class="token" transform="translate({left + (j + 0.72) * _CELL:.1f} {top - 5:.1f}) rotate(-90)">'
+        f'<text class="token" transform="translate({left + (j + 0.72) * _CELL:.1f} {top - 5:.1f}) '
+        'rotate(-90)">'
         f"{escape(name)}</text>"
         for j, name in enumerate(columns)
     )
@@ -244,9 +247,8 @@ def heatmap(
         f'<div class="scroll"><svg class="map" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
         f'style="min-width:{0.72 * width:.0f}px;max-width:{1.5 * width:.0f}px" aria-label="{escape(about)}">'
         f"<title>{escape(about)}</title>"
-        f'<text class="axis" x="{left + C * _CELL / 2:.1f}" y="12" text-anchor="middle">{escape(column_name)}</text>'
-        f'<text class="axis" transform="translate(12 {top + R * _CELL / 2:.1f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(row_name)}</text>{names}"
+        f"{_axis(left + C * _CELL / 2, 12, column_name)}"
+        f"{_axis(12, top + R * _CELL / 2, row_name, upward=True)}{names}"
         f'<g transform="translate({left:.1f} {top:.1f})">'
         f'<rect class="ground" width="{C * _CELL:.0f}" height="{R * _CELL:.0f}"/>'
         f"{_cells(weights, _CELL, rows, columns)}</g></svg></div>"
@@ -292,7 +294,8 @@ def curve(train: Sequence[Point], valid: Sequence[Point], unit: str) -> str:
         u, _ = place(x, low)
         grid.append(f'<text x="{u:.1f}" y="{H - bottom + 18:.0f}" text-anchor="middle">{x:,g}</text>')
     dots = "".join(
-        f'<circle class="valid" cx="{u:.1f}" cy="{v:.1f}" r="3.5"><title>step {x:,.0f}: held-out loss {y:.3f}</title></circle>'
+        f'<circle class="valid" cx="{u:.1f}" cy="{v:.1f}" r="3.5">'
+        f"<title>step {x:,.0f}: held-out loss {y:.3f}</title></circle>"
         for x, y in valid
         for u, v in [place(x, y)]
     )
@@ -302,19 +305,25 @@ def curve(train: Sequence[Point], valid: Sequence[Point], unit: str) -> str:
     ]
     about = f"learning curve: {' and '.join(ends)} {unit} at the end"
     key = (
-        f'<g transform="translate({left} 14)"><line class="train" x2="18"/><text x="24" y="4">{ends[0]}</text>'
+        f'<g transform="translate({left} 14)"><line class="train" x2="18"/>'
+        f'<text x="24" y="4">{ends[0]}</text>'
         f'<line class="valid" x1="130" x2="148"/><circle class="valid" cx="139" cy="0" r="3.5"/>'
         f'<text x="154" y="4">{ends[1]}</text></g>'
     )
     return (
         f'<svg class="curve" viewBox="0 0 {W:.0f} {H:.0f}" role="img" aria-label="{escape(about)}">'
         f"<title>{escape(about)}</title>{''.join(grid)}"
-        f'<text class="axis" x="{(W + left) / 2:.0f}" y="{H - 6:.0f}" text-anchor="middle">optimiser step</text>'
-        f'<text class="axis" transform="translate(12 {(H + top - bottom) / 2:.0f}) rotate(-90)" text-anchor="middle">'
-        f"loss ({escape(unit)})</text>"
+        f"{_axis((W + left) / 2, H - 6, 'optimiser step')}"
+        f"{_axis(12, (H + top - bottom) / 2, f'loss ({unit})', upward=True)}"
         f"{path(train, 'noise')}{path(zip((x for x, _ in train), smooth, strict=True), 'train')}"
         f"{path(valid, 'valid')}{dots}{key}</svg>"
     )
+
+
+def _axis(x: float, y: float, name: str, upward: bool = False) -> str:
+    """The name of an axis around a point."""
+    place = f"translate({x:.0f} {y:.0f}){' rotate(-90)' if upward else ''}"
+    return f'<text class="axis" transform="{place}" text-anchor="middle">{escape(name)}</text>'
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

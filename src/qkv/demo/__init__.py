@@ -71,9 +71,9 @@ def _claim(out: Path) -> None:
 def _write(out: Path, sections: list[Section], numbers: dict[str, object]) -> None:
     """The page and the numbers about the families so far."""
     lead = (
-        "Trained in minutes on what this Python installation already holds, and scored on data that they have not seen, "
-        f"beside honest baselines. Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads."
+        "Trained in minutes on what this Python installation already holds, and scored on data that they "
+        f"have not seen, beside honest baselines. Python {platform.python_version()}, "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads."
     )
     write_text(out / SCORES, json.dumps(numbers, indent=2) + "\n")
     write_text(out / "report.html", page("Four Transformers, one attention", lead, sections))

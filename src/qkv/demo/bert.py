@@ -28,10 +28,11 @@ from qkv.demo.lab import (
     Lab,
     Run,
     accuracy,
-    held_out,
     library,
     logistic_regression,
+    lot,
     need,
+    recorded,
     sharpest,
     write_table,
 )
@@ -55,6 +56,8 @@ FINE_TUNE = TrainConfig(
     max_steps=200, batch_tokens=1024, learning_rate=3e-4, schedule="linear", warmup_steps=20, eval_steps=50
 )
 DROPOUT = 0.1
+"""In fine-tuning, where the texts are few."""
+HELD_OUT = 0.2
 KINDS = ("class", "function", "module")
 SENTENCES = (
     ("Return True if the two objects are ", "equal", "."),
@@ -90,12 +93,12 @@ def part(lab: Lab) -> Section:
     return Section(
         key="bert",
         title="BERT: the English of the standard library",
-        lead="First masked words and next sentences, on docstrings and on the manual's topics, a tenth of the source files "
-        "held out. Then the same weights learn what a docstring describes, a class, a function or a module, from its "
-        "first paragraph, on the same split: the word forms say it less than their order.",
+        lead="First masked words and next sentences, on docstrings and on the manual's topics, a fifth of "
+        "the source files held out. Then the same weights learn what a docstring describes, a class, a "
+        "function or a module, from its first paragraph, on the same split.",
         facts={
             **pretrained.facts(),
-            "fine-tuning": f"{sizes['train']:,} docstrings, {sizes['valid']:,} held out, {tuned.seconds:.0f} s",
+            "fine-tuning": f"{sizes['train']:,} texts, {sizes['valid']:,} held out, {tuned.seconds:.0f} s",
         },
         scores=Scores(
             (
@@ -138,7 +141,7 @@ def _write_data(folder: Path) -> dict[str, list[tuple[str, str]]]:
     kinds: dict[str, list[tuple[str, str]]] = {"train": [], "valid": []}
     seen: set[str] = set()
     for path in _source_files():
-        split = "valid" if held_out(path.relative_to(library()).as_posix()) else "train"
+        split = "valid" if lot(path.relative_to(library()).as_posix()) < HELD_OUT else "train"
         found = list(_docstrings(path))
         lines = [line for _, text in found for line in _sentences(text)]
         if len(lines) > 1:
@@ -151,7 +154,7 @@ def _write_data(folder: Path) -> dict[str, list[tuple[str, str]]]:
     for topic, text in _topics().items():
         lines = list(_sentences(text))
         if len(lines) > 1:
-            documents["valid" if held_out(topic) else "train"].append("\n".join(lines))
+            documents["valid" if lot(topic) < HELD_OUT else "train"].append("\n".join(lines))
     for split, suffix in (("train", ""), ("valid", "-valid")):
         (folder / f"documents{suffix}.txt").write_text("\n\n".join(documents[split]), encoding="utf-8")
         kinds[split] = _balanced(kinds[split])
@@ -165,7 +168,7 @@ def _source_files() -> list[Path]:
 
 
 def _docstrings(path: Path) -> Iterator[tuple[str, str]]:
-    """Kind and text of each docstring in a file, methods being functions; none if it is not this Python's syntax."""
+    """Kind and text of each docstring in a file, methods being functions; none if it is another Python's."""
     try:
         with tokenize.open(path) as file:
             tree = ast.parse(file.read())
@@ -363,7 +366,7 @@ def _attention(encoder: Encoder) -> Figure:
     return Figure(
         "Where a head looks",
         heatmap(names, names, weights, "reading", "the other words"),
-        f"Pre-trained BERT, layer {layer + 1}, head {head + 1}: the head that looks most decidedly at distant words. "
-        f"Recorded beside the fused kernel; largest difference from its output {maps.residual:.1e}.",
+        f"Before fine-tuning, layer {layer + 1}, head {head + 1}: the head that looks most decidedly at "
+        f"distant words. {recorded(maps)}",
         wide=True,
     )

@@ -10,7 +10,7 @@ from qkv.data.dataset import Ids
 
 
 class KneserNey:
-    """Interpolated modified Kneser-Ney smoothing (Chen and Goodman 1999, 3): the best of the plain n-gram models.
+    """Interpolated modified Kneser-Ney smoothing (Chen and Goodman 1999, 3): the best plain n-gram model.
 
     The counts, and the discounts that are derived from counts of counts, are of the training tokens only.
     """
@@ -29,7 +29,7 @@ class KneserNey:
         self.levels.reverse()
 
     def log_probabilities(self, stream: Ids) -> np.ndarray:
-        """Natural logarithms of each token's probability after those before it, but for the first `order` - 1."""
+        """ln of each token's probability after those before it; the first `order` - 1 are not asked for."""
         order = len(self.levels)
         known: np.ndarray | float = 1 / self.vocab_size
         for level, runs in zip(self.levels, self._suffixes(stream, order), strict=True):

@@ -8,7 +8,7 @@ import importlib.util
 import shutil
 import sysconfig
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,9 @@ def need(*modules: str) -> None:
             raise InputError(f"the demo needs {module}: pip install 'qkv[demo]'")
 
 
-def held_out(name: str) -> bool:
-    """Whether a file, value or image is for scoring only: one in ten, by a hash of its name alone."""
-    return hashlib.sha256(name.encode()).digest()[0] < 26
+def lot(name: str) -> float:
+    """A number in [0, 1) drawn for a file, value or image by a hash of its name: the same at every run."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
 
 
 def library() -> Path:
@@ -140,6 +140,14 @@ def accuracy(predictions: Iterable[str], labels: Sequence[str]) -> float:
     return sum(p == label for p, label in zip(predictions, labels, strict=True)) / len(labels)
 
 
+def recorded(maps: Record) -> str:
+    """How an attention picture was made, and how far it is from what the model computed."""
+    return (
+        "Recorded beside the fused kernel, whose output these weights give again to within "
+        f"{maps.residual:.0e}."
+    )
+
+
 def sharpest(maps: Record, seen: Tensor) -> tuple[int, int, Matrix]:
     """Layer, head and weights (R, C) of the head that looks most decidedly where `seen` (R, C) is True.
 
@@ -151,8 +159,3 @@ def sharpest(maps: Record, seen: Tensor) -> tuple[int, int, Matrix]:
             found.append((float((weights**2 * seen).sum()), key[1], head, weights))
     _, layer, head, weights = max(found, key=lambda f: f[0])
     return layer, head, np.asarray(weights, dtype=np.float32)
-
-
-def trained_share(counts: Mapping[str, int]) -> str:
-    """Counts as words: "3 a, 4 b"."""
-    return ", ".join(f"{n:,} {name}" for name, n in counts.items())

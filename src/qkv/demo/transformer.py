@@ -1,4 +1,4 @@
-"""The encoder-decoder on what the Unicode CLDR says: dates, times, quantities and money in English and Hungarian."""
+"""The encoder-decoder on phrases of the Unicode CLDR: dates, times, quantities and money in two languages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from qkv.attention import record
 from qkv.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig, TransformerConfig
-from qkv.demo.lab import Lab, accuracy, held_out, need, sharpest, write_table
+from qkv.demo.lab import Lab, accuracy, lot, need, recorded, sharpest, write_table
 from qkv.evaluate import translation_scores
 from qkv.pipelines import Translator, from_pretrained
 from qkv.ragged import pack
@@ -60,8 +60,9 @@ def part(lab: Lab) -> Section:
     return Section(
         key="transformer",
         title="Transformer: English to Hungarian dates and quantities",
-        lead="Real phrases of the Unicode CLDR by Babel, character by character. Hungarian puts the year first, the weekday "
-        "last, counts hours to 24 and writes numbers differently; a tenth of the values never occurs in training.",
+        lead="Real phrases of the Unicode CLDR by Babel, character by character. Hungarian puts the year "
+        "first and the weekday last, counts hours to 24 and writes numbers in its own way. A tenth of the "
+        "values never occurs in training.",
         facts={
             **run.facts(),
             "data": f"{len(train):,} pairs, {len(valid):,} held out, {len(scored):,} of them scored",
@@ -85,7 +86,7 @@ def make_pairs() -> tuple[Pairs, Pairs]:
     rng = random.Random(0)
     for _ in range(SAMPLES):
         value, (english, hungarian) = rng.choice(_KINDS)(rng)
-        (valid if held_out(value) else train)[english] = hungarian
+        (valid if lot(value) < 0.1 else train)[english] = hungarian
     return list(train.items()), [pair for pair in valid.items() if pair[0] not in train]
 
 
@@ -205,7 +206,7 @@ _KINDS = (_date, _date, _part_of_date, _time, _interval, _duration, _quantity, _
 
 
 def _dictionary(pairs: Pairs) -> dict[str, str]:
-    """For each English word the Hungarian one that keeps it company most (Dice's coefficient); numbers are left alone."""
+    """For each English word, but not for numbers, the Hungarian one with the largest Dice coefficient."""
     english: Counter[str] = Counter()
     hungarian: Counter[str] = Counter()
     together: Counter[tuple[str, str]] = Counter()
@@ -255,8 +256,8 @@ def _attention(translator: Translator) -> Figure:
     return Figure(
         "Where it looks while it writes",
         heatmap([_visible(r) for r in rows], [_visible(c) for c in columns], weights, "writing", "reading"),
-        f"Cross-attention, layer {layer + 1}, head {head + 1}: the sharpest head, writing “{answer}”. Recorded beside the "
-        f"fused kernel; largest difference from its output {maps.residual:.1e}.",
+        f"Cross-attention, layer {layer + 1}, head {head + 1}: the sharpest head, writing “{answer}”. "
+        f"{recorded(maps)}",
         wide=True,
     )
 

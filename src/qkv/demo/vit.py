@@ -13,7 +13,7 @@ from PIL import Image
 
 from qkv.attention import record
 from qkv.config import DataConfig, RunConfig, TrainConfig, ViTConfig
-from qkv.demo.lab import Lab, accuracy, held_out, logistic_regression, need
+from qkv.demo.lab import Lab, accuracy, logistic_regression, lot, need, recorded
 from qkv.pipelines import ImageClassifier, from_pretrained
 from qkv.report import Figure, Measure, Scores, Section, gallery, overlay
 
@@ -46,8 +46,8 @@ def part(lab: Lab) -> Section:
     return Section(
         key="vit",
         title="ViT: handwritten digits",
-        lead="Scikit-learn's 1,797 digits as PNG files of 8×8 grey pixels, a folder for each class, a tenth held out. "
-        "Every pixel is a patch.",
+        lead="Scikit-learn's 1,797 digits as PNG files of 8×8 grey pixels, a folder for each class, a fifth "
+        "held out. Every pixel is a patch.",
         facts={**run.facts(), "data": f"{len(files['train']):,} images, {len(files['valid']):,} held out"},
         scores=Scores(
             (Measure("digit right", percent=True),),
@@ -73,7 +73,7 @@ def _write_images(folder: Path) -> dict[str, list[Path]]:
     digits = load_digits()
     files: dict[str, list[Path]] = {"train": [], "valid": []}
     for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "valid" if held_out(str(number)) else "train"
+        split = "valid" if lot(str(number)) < 0.2 else "train"
         path = folder / split / str(label) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((image * 15).astype(np.uint8)).save(path)
@@ -118,7 +118,6 @@ def _attention(classifier: ImageClassifier, files: list[Path]) -> Figure:
     return Figure(
         "Where the class token looks",
         f'<div class="pairs">{"".join(pictures)}</div>',
-        "Attention of the last layer, mean of its heads, beside each image. Recorded beside the fused kernel; largest "
-        f"difference from its output {maps.residual:.1e}.",
+        f"Attention of the last layer, mean of its heads, beside each image. {recorded(maps)}",
         wide=True,
     )
