@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import samples
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from qkv.checkpoint import STATE, read_metrics
@@ -107,12 +108,12 @@ def test_learns_from_files_and_scores_itself(family, tmp_path):
     best = train(job, run, Nobody())
     losses = [r["loss"] for r in read_metrics(run) if "loss" in r]
     assert losses[-1] < 0.7 * losses[0]
-    assert best["valid_loss"] < 0.7 * untrained["loss"]
+    assert best.best_scores["loss"] < 0.7 * untrained["loss"]
     again = score(str(run))
-    assert again["loss"] == pytest.approx(best["valid_loss"], rel=1e-4)
+    assert again["loss"] == pytest.approx(best.best_scores["loss"], rel=1e-4)
     assert read_toml(run / "config.toml") == job.config
     if family in ("bert", "vit"):
-        assert best["valid_label_accuracy"] > 0.9
+        assert best.best_scores["label_accuracy"] > 0.9
         assert job.config.model.labels == (("bad", "good") if family == "bert" else ("bright", "dark"))
 
 
@@ -123,8 +124,8 @@ def test_masked_words_and_next_sentence_from_documents(tmp_path):
     untrained = evaluate(job.checkpoint.model, job.valid)
     best = train(job, tmp_path / "run", Nobody())
     assert job.config.model.head == "pretraining"
-    assert best["valid_masked_word_loss"] < 0.6 * untrained["masked_word_loss"]
-    assert {"valid_next_sentence_loss", "valid_next_sentence_accuracy"} <= best.keys()
+    assert best.best_scores["masked_word_loss"] < 0.6 * untrained["masked_word_loss"]
+    assert {"next_sentence_loss", "next_sentence_accuracy"} <= best.best_scores.keys()
     fine = dataclasses.replace(
         config,
         data=DataConfig(path=samples.labelled(tmp_path)),
@@ -136,7 +137,7 @@ def test_masked_words_and_next_sentence_from_documents(tmp_path):
     assert torch.equal(
         tuned.checkpoint.model.tokens.weight, from_pretrained(tmp_path / "run").model.tokens.weight
     )
-    assert train(tuned, tmp_path / "tuned", Nobody())["valid_label_accuracy"] > 0.9
+    assert train(tuned, tmp_path / "tuned", Nobody()).best_scores["label_accuracy"] > 0.9
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,9 +193,9 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     train(new_job(config), tmp_path / "whole", Nobody())
     cut = tmp_path / "cut"
     arguments = [str(tmp_path / "recipe.toml"), "--out", str(cut)]
-    for wanted in (1, 3):
+    for wanted in (0, 1, 3):  # at 0, before any step is saved
         process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.DEVNULL)
-        while len(read_metrics(cut)) < 20 * wanted and process.poll() is None:
+        while (not (cut / STATE).exists() or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -228,10 +229,64 @@ def test_the_best_model_stays_when_later_ones_are_worse(tmp_path):
     config = run_config(tmp_path, "bert", max_steps=40, eval_steps=5, learning_rate=1e-2)
     best = train(new_job(config), tmp_path / "run", Nobody())
     records = [r for r in read_metrics(tmp_path / "run") if "valid_loss" in r]
-    assert best == min(records, key=lambda r: r["valid_loss"])
-    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best["valid_loss"], rel=1e-4)
+    lowest = min(records, key=lambda r: r["valid_loss"])
+    assert (best.best_step, best.best_scores["loss"]) == (lowest["step"], lowest["valid_loss"])
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best.best_scores["loss"], rel=1e-4)
 
 
 def test_bfloat16_trains_too(tmp_path):
     best = train(new_job(run_config(tmp_path, "gpt", precision="bf16")), tmp_path / "run", Nobody())
-    assert best["valid_loss"] < 1.0
+    assert best.best_scores["loss"] < 1.0
+
+
+def test_settings_that_a_checkpoint_decides_are_refused_but_dropout_is_taken(tmp_path):
+    config = run_config(tmp_path, "bert", max_steps=2)
+    train(new_job(config), tmp_path / "run", Nobody())
+    again = dataclasses.replace(config, init=str(tmp_path / "run"))
+    job = new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, dropout=0.37)))
+    assert job.config.model.dropout == 0.37
+    assert [m.p for m in job.checkpoint.model.modules() if isinstance(m, torch.nn.Dropout)] == [0.37] * 2
+    with pytest.raises(InputError, match=r"model.depth is 5, but .* has 1"):
+        new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, depth=5)))
+
+
+def test_a_fresh_head_is_a_function_of_the_seed(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=2)
+    train(new_job(config), tmp_path / "run", Nobody())
+    folder = Path(config.data.path)
+    (folder / "dark").rename(folder / "night")
+    again = dataclasses.replace(config, init=str(tmp_path / "run"))
+    heads = [new_job(again).checkpoint.model.classifier.weight for _ in range(2)]
+    assert torch.equal(*heads)
+
+
+def test_changed_data_are_noticed(tmp_path):
+    config = run_config(tmp_path, "bert", max_steps=2)
+    train(new_job(config), tmp_path / "run", Nobody())
+    path = Path(config.data.path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:50]))
+    with pytest.raises(InputError, match="have changed"):
+        train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True)
+
+
+def test_a_run_can_be_used_from_another_folder(tmp_path, monkeypatch):
+    config = run_config(tmp_path, "gpt", max_steps=2)
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, data=DataConfig(path="song.txt"))
+    train(new_job(config), tmp_path / "run", Nobody())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert score("../run")["samples"] == 1
+
+
+@pytest.mark.parametrize(("side", "expected"), [(37, 36), (400, 64)])
+def test_images_of_any_size_train(side, expected, tmp_path):
+    for name, level in (("dark", 20), ("bright", 220)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for n in range(4):
+            Image.new("RGB", (side + n, side), (level, level, n)).save(
+                tmp_path / "photos" / name / f"{n}.png"
+            )
+    config = run_config(tmp_path, "vit", max_steps=1)
+    job = new_job(dataclasses.replace(config, data=DataConfig(path=str(tmp_path / "photos"))))
+    assert job.config.model.image_size == expected

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ STATE = "state/last.safetensors"
 class Progress:
     """Where a run is: what of its state is not a tensor."""
 
+    data: str
+    """Fingerprint of the training data."""
     step: int = 0
-    best_step: int = 0
-    best_loss: float = float("inf")
-    """Lowest held-out loss so far, whose model the run folder holds."""
     seconds: float = 0.0
     """Training time so far, evaluation included."""
+    best_step: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    """Held-out scores of the model with the lowest loss so far, which the run folder holds."""
 
 
 def replace_file(path: Path, write: Any) -> None:

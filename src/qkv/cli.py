@@ -58,12 +58,11 @@ def train(
         job, run = new_job(config), out or Path("runs") / Path(recipe).stem
     with TrainingBar(_stderr()) as bar:
         try:
-            best = run_training(job, run, bar, resume=resume is not None)
+            done = run_training(job, run, bar, resume=resume is not None)
         except KeyboardInterrupt:
             bar.say(f"Stopped; continue with: qkv train --resume {run}")
             raise
-    scores = {name.removeprefix("valid_"): value for name, value in best.items() if name.startswith("valid_")}
-    print(json.dumps({"run": str(run), "step": int(best["step"]), "held_out": scores}))
+    print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 
 def _train_arguments(arguments: list[str]) -> None:

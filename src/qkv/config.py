@@ -38,6 +38,7 @@ def _check(section: str, config: object, accepts: Callable[[float], bool], rule:
 _COUNT = (lambda value: value >= 1, "at least 1")
 _POSITIVE = (lambda value: 0.0 < value < math.inf, "a positive number")
 _NOT_NEGATIVE = (lambda value: 0.0 <= value < math.inf, "0 or more")
+_SEED = (lambda value: 0 <= value < 2**31, "0 or more and below 2147483648")
 _FRACTION = (lambda value: 0.0 <= value < 1.0, "at least 0 and below 1")
 
 
@@ -240,7 +241,8 @@ class TrainConfig:
         _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
         _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps")
         _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm")
-        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay", "seed")
+        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay")
+        _check("train", self, *_SEED, "seed")
         _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 

@@ -115,6 +115,8 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
     compared by `translation_scores`. Raises InputError for data that do not suit the model.
     """
     pipeline = from_pretrained(source)
+    if isinstance(pipeline, Translator):
+        translation_scores([""], [""])  # fails at once without sacreBLEU
     model = pipeline.model
     path = Path(source) / CONFIG
     run = read_toml(path) if path.exists() else RunConfig(model=model.config, data=DataConfig())
@@ -132,6 +134,6 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
     scores: dict[str, float | str] = {"samples": len(samples), **evaluate(model, dataset)}
     if isinstance(pipeline, Translator):
-        translations = pipeline.translate(samples.texts, num_beams=num_beams)
+        translations = pipeline.translate(samples.texts, num_beams=num_beams, truncate=run.data.truncate)
         scores |= {"num_beams": num_beams, **translation_scores(translations, samples.pairs)}
     return scores

@@ -6,6 +6,7 @@ ends with the weights of one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import threading
@@ -13,16 +14,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qkv import hub
-from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, read_metrics, save_state, write_text
+from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
 from qkv.data import Dataset, Raw, Sampler, prepare, read
 from qkv.data.batches import Batch
@@ -72,13 +73,17 @@ class Job:
 def new_job(config: RunConfig) -> Job:
     """Read the data, then make or load what turns it into a model's input, and the model.
 
-    The resolved config has the vocabulary, labels and image size that the data decided.
-    Raises InputError for anything that cannot work, before any training.
+    The resolved config has the vocabulary, labels and image size that the data decided, the precision
+    that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
+    dropout and attention_dropout. Raises InputError for anything that cannot work, before any training.
     """
-    if config.train.precision == "auto":
-        precision: Literal["fp32", "bf16"] = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
-        config = replace(config, train=replace(config.train, precision=precision))
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
+    data = replace(config.data, path=_absolute(config.data.path), valid=_absolute(config.data.valid))
+    config = replace(config, data=data, train=replace(config.train, precision=precision))
     raw = read(config.data, config.model.family)
+    seed_all(config.train.seed)
     return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
 
 
@@ -87,45 +92,70 @@ def resumed_job(run: Path) -> Job:
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
-    checkpoint = Checkpoint(build(config.model), tokenizer, images, pooling=None, normalize=False)
-    return _job(config, read(config.data, config.model.family), checkpoint)
+    raw = read(config.data, config.model.family)
+    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images))
+
+
+def _absolute(location: str) -> str:
+    """A path, or two with a comma between them, that mean the same from every folder."""
+    return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
 
 
 def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
-    config = replace(config, model=checkpoint.model.config)
-    hub.check_savable(config.model)
+    model = checkpoint.model.config
+    config = replace(config, model=model)
+    hub.check_savable(model)
+    if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
+        raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
     return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
-    """The checkpoint `init`, with a fresh head for this data's labels."""
-    if config.model.family == "bert":
-        checkpoint = hub.load(config.init, head=_bert_head(raw), labels=raw.labels)
-    else:
-        checkpoint = hub.load(config.init, labels=raw.labels)
-    family = checkpoint.model.config.family
-    if family != config.model.family:
-        raise InputError(f"{config.init} is a {family} model, but this run trains a {config.model.family}")
-    return checkpoint
+    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropout."""
+    head = _bert_head(raw) if config.model.family == "bert" else None
+    loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
+    theirs = loaded.model.config
+    given, usual = asdict(config.model), asdict(type(theirs)())
+    for name, value in asdict(theirs).items():
+        if name not in (*_DROPOUTS, "head", "labels") and given[name] not in (value, usual[name]):
+            raise InputError(
+                f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
+                f"checkpoint's; only {' and '.join(_DROPOUTS)} can be set"
+            )
+    model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
+    model.load_state_dict(loaded.model.state_dict())
+    return Checkpoint(model, loaded.tokenizer, loaded.images)
+
+
+_DROPOUTS = ("dropout", "attention_dropout")
 
 
 def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
     """A new model, and the tokenizer or image processor that fits the data."""
-    seed_all(config.train.seed)
-    model, tokenizer, images = config.model, None, None
+    model = config.model
     if model.family == "vit":
-        size = model.image_size or raw.image_size
+        size = model.image_size or _image_size(raw, model.patch_size)
         model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
         images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
-    else:
-        tokenizer = train_tokenizer(config.tokenizer, model.family, raw.texts())
-        model = replace(model, vocab_size=tokenizer.vocab_size)
-        if model.family == "transformer":
-            model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
-        elif model.family == "bert":
-            model = replace(model, head=_bert_head(raw), labels=raw.labels)
-    return Checkpoint(build(model), tokenizer, images, pooling=None, normalize=False)
+        return Checkpoint(build(model), images=images)
+    tokenizer = train_tokenizer(config.tokenizer, model.family, raw.texts())
+    model = replace(model, vocab_size=tokenizer.vocab_size)
+    if model.family == "transformer":
+        model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
+    elif model.family == "bert":
+        model = replace(model, head=_bert_head(raw), labels=raw.labels)
+    return Checkpoint(build(model), tokenizer)
+
+
+def _image_size(raw: Raw, patch_size: int) -> int:
+    """The images' own size in whole patches, but at most 16 a side: more would take hours on a CPU."""
+    patches = min(raw.image_size // patch_size, 16)
+    if not patches:
+        raise InputError(
+            f"most images have {raw.image_size} pixels a side, less than one patch: lower model.patch_size"
+        )
+    return patches * patch_size
 
 
 def _bert_head(raw: Raw) -> BertHead:
@@ -137,8 +167,13 @@ def _need(token_id: int | None) -> int:
     return token_id
 
 
-def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict[str, float]:
-    """Train a job into a run folder, which then holds its best model; returns that model's metrics record.
+def _fingerprint(dataset: Dataset) -> str:
+    """Changes, as good as always, if the data or the tokenizer do: a hash of all samples' lengths."""
+    return hashlib.sha256(dataset.costs.tobytes()).hexdigest()[:16]
+
+
+def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Progress:
+    """Train a job into a run folder, which then holds its best model; returns its step and scores.
 
     SIGINT and SIGTERM end the loop behind the step in progress with its state saved; then
     KeyboardInterrupt is raised. Raises InputError if the folder holds another run, has no state to
@@ -150,16 +185,19 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict
     optimizer = adamw(model, config)
     if resume:
         progress = load_state(run, model, optimizer)
+        if progress.data != _fingerprint(job.train):
+            raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
     elif (run / CONFIG).exists():
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
     else:
-        progress = Progress()
+        progress = Progress(_fingerprint(job.train))
         write_text(run / CONFIG, write_toml(job.config))
         for part in (job.checkpoint.tokenizer, job.checkpoint.images):
             if part is not None:
                 part.save(run)
+        save_state(run, model, optimizer, progress)
     metrics = Metrics(run, progress.step)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
     observer.say(job.about)
@@ -181,8 +219,8 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict
                 metrics.add(record)
             if step % config.eval_steps == 0 or last:
                 scores = evaluate(model, job.valid)
-                if scores["loss"] < progress.best_loss:
-                    progress.best_loss, progress.best_step = scores["loss"], step
+                if scores["loss"] < progress.best_scores.get("loss", math.inf):
+                    progress.best_step, progress.best_scores = step, scores
                     hub.save(run, job.checkpoint)
                 progress.seconds = time.monotonic() - started
                 valid = {f"valid_{name}": score for name, score in scores.items()}
@@ -196,7 +234,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> dict
         observer.say(
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
-    return next(r for r in read_metrics(run) if r["step"] == progress.best_step and "valid_loss" in r)
+    return progress
 
 
 def _step(
@@ -224,7 +262,8 @@ def _step(
     if not math.isfinite(loss.item() + norm.item()):
         raise InputError(
             f"the loss or its gradient is no longer a number at step {step}: "
-            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps"
+            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, "
+            f"and train into another --out"
         )
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -251,7 +290,7 @@ def _divide(indices: list[int], parts: int) -> list[list[int]]:
 
 
 def _step_seed(seed: int, step: int) -> int:
-    """The seed of one step: distinct for distinct (seed, step) below 2^31 each."""
+    """The seed of one step: distinct for distinct (seed, step), both below 2^31."""
     return (seed << 31) | step
 
 

@@ -8,7 +8,7 @@ from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
 from qkv.data.labelled import LabelledDataset
 from qkv.data.pairs import PairDataset
-from qkv.data.raw import Raw, Samples, read, read_held_out
+from qkv.data.raw import SPLIT_SEED, Raw, Samples, read, read_held_out
 from qkv.data.sampler import Sampler
 from qkv.data.text import LanguageDataset
 from qkv.errors import InputError
@@ -42,7 +42,8 @@ def build(
     training: bool = False,
 ) -> Dataset:
     """Samples as the configured model takes them. Raises InputError for those that it cannot take."""
-    model, truncate, seed = config.model, config.data.truncate, config.train.seed
+    model, truncate = config.model, config.data.truncate
+    seed = config.train.seed if training else SPLIT_SEED  # runs with different seeds compare
     if isinstance(model, ViTConfig):
         assert images is not None
         return ImageDataset(samples.images, samples.labels, images, model.patch_size)

@@ -82,11 +82,8 @@ class Lab:
         started = time.monotonic()
         job = new_job(replace(config, train=settings))
         with TrainingBar(self.console) as bar:
-            best = train(job, folder, bar)
-        scores = {
-            key.removeprefix("valid_"): value for key, value in best.items() if key.startswith("valid_")
-        }
-        return Run(folder, job, scores, time.monotonic() - started)
+            done = train(job, folder, bar)
+        return Run(folder, job, done.best_scores, time.monotonic() - started)
 
 
 def fresh(folder: Path) -> Path:
