@@ -22,7 +22,12 @@ from qkv.attention import Pattern, attend
 from qkv.ragged import Layout
 
 HEADS, HEAD_DIM, TOKENS, ROUNDS = 4, 32, 4096, 15
-SETTINGS = {"equal lengths only": (1.0, 0), "up to 1.5x": (1.5, 4), "up to 2x": (2.0, 4), "one block": (1e9, 0)}
+SETTINGS = {
+    "equal lengths only": (1.0, 0),
+    "up to 1.5x": (1.5, 4),
+    "up to 2x": (2.0, 4),
+    "one block": (1e9, 0),
+}
 
 
 def main(sources: str, targets: str) -> None:
@@ -34,7 +39,11 @@ def main(sources: str, targets: str) -> None:
         batch.append(pairs[len(batch)])
         tokens += sum(batch[-1])
     source, target = (Layout(tuple(lengths), torch.device("cpu")) for lengths in zip(*batch, strict=True))
-    kinds = {"self": (source, source, False), "causal": (target, target, True), "cross": (target, source, False)}
+    kinds = {
+        "self": (source, source, False),
+        "causal": (target, target, True),
+        "cross": (target, source, False),
+    }
     times: dict[tuple[str, str, bool], list[float]] = {}
     blocks: dict[tuple[str, str], int] = {}
     for _, (setting, limits), (kind, layouts), backward in product(
@@ -52,10 +61,13 @@ def main(sources: str, targets: str) -> None:
             if backward:
                 answer.sum().backward()
         times.setdefault((setting, kind, backward), []).append(time.perf_counter() - start)
-    print(f"{len(batch)} pairs, {tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{len(batch)} pairs, {tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     for setting, kind in blocks:
         forward, both = (1e3 * statistics.median(times[setting, kind, b]) for b in (False, True))
-        print(f"{setting:20} {kind:7} {blocks[setting, kind]:3} blocks  {forward:6.2f}  {both:6.2f} ms with backward")
+        made = f"{blocks[setting, kind]:3} blocks"
+        print(f"{setting:20} {kind:7} {made}  {forward:6.2f}  {both:6.2f} ms with backward")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     for name in ("corpus.txt", "other.txt"):
         Path(samples.text(folder)).rename(folder / name)
+    samples.documents(folder)
     Path(samples.labelled(folder)).rename(folder / "reviews.csv")
     for part, count in (("test", 3), ("train", 60)):
         source, target = map(Path, samples.pairs(folder, count).split(","))
@@ -57,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "photo.png").write_bytes((folder / "photos" / "dark" / "0.png").read_bytes())
     demo = {
         "gpt": str(folder / "corpus.txt"),
-        "bert": samples.documents(folder),
+        "bert": str(folder / "documents.txt"),
         "transformer": f"{folder / 'train.en'},{folder / 'train.de'}",
     }
     for family, data in demo.items():
