@@ -534,3 +534,20 @@ def test_images_that_vit_cannot_read_and_a_missing_head_are_named():
     model.reset_head(("x", "y"))
     assert model.head(hidden).shape == (1, 2)
     assert model.config.labels == ("x", "y")
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_fresh_body_does_not_depend_on_the_head(name):
+    sizes = {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8}
+    if name == "bert":
+        bare = BertConfig(**sizes, vocab_size=9, context=5, head="none")
+        headed = replace(bare, head="classification", labels=("a", "b"))
+    else:
+        bare = ViTConfig(**sizes, image_size=8, patch_size=4, labels=())
+        headed = replace(bare, labels=("a", "b"))
+    states = []
+    for config in (bare, headed):
+        torch.manual_seed(0)
+        states.append(build(config).state_dict())
+    assert states[0].keys() < states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

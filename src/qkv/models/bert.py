@@ -73,8 +73,8 @@ class Bert(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.pooler: nn.Linear | None = None
         self.config = config
-        self.reset_head(config.head, config.labels)
         init_normal(self)
+        self.reset_head(config.head, config.labels)
 
     def reset_head(self, head: BertHead, labels: tuple[str, ...] = ()) -> None:
         """Give the encoder fresh heads; a pooler that it has is kept.

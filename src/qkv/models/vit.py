@@ -56,10 +56,10 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         self.config = config
-        self.reset_head(config.labels)
         init_normal(self)
         nn.init.trunc_normal_(self.class_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
+        self.reset_head(config.labels)
 
     def reset_head(self, labels: tuple[str, ...]) -> None:
         """Give the encoder a fresh classifier for these labels; none: no head."""
