@@ -242,7 +242,7 @@ def test_a_translation_is_what_decode_says(num_beams: int) -> None:
 def test_a_long_source_is_refused_or_cut() -> None:
     mt = translator()
     long = "Two dogs run. " * 30
-    with pytest.raises(InputError, match=r"text 1 has \d+ tokens; the model's context is 40"):
+    with pytest.raises(InputError, match=r"text 1 has \d+ tokens; the limit is 40"):
         mt.translate(["Two", long])
     with pytest.warns(UserWarning, match="1 of 2 texts were longer than 40 tokens and were cut"):
         answers = mt.translate(["Two", long], truncate=True, max_new_tokens=8)
@@ -304,7 +304,7 @@ def test_what_cannot_be_filled_is_said() -> None:
         encoder("pooler").fill("one [MASK]")
     with pytest.raises(InputError, match="top_k is 0"):
         bert.fill("one [MASK]", top_k=0)
-    with pytest.raises(InputError, match="context is 40"):
+    with pytest.raises(InputError, match="reads at most 40"):
         bert.fill("[MASK] " + "dog " * 50)
 
 
@@ -334,7 +334,7 @@ def test_classes_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("text", ["dog " * 60, ("dog " * 60, "fox"), ("fox", "dog " * 60)])
 def test_long_texts_are_refused_or_cut(text: str | tuple[str, str]) -> None:
     bert = encoder("classification", ("bad", "good"))
-    with pytest.raises(InputError, match=r"text 0 has \d+ tokens; the model's context is 40"):
+    with pytest.raises(InputError, match=r"text 0 has \d+ tokens; the limit is 40"):
         bert.classify(text)
     with pytest.warns(UserWarning, match="1 of 1 texts were longer than 40 tokens and were cut") as seen:
         bert.classify(text, truncate=True)

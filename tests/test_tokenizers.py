@@ -103,6 +103,19 @@ def test_a_stream_gives_each_piece_as_soon_as_it_is_whole() -> None:
     assert tokenizer.decode(taken) == "ab👧"
 
 
+@pytest.mark.parametrize("pair", [None, "an owl [SEP] and more of it", "x"])
+def test_shortened_texts_are_transformers(pair: str | None, tmp_path: Path) -> None:
+    tokenizer = ALL["wordpiece", "bert"]
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "the quick [MASK] brown fox [SEP] jumps over the lazy dog"
+    for limit in range(5, 30):
+        expected = theirs(text, pair, truncation=True, max_length=limit)
+        found = tokenizer.shortened(limit).encode(text, pair)
+        assert (found.ids, found.segments) == (expected["input_ids"], expected["token_type_ids"])
+    assert len(tokenizer.encode(text, pair).ids) > 10
+
+
 # ---------------------------------------------------------------- special tokens and templates
 
 

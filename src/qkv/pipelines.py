@@ -24,8 +24,6 @@ from torch import Tensor
 from qkv import hub
 from qkv.attention import Attention
 from qkv.config import BertHead
-from qkv.data.dataset import special_ids
-from qkv.data.labelled import shorten
 from qkv.decode import Decoding, Finish, Hypothesis, generate, sample
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
@@ -46,6 +44,8 @@ M = TypeVar("M", bound=Transformer | Bert | GPT | ViT)
 ImageLike = Image.Image | str | Path | bytes
 """An image, its path, or its file's bytes."""
 AnyImage = TypeVar("AnyImage", bound=ImageLike)
+OneOrMany = TypeVar("OneOrMany", str, list[str])
+"""A text or a list of texts; the answer is of the same type."""
 
 
 class Guess(NamedTuple):
@@ -189,50 +189,21 @@ class Translator(Pipeline[Transformer]):
         """The model on source ids (S,) and target ids (T,)."""
         return cast(TransformerOutput, self.model(source.to(self.device), target.to(self.device)))
 
-    @overload
     def translate(
         self,
-        texts: str,
+        texts: OneOrMany,
         *,
         num_beams: int = 4,
         length_penalty: float = 1.0,
         max_new_tokens: int | None = None,
         truncate: bool = False,
-    ) -> str: ...
-    @overload
-    def translate(
-        self,
-        texts: list[str],
-        *,
-        num_beams: int = 4,
-        length_penalty: float = 1.0,
-        max_new_tokens: int | None = None,
-        truncate: bool = False,
-    ) -> list[str]: ...
-    def translate(
-        self,
-        texts: str | list[str],
-        *,
-        num_beams: int = 4,
-        length_penalty: float = 1.0,
-        max_new_tokens: int | None = None,
-        truncate: bool = False,
-    ) -> str | list[str]:
+    ) -> OneOrMany:
         """The likeliest translation of a text, or of each text of a list; num_beams=1 is greedy.
 
         max_new_tokens: at most so many tokens each; None: what the model's context holds. truncate: cut
         texts longer than the context, with a warning that counts them. Raises InputError for such a
         text otherwise.
         """
-        if isinstance(texts, str):
-            (answer,) = self.translate(
-                [texts],
-                num_beams=num_beams,
-                length_penalty=length_penalty,
-                max_new_tokens=max_new_tokens,
-                truncate=truncate,
-            )
-            return answer
         context = self.model.config.context
         decoding = Decoding(
             num_beams=num_beams,
@@ -240,12 +211,14 @@ class Translator(Pipeline[Transformer]):
             temperature=0.0,
             max_new_tokens=context if max_new_tokens is None else max_new_tokens,
         )
-        sources = _fit(self.tokenizer, self.tokenizer.encode_batch(texts), context, truncate)
+        given = [texts] if isinstance(texts, str) else texts
+        sources = _encode(self.tokenizer, given, context, truncate)
         found = _decode(self.model, [source.ids for source in sources], decoding, [self.model.config.eos_id])
         if unfinished := sum(answer.finish != "eos" for answer in found):
             _warn(f"{unfinished} of {len(found)} translations were cut at {decoding.max_new_tokens} tokens")
         target = self.tokenizer.target
-        return [target.decode(answer.ids) for answer in found]
+        answers = [target.decode(answer.ids) for answer in found]
+        return answers[0] if isinstance(texts, str) else answers
 
 
 # ---------------------------------------------------------------- BERT
@@ -278,8 +251,7 @@ class Encoder(Pipeline[Bert]):
         if (masks := encoding.ids.count(mask)) != 1:
             raise InputError(f"the text has {masks} masks; write {self.tokenizer.token(mask)} exactly once")
         config = self.model.config
-        batch, segments = self._batch(_fit(self.tokenizer, [encoding], config.context, truncate=False))
-        hidden = self.model.features(batch, segments).values[encoding.ids.index(mask)]  # (D,)
+        hidden = self.model.features(*self._batch([encoding])).values[encoding.ids.index(mask)]  # (D,)
         logits = self.model.word_logits(hidden).float()  # (V,)
         best = logits.softmax(-1).topk(min(top_k, config.vocab_size))
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -294,7 +266,7 @@ class Encoder(Pipeline[Bert]):
         """
         _check_list(texts)
         config = self.model.config
-        encodings = _fit(self.tokenizer, self.tokenizer.encode_batch(texts), config.context, truncate)
+        encodings = _encode(self.tokenizer, texts, config.context, truncate)
         vectors = np.empty((len(texts), config.dim), dtype=np.float32)
         for indices in _batches([len(e.ids) for e in encodings]):
             hidden = self.model.features(*self._batch([encodings[i] for i in indices]))
@@ -323,9 +295,7 @@ class Encoder(Pipeline[Bert]):
         config = self.model.config
         if config.head != "classification":
             raise InputError(f"this model has no classification head but {config.head!r}: fine-tune it first")
-        given = [(text,) if isinstance(text, str) else text for text in texts]
-        encodings = [self.tokenizer.encode(*parts) for parts in given]
-        encodings = _fit(self.tokenizer, encodings, config.context, truncate)
+        encodings = _encode(self.tokenizer, texts, config.context, truncate)
         guesses: dict[int, list[Guess]] = {}
         for indices in _batches([len(e.ids) for e in encodings]):
             logits = self(*self._batch([encodings[i] for i in indices])).class_logits  # (N, K)
@@ -434,20 +404,24 @@ def _decode(
     return [answer for i in range(len(inputs)) for answer in found[i]]
 
 
-def _fit(tokenizer: Tokenizer, encodings: list[Encoding], context: int, truncate: bool) -> list[Encoding]:
-    """The encodings, those over the context cut. Raises InputError for such a one unless it may be cut."""
-    lengths = [len(e.ids) for e in encodings]
-    over = sum(length > context for length in lengths)
+def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair], limit: int, truncate: bool) -> list[Encoding]:
+    """Each text or pair, cut to the limit. Raises InputError for one over it unless it may be cut."""
+    parts = [(text,) if isinstance(text, str) else text for text in texts]
+    encodings = [tokenizer.encode(*part) for part in parts]
+    lengths = [len(encoding.ids) for encoding in encodings]
+    over = [i for i, length in enumerate(lengths) if length > limit]
     if not over:
         return encodings
     if not truncate:
         i = lengths.index(max(lengths))
         raise InputError(
-            f"text {i} has {lengths[i]} tokens; the model's context is {context}: shorten it or pass truncate"
+            f"text {i} has {lengths[i]} tokens; the limit is {limit}: shorten it or set truncate"
         )
-    _warn(f"{over} of {len(encodings)} texts were longer than {context} tokens and were cut")
-    structure = set(special_ids(tokenizer)) - {tokenizer.unk_id}
-    return [shorten(e, context, structure) for e in encodings]
+    _warn(f"{len(over)} of {len(encodings)} texts were longer than {limit} tokens and were cut")
+    shortened = tokenizer.shortened(limit)
+    for i in over:
+        encodings[i] = shortened.encode(*parts[i])
+    return encodings
 
 
 def _guesses(logits: Tensor | None, labels: tuple[str, ...], top_k: int) -> list[list[Guess]]:

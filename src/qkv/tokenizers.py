@@ -173,6 +173,16 @@ class Tokenizer:
         """The tokenizer of target texts: this one, unless sources and targets are split differently."""
         return self
 
+    def shortened(self, limit: int) -> Tokenizer:
+        """The same tokenizer, but `encode` cuts the ends of texts to `limit` tokens, its template included.
+
+        Of two texts the longer one gives way.
+        """
+        other = copy.copy(self)
+        other.backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        other.backend.enable_truncation(limit)
+        return other
+
     # ------------------------------------------------------------ ids to text
 
     def decode(self, ids: Sequence[int]) -> str:

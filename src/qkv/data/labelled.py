@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qkv.data.batches import LabelledBatch
-from qkv.data.dataset import Dataset, Sequences, check_context, fit, join, lay, slices, special_ids
+from qkv.data.dataset import Dataset, Sequences, check_context, join, lay, slices
 from qkv.tokenizers import Encoding, Tokenizer
 
 
@@ -28,16 +28,11 @@ class LabelledDataset(Dataset):
         truncate: bool,
     ) -> None:
         """pairs: second texts, or none. Raises InputError for a text over the context that may not be cut."""
-        encodings = [
-            encoding
-            for some in slices(len(texts))
-            for encoding in tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
-        ]
+        encodings = _encode(tokenizer, texts, pairs)
         lengths = np.array([len(e.ids) for e in encodings])
         self.notes = check_context(lengths, texts, context, truncate)
         if self.notes:
-            structure = set(special_ids(tokenizer)) - {tokenizer.unk_id}
-            encodings = [shorten(e, context, structure) for e in encodings]
+            encodings = _encode(tokenizer.shortened(context), texts, pairs)
         self.ids = Sequences(e.ids for e in encodings)
         self.segments = Sequences(e.segments for e in encodings)
         self.labels = np.asarray(labels)
@@ -52,14 +47,10 @@ class LabelledDataset(Dataset):
         )
 
 
-def shorten(encoding: Encoding, context: int, structure: set[int]) -> Encoding:
-    """Cut the ends of the texts so that with their special tokens they fit."""
-    words: tuple[list[int], list[int]] = ([], [])
-    for position, (id, segment) in enumerate(zip(encoding.ids, encoding.segments, strict=True)):
-        if id not in structure:
-            words[segment].append(position)
-    first, second = words
-    keep = fit(len(first), len(second), context - (len(encoding.ids) - len(first) - len(second)))
-    cut = {*first[keep[0] :], *second[keep[1] :]}
-    kept = [i for i in range(len(encoding.ids)) if i not in cut]
-    return Encoding([encoding.ids[i] for i in kept], [encoding.segments[i] for i in kept])
+def _encode(tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str]) -> list[Encoding]:
+    """Each text, or each text and its pair, in the tokenizer's template."""
+    return [
+        encoding
+        for some in slices(len(texts))
+        for encoding in tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
+    ]
