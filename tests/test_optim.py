@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qkv.config import TrainConfig
-from qkv.optim import adamw, learning_rate
+from qkv.config import BertConfig, GPTConfig, TrainConfig, TransformerConfig, ViTConfig
+from qkv.models import build
+from qkv.optim import learning_rate, optimizers
 
 SCHEDULES = ["cosine", "linear", "inverse_sqrt", "constant"]
 
@@ -57,9 +58,31 @@ def test_cosine_equals_torch_s():
 
 def test_weight_decay_on_matrices_only():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4))
-    groups = adamw(model, config(weight_decay=0.3)).param_groups
+    groups = optimizers(model, config(weight_decay=0.3))[0].param_groups
     decayed = {tuple(p.shape) for g in groups if g["weight_decay"] == 0.3 for p in g["params"]}
     spared = [tuple(p.shape) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]]
     assert decayed == {(4, 3), (5, 4)}
     assert spared == [(4,), (4,), (4,)]
     assert math.isclose(sum(len(g["params"]) for g in groups), len(list(model.parameters())))
+
+
+SIZES = {"dim": 8, "depth": 2, "heads": 2, "mlp_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "matrices"),
+    [
+        (GPTConfig(**SIZES, vocab_size=9, context=9), 2 * 4),
+        (BertConfig(**SIZES, vocab_size=9, context=9), 2 * 4),
+        (TransformerConfig(**SIZES, vocab_size=9, context=9), 2 * 4 + 2 * 6),
+        (ViTConfig(**SIZES, image_size=8, patch_size=4, labels=("a", "b")), 2 * 4),
+    ],
+)
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_every_other_parameter(model, matrices):
+    model = build(model)
+    muon, adamw = optimizers(model, config(optimizer="muon"))
+    of_muon = [p for g in muon.param_groups for p in g["params"]]
+    of_adamw = [p for g in adamw.param_groups for p in g["params"]]
+    assert len(of_muon) == matrices
+    assert {id(p) for p in [*of_muon, *of_adamw]} == {id(p) for p in model.parameters()}
+    assert len(of_muon) + len(of_adamw) == len(list(model.parameters()))

@@ -9,18 +9,16 @@ state/last.safetensors   everything that resuming needs
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qkv.errors import InputError
+from qkv.files import reason, replace_file
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -41,47 +39,24 @@ class Progress:
     """Held-out scores of the model with the lowest loss so far, which the run folder holds."""
 
 
-def replace_file(path: Path, write: Any) -> None:
-    """Call `write(temporary_path)` and put the result in place of `path` only once it is on the disk.
-
-    Raises InputError if the disk is full or the folder cannot be written; what was there before stays.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            temporary.unlink()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"cannot write {path}: {reason}; the last complete file is kept") from error
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a small text file whole."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save_state(run: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress) -> None:
     """Write the state of a run. Raises InputError on a full disk; the state before it stays."""
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {"progress": json.dumps(vars(progress))}
     replace_file(run / STATE, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a run's last state into its model and optimiser.
+def load_state(run: Path, model: nn.Module, optimizers: list[Optimizer]) -> Progress:
+    """Put a run's last state into its model and optimisers.
 
     Raises InputError if there is none, or if it is damaged or does not fit.
     """
@@ -89,7 +64,7 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     if not path.exists():
         raise InputError(f"{run} has no state to resume from ({path} is missing)")
     model_state: dict[str, Tensor] = {}
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     try:
         with safe_open(path, framework="pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
@@ -98,8 +73,8 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
                 if part == "model":
                     model_state[name] = file.get_tensor(key)
                 else:
-                    index, _, field = name.partition(".")
-                    optimizer_state.setdefault(int(index), {})[field] = file.get_tensor(key)
+                    number, index, field = name.split(".")
+                    states[int(number)].setdefault(int(index), {})[field] = file.get_tensor(key)
     except SafetensorError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     try:
@@ -108,7 +83,8 @@ def load_state(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
         raise InputError(
             f"{path} does not fit the model of {run / CONFIG}: {str(error).splitlines()[-1].strip()}"
         ) from None
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": optimizer_state})
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return progress
 
 
@@ -127,7 +103,7 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+            raise InputError(f"cannot write {self.path}: {reason(error)}") from error
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

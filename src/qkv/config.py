@@ -218,6 +218,8 @@ class TrainConfig:
     max_steps: int = 1000
     batch_tokens: int = 4096
     """Tokens of one optimiser step (images count as their patches)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest; one learning rate suits both."""
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
     warmup_steps: int = 100

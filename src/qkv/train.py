@@ -33,7 +33,7 @@ from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.models import build
 from qkv.objectives import item_counts, loss_terms
-from qkv.optim import adamw, learning_rate
+from qkv.optim import learning_rate, optimizers
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer, train_tokenizer
 
@@ -182,9 +182,9 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
     config = job.config.train
     device = pick_device()
     model = job.checkpoint.model.to(device)
-    optimizer = adamw(model, config)
+    steppers = optimizers(model, config)
     if resume:
-        progress = load_state(run, model, optimizer)
+        progress = load_state(run, model, steppers)
         if progress.data != _fingerprint(job.train):
             raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
     elif (run / CONFIG).exists():
@@ -197,7 +197,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
         for part in (job.checkpoint.tokenizer, job.checkpoint.images):
             if part is not None:
                 part.save(run)
-        save_state(run, model, optimizer, progress)
+        save_state(run, model, steppers, progress)
     metrics = Metrics(run, progress.step)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
     observer.say(job.about)
@@ -209,7 +209,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
                 break
             step = progress.step + 1
             rate = learning_rate(step, config)
-            record = _step(job, model, optimizer, epoch, indices, step, rate)
+            record = _step(job, model, steppers, epoch, indices, step, rate)
             progress.step = step
             progress.seconds = time.monotonic() - started
             observer.step(step, record["loss"], record["tokens"])
@@ -227,7 +227,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
                 metrics.add({"step": step, "seconds": progress.seconds} | valid)
                 observer.evaluated(step, scores)
             if step % config.save_steps == 0 or last or interrupted.is_set():
-                save_state(run, model, optimizer, progress)
+                save_state(run, model, steppers, progress)
             if interrupted.is_set() and not last:
                 raise KeyboardInterrupt
     if progress.best_step != config.max_steps:
@@ -240,7 +240,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
 def _step(
     job: Job,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
+    steppers: list[torch.optim.Optimizer],
     epoch: int,
     indices: list[int],
     step: int,
@@ -265,10 +265,11 @@ def _step(
             f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, "
             f"and train into another --out"
         )
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in steppers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": float(job.train.costs[indices].sum())}
 
 
