@@ -44,12 +44,13 @@ PRETRAIN = RunConfig(
     model=BertConfig(dim=192, depth=4, heads=6, mlp_dim=768, context=128, dropout=0.0, attention_dropout=0.0),
     tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=4096, lowercase=True),
     train=TrainConfig(
-        max_steps=700,
+        max_steps=500,
         batch_tokens=2048,
+        optimizer="muon",
         learning_rate=1.5e-3,
         schedule="linear",
-        warmup_steps=60,
-        eval_steps=175,
+        warmup_steps=30,
+        eval_steps=250,
     ),
 )
 FINE_TUNE = TrainConfig(
