@@ -16,7 +16,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from qkv.config import from_dict
 from qkv.errors import InputError
+from qkv.files import blame, read_json
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
@@ -82,32 +84,32 @@ class ImageProcessor:
     def load(folder: str | Path) -> ImageProcessor:
         """A checkpoint's settings. Raises InputError if they are missing or ask for what is not done here."""
         path = Path(folder) / FILE
-        try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"{folder} has no {FILE}") from None
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON: {error}") from None
+        values: dict[str, Any] = read_json(path)
+        with blame(path):
+            return ImageProcessor._of(values)
+
+    @staticmethod
+    def _of(values: dict[str, Any]) -> ImageProcessor:
+        """The settings of transformers' file."""
         fixed = {"do_resize": True, "do_rescale": True, "do_center_crop": False, "do_pad": False}
         for key, wanted in fixed.items():
             if (given := values.get(key)) not in (None, wanted):
-                raise InputError(f"{path} has {key} = {given}; only {wanted} is supported")
-        if abs(values.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
-            raise InputError(
-                f"{path} has rescale_factor = {values['rescale_factor']}; only 1/255 is supported"
-            )
+                raise InputError(f"{key} is {given}; only {wanted} is supported")
+        if abs((factor := values.get("rescale_factor", 1 / 255)) - 1 / 255) > 1e-9:
+            raise InputError(f"rescale_factor is {factor}; only 1/255 is supported")
         size = values.get("size", 224)
         sides = {size} if isinstance(size, int) else {size.get("height"), size.get("width")}
         if len(sides) != 1 or None in sides:
-            raise InputError(f"{path} has size = {size}; only a square is supported")
+            raise InputError(f"size is {size}; only a square is supported")
         number = values.get("resample", 2)
         names = {int(Image.Resampling[name.upper()]): name for name in get_args(Resample)}
         if number not in names:
-            raise InputError(f"{path} has resample = {number}; it must be one of {sorted(names)}")
+            raise InputError(f"resample is {number}; it must be one of {sorted(names)}")
         mean, std = values.get("image_mean", [0.5] * 3), values.get("image_std", [0.5] * 3)
         if not values.get("do_normalize", True):
             mean, std = [0.0] * len(mean), [1.0] * len(std)
-        return ImageProcessor(sides.pop(), tuple(mean), tuple(std), names[number])
+        ours = {"size": sides.pop(), "mean": mean, "std": std, "resample": names[number]}
+        return from_dict(ImageProcessor, ours)
 
 
 def open_image(source: str | Path | bytes) -> Image.Image:

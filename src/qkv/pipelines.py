@@ -261,12 +261,13 @@ class Encoder(Pipeline[Bert]):
     def embed(self, texts: list[str], truncate: bool = False) -> NDArray[np.float32]:
         """One vector a text, (N, D): the mean over its tokens, unless the checkpoint says otherwise.
 
-        truncate: cut texts longer than the context, with a warning that counts them. Raises InputError
-        for such a text otherwise.
+        truncate: cut texts longer than the checkpoint's `max_tokens`, or else the context, with a warning
+        that counts them. Raises InputError for such a text otherwise.
         """
         _check_list(texts)
         config = self.model.config
-        encodings = _encode(self.tokenizer, texts, config.context, truncate)
+        limit = self.checkpoint.max_tokens or config.context
+        encodings = _encode(self.tokenizer, texts, limit, truncate)
         vectors = np.empty((len(texts), config.dim), dtype=np.float32)
         for indices in _batches([len(e.ids) for e in encodings]):
             hidden = self.model.features(*self._batch([encodings[i] for i in indices]))

@@ -166,7 +166,7 @@ def test_old_names_of_layer_norms(tmp_path: Path) -> None:
     assert any("gamma" in key for key in load_file(tmp_path / "model.safetensors"))
     theirs.compare(hub.load(tmp_path).model, model)
     edit(tmp_path, lambda tensors: {**tensors, "bert.embeddings.LayerNorm.weight": torch.ones(12)})
-    with pytest.raises(InputError, match=r"embeddings\.LayerNorm\.weight twice"):
+    with pytest.raises(InputError, match=r"LayerNorm\.gamma and bert\.embeddings\.LayerNorm\.weight are one"):
         hub.load(tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_tied_tensors_may_be_repeated_or_renamed_but_not_differ(name: str, tmp_p
     edit(tmp_path, lambda tensors: {**tensors, original: tensors[copies[0]] + 1})
     with pytest.raises(
         InputError,
-        match=f"different from what they are tied to: .*{re.escape(copies[-1].removeprefix('model.'))}",
+        match=f"different from what they are tied to: .*{re.escape(copies[-1])}",
     ):
         hub.load(tmp_path)
 

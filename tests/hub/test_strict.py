@@ -58,13 +58,7 @@ def test_every_tensor_is_needed(name: str, tmp_path: Path) -> None:
     layer_1 = [key for key in whole if ".1." in key]
     for missing in [key for key in whole if key not in layer_1] + layer_1[:2]:
         save_file({k: v for k, v in whole.items() if k != missing}, tmp_path / WEIGHTS)
-        bare = (
-            missing.removeprefix("transformer.")
-            .removeprefix("bert.")
-            .removeprefix("vit.")
-            .removeprefix("model.")
-        )
-        assert bare in refused(tmp_path, "missing: ")
+        assert refused(tmp_path, "missing: ").endswith(f"missing: {missing}")
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
@@ -73,10 +67,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
         tmp_path,
         lambda t: t.update({"score.weight": torch.ones(2), "transformer.h.2.ln_1.bias": torch.ones(12)}),
     )
-    assert "score.weight" in refused(tmp_path, r"unexpected: .*h\.2\.ln_1\.bias")
+    assert "score.weight" in refused(tmp_path, r"unexpected: .*transformer\.h\.2\.ln_1\.bias")
     saved("gpt2", tmp_path)
     edit(tmp_path, lambda t: t.update({"transformer.wpe.weight": torch.ones(19, 12)}))
-    refused(tmp_path, r"of a wrong shape: wpe\.weight \(19, 12\) instead of \(20, 12\)")
+    refused(tmp_path, r"of a wrong shape: transformer\.wpe\.weight \(19, 12\) instead of \(20, 12\)")
     saved("gpt2", tmp_path)
     edit(tmp_path, lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(48, 12)}))
     refused(tmp_path, r"c_fc\.weight \(48, 12\) instead of \(12, 48\)")
@@ -120,8 +114,8 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("gpt2", {"model_type": "llama"}, "model_type 'llama'; supported are gpt2"),
-        ("gpt2", {"model_type": ...}, "model_type None"),
+        ("gpt2", {"model_type": "llama"}, "model_type is 'llama'; supported are gpt2"),
+        ("gpt2", {"model_type": ...}, "model_type is None"),
         ("gpt2", {"n_embd": ...}, "n_embd is missing"),
         ("gpt2", {"n_layer": "two"}, "depth"),
         ("gpt2", {"activation_function": "mish"}, "'mish'; supported are gelu"),
@@ -154,7 +148,7 @@ def test_folders_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[")
     refused(tmp_path, "not valid JSON")
     (tmp_path / "config.json").write_text("[]")
-    refused(tmp_path, "model_type None")
+    refused(tmp_path, r"config\.json is malformed")
 
 
 # ---------------------------------------------------------------- heads on demand

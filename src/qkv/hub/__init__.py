@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qkv import images
-from qkv.config import AnyModelConfig, BertConfig, BertHead, GPTConfig, TransformerConfig, ViTConfig
+from qkv import files, images
+from qkv.config import AnyModelConfig, BertConfig, BertHead, Family, GPTConfig, TransformerConfig, ViTConfig
 from qkv.errors import InputError
 from qkv.hub import folder as folders
 from qkv.hub import sentence
@@ -25,7 +24,7 @@ from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2
 from qkv.hub.marian import Marian
 from qkv.hub.sentence import Pooling
-from qkv.hub.table import Format, Slice
+from qkv.hub.table import Format
 from qkv.hub.vit import VIT
 from qkv.images import ImageProcessor
 from qkv.layers import sinusoidal
@@ -48,6 +47,8 @@ class Checkpoint:
     """How a sentence-transformers folder makes one vector of a text; None: it is not such a folder."""
     normalize: bool = False
     """Whether such vectors are scaled to length 1."""
+    max_tokens: int | None = None
+    """How many tokens of a text such a vector is of; None: as many as the model reads."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
 
@@ -55,61 +56,68 @@ class Checkpoint:
 def load(
     source: str | Path,
     *,
+    family: Family | None = None,
     head: BertHead | None = None,
     labels: tuple[str, ...] = (),
     revision: str | None = None,
 ) -> Checkpoint:
     """A checkpoint from a folder or a Hub id, which huggingface_hub downloads and keeps in its cache.
 
-    head, labels: ask for this head of BERT, or classes of BERT or ViT; what of it the checkpoint does not
-    have gets fresh weights. Without them the head that the checkpoint declares must be there.
+    family: the only one that will do. head, labels: ask for this head of BERT, or classes of BERT or ViT;
+    what of it the checkpoint does not have gets fresh weights. Without them the head that the checkpoint
+    declares must be there.
     revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported.
     """
-    folder, pooling, normalize = sentence.read(folders.locate(source, revision))
-    theirs = folders.read_json(folder / folders.CONFIG)
-    model_type = theirs.get("model_type") if isinstance(theirs, dict) else None
-    if model_type not in _FORMATS:
-        known = ", ".join(_FORMATS)
-        raise InputError(f"{folder / folders.CONFIG} has model_type {model_type!r}; supported are {known}")
-    format = _FORMATS[model_type]
+    folder, pooling, normalize, max_tokens = sentence.read(folders.locate(source, revision))
+    theirs = files.read_json(folder / folders.CONFIG)
+    with files.blame(folder / folders.CONFIG):
+        if (model_type := theirs.get("model_type")) not in _FORMATS:
+            raise InputError(f"model_type is {model_type!r}; supported are {', '.join(_FORMATS)}")
+        format = _FORMATS[model_type]
+        settings = format.fields.read(theirs)
     with folders.open_tensors(folder) as tensors:
-        disk = _by_table_name(folder, tensors, format)
-        try:
-            declared: AnyModelConfig = format.config(format.fields.read(theirs), theirs, disk.keys())
-        except InputError as error:
-            raise InputError(f"{folder / folders.CONFIG}: {error}") from None
+        with files.blame(folder):
+            names = format.table.match(tensors)
+        with files.blame(folder / folders.CONFIG):
+            declared: AnyModelConfig = format.config(settings, theirs, names.keys())
+        if family not in (None, declared.family):
+            raise InputError(f"{source} is a {declared.family} model, but this run trains a {family}")
         config = _asked(declared, head, labels)
         if _classes(config) != _classes(declared):
-            disk = {name: tensor for name, tensor in disk.items() if not name.startswith("classifier.")}
+            names = {known: name for known, name in names.items() if not known.startswith("classifier.")}
         model = _unfilled(config)
         try:
-            fresh = format.table.load(model, config, disk, _HEADS if head or labels else ())
+            fresh = format.table.load(model, config, tensors, names, _HEADS if head or labels else ())
         except InputError as error:
             raise InputError(f"the tensors in {folder} do not fit its {folders.CONFIG}: {error}") from None
     model.eval()
-    has_tokenizer = any((folder / name).is_file() for name in VOCABULARIES)
+    if max_tokens is not None and isinstance(config, BertConfig):
+        max_tokens = min(max_tokens, config.context)
     has_images = (folder / images.FILE).is_file()
     return Checkpoint(
         model=model,
-        tokenizer=Tokenizer.load(folder) if has_tokenizer else None,
+        tokenizer=_tokenizer(folder, config),
         images=ImageProcessor.load(folder) if has_images else None,
         pooling=pooling,
         normalize=normalize,
+        max_tokens=max_tokens,
         fresh=fresh,
     )
 
 
-def _by_table_name(folder: Path, tensors: Mapping[str, Slice], format: Format[Any]) -> dict[str, Slice]:
-    """The tensors under the names that the table has for them."""
-    found: dict[str, Slice] = {}
-    for name, tensor in tensors.items():
-        known = format.table.name(name)
-        if known in found:
-            raise InputError(f"{folder} has {known} twice, under an old and a new name")
-        found[known] = tensor
-    return found
+def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
+    """The folder's tokenizer, if it has one. Raises InputError if it has ids that the model does not know."""
+    if isinstance(config, ViTConfig) or not any((folder / name).is_file() for name in VOCABULARIES):
+        return None
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens, its model only "
+            f"{config.vocab_size}: they do not belong together"
+        )
+    return tokenizer
 
 
 def _asked(declared: AnyModelConfig, head: BertHead | None, labels: tuple[str, ...]) -> AnyModelConfig:
@@ -172,8 +180,9 @@ def check_savable(config: AnyModelConfig) -> None:
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
 
-    It is written beside and moved into place, so a failure leaves what was there before. Raises
-    InputError if the config cannot be expressed, the disk is full, or the folder cannot be written.
+    It is written beside and moved into place, so a failure leaves what was there before; what a kill -9
+    leaves, `folder.replace` says. Raises InputError if the config cannot be expressed, the disk is full,
+    or the folder cannot be written.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     config: AnyModelConfig = model.config
@@ -191,8 +200,10 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
 
     def write(staging: Path) -> None:
         save_file(tensors, staging / folders.WEIGHTS, metadata={"format": "pt"})
-        files = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
-        for name, values in files.items():
+        for name, values in (
+            (folders.CONFIG, settings),
+            (folders.GENERATION, format.generation(config)),
+        ):
             if values:
                 text = json.dumps(values, indent=2, ensure_ascii=False)
                 (staging / name).write_text(text + "\n", encoding="utf-8")
@@ -203,6 +214,7 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
         if checkpoint.images is not None:
             checkpoint.images.save(staging)
         if checkpoint.pooling is not None and isinstance(config, BertConfig):
-            sentence.write(staging, config, checkpoint.pooling, checkpoint.normalize)
+            max_tokens = checkpoint.max_tokens or config.context
+            sentence.write(staging, config.dim, checkpoint.pooling, checkpoint.normalize, max_tokens)
 
     folders.replace(Path(folder), write)

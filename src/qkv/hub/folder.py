@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import fcntl
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qkv import images, tokenizers
+from qkv import files, images, tokenizers
 from qkv.errors import InputError
 from qkv.hub.table import Slice
 
@@ -26,9 +25,10 @@ SHARDS = "model-*.safetensors"
 MODULES = "modules.json"
 SENTENCE = "sentence_bert_config.json"
 
-_MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, *tokenizers.FILES, images.FILE)
-_FILES = (*_MODEL_FILES, GENERATION, MODULES, SENTENCE)
+_MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
+_FILES = (*_MODEL_FILES, GENERATION, MODULES)
 """What a checkpoint may consist of, as patterns, but for the modules of sentence-transformers."""
+_STAGING = ".saving-"
 
 
 # ---------------------------------------------------------------- finding
@@ -78,18 +78,6 @@ def _download(name: str, revision: str | None) -> Path:
         raise InputError(f"{name} cannot be fetched from the Hub: {' '.join(str(error).split())}") from None
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content. Raises InputError if it is missing or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-
-
 @contextmanager
 def open_tensors(folder: Path) -> Iterator[dict[str, Slice]]:
     """All tensors of a folder's safetensors files, by name, read when they are indexed.
@@ -97,10 +85,11 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Slice]]:
     Raises InputError if there are none, or a file is missing or broken.
     """
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values()))
+        index = files.read_json(folder / INDEX)
+        with files.blame(folder / INDEX):
+            shards = {folder / name for name in index["weight_map"].values()}
     elif (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
+        shards = {folder / WEIGHTS}
     else:
         raise InputError(
             f"{folder} has no {WEIGHTS}; pickled weights such as pytorch_model.bin are never loaded, because "
@@ -108,14 +97,14 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Slice]]:
         )
     with ExitStack() as stack:
         tensors: dict[str, Slice] = {}
-        for name in files:
+        for shard in sorted(shards):
             try:
-                file = stack.enter_context(safe_open(folder / name, framework="pt"))
+                file = stack.enter_context(safe_open(shard, framework="pt"))
                 tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
             except FileNotFoundError:
-                raise InputError(f"{folder} has no {name}, which {INDEX} names") from None
+                raise InputError(f"{folder} has no {shard.name}, which {INDEX} names") from None
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{folder / name} cannot be read: {error}") from None
+                raise InputError(f"{shard} cannot be read: {error}") from None
         yield tensors
 
 
@@ -125,38 +114,61 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Slice]]:
 def replace(folder: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill an empty folder, and put its files into `folder` only once all are on the disk.
 
-    Files of a checkpoint that was there before go with it; others stay. Raises InputError if the disk is
-    full or the folder cannot be written; what was there before is then untouched.
+    Files of a checkpoint that was there before go; others stay. Raises InputError if the disk is full or
+    the folder cannot be written; what was there before is then untouched.
+
+    Each file is replaced at once, the weights last. So a power cut or kill -9 leaves the old weights or
+    all that is new; but the old weights can then be beside new settings and tokenizer, which makes no
+    difference only while one and the same run saves. What a killed process was writing goes with the
+    next save.
     """
-    made = False
+    made, kept = False, ""
     try:
         made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-            staging = Path(name)
+        old = _checkpoint_files(folder)
+        kept = "; the checkpoint that was there before is kept" if old else ""
+        with _staging(folder) as staging:
             write(staging)
-            _move(staging, folder)
-        _sync(folder)
+            new = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
+            for name in new:
+                files.sync(staging / name)
+            for name in sorted(new, key=lambda name: (name == Path(WEIGHTS), name)):
+                if name == Path(WEIGHTS):  # an old index would hide the new weights
+                    for leftover in old - new:
+                        (folder / leftover).unlink()
+                (folder / name).parent.mkdir(exist_ok=True)
+                (staging / name).replace(folder / name)
+                kept = ""
+        files.sync(folder)
     except (OSError, SafetensorError) as error:
         if made:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 folder.rmdir()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        kept = "" if made else "; what was there before is kept"
-        raise InputError(f"cannot save to {folder}: {reason}{kept}") from error
+        raise InputError(f"cannot save to {folder}: {files.reason(error)}{kept}") from error
 
 
-def _move(staging: Path, folder: Path) -> None:
-    """Put all files of one folder into the other, in place of the checkpoint that is there."""
-    names = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
-    for name in names:
-        _sync(staging / name)
-    old = _checkpoint_files(folder)
-    for name in sorted(names):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (staging / name).replace(folder / name)
-    for name in old - names:
-        (folder / name).unlink()
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A new folder in that folder, locked; those of killed processes, whose locks are gone, go."""
+    for stale in folder.glob(f"{_STAGING}*"):
+        with suppress(OSError), _locked(stale):
+            shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as name, ExitStack() as stack:
+        with suppress(OSError):  # a file system without locks: nothing of it is ever taken for stale
+            stack.enter_context(_locked(Path(name)))
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process. Raises OSError if another holds it, or there are none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _checkpoint_files(folder: Path) -> set[Path]:
@@ -165,12 +177,3 @@ def _checkpoint_files(folder: Path) -> set[Path]:
         return set()
     patterns: Iterable[str] = (*_FILES, "*_Pooling/config.json", "*_Normalize/config.json")
     return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

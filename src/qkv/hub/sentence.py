@@ -4,48 +4,72 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from qkv.config import BertConfig
 from qkv.errors import InputError
-from qkv.hub.folder import MODULES, SENTENCE, read_json
+from qkv.files import blame, read_json
+from qkv.hub.folder import MODULES, SENTENCE
 
 Pooling = Literal["mean", "cls"]
 
 _FLAGS: dict[Pooling, str] = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
 
-def read(folder: Path) -> tuple[Path, Pooling | None, bool]:
-    """Where the encoder is, how its states are pooled, and whether vectors are normalised.
+class Found(NamedTuple):
+    """What a folder says about its encoder."""
 
-    A folder without modules.json has no pooling. Raises InputError for a module that is not supported.
+    folder: Path
+    """Where the encoder itself is."""
+    pooling: Pooling | None = None
+    normalize: bool = False
+    max_tokens: int | None = None
+
+
+def read(folder: Path) -> Found:
+    """What modules.json says; a folder without that file holds just a model.
+
+    Raises InputError for a module that is not supported, or files that are malformed.
     """
-    if not (folder / MODULES).is_file():
-        return folder, None, False
-    modules = {str(m["type"]).rpartition(".")[2]: folder / m["path"] for m in read_json(folder / MODULES)}
-    for name in modules:
-        if name not in ("Transformer", "Pooling", "Normalize"):
-            raise InputError(f"{folder} has the module {name}; supported are Transformer, Pooling, Normalize")
-    if "Transformer" not in modules or "Pooling" not in modules:
-        raise InputError(f"{folder / MODULES} must name a Transformer and a Pooling")
-    return modules["Transformer"], _pooling(modules["Pooling"]), "Normalize" in modules
+    path = folder / MODULES
+    if not path.is_file():
+        return Found(folder)
+    listed = read_json(path)
+    with blame(path):
+        modules = {str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in listed}
+        for name in modules:
+            if name not in ("Transformer", "Pooling", "Normalize"):
+                raise InputError(f"module {name}; supported are Transformer, Pooling, Normalize")
+        if "Transformer" not in modules or "Pooling" not in modules:
+            raise InputError("it must name a Transformer and a Pooling")
+    encoder = modules["Transformer"]
+    return Found(encoder, _pooling(modules["Pooling"]), "Normalize" in modules, _max_tokens(encoder))
+
+
+def _max_tokens(folder: Path) -> int | None:
+    """Tokens of a text that the encoder is given, as sentence-transformers finds the number."""
+    for name, key in ((SENTENCE, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+        values = read_json(folder / name) if (folder / name).is_file() else {}
+        with blame(folder / name):
+            if values.get(key) is not None:
+                return int(values[key])
+    return None
 
 
 def _pooling(folder: Path) -> Pooling:
     """The one mode of pooling that a folder's config.json switches on."""
     values: dict[str, Any] = read_json(folder / "config.json")
-    modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
-    modes += [_FLAGS.get(values["pooling_mode"], values["pooling_mode"])] if "pooling_mode" in values else []
-    for pooling, flag in _FLAGS.items():
-        if modes == [flag]:
-            return pooling
-    raise InputError(
-        f"{folder} pools by {' and '.join(modes) or 'nothing'}; supported are mean and cls alone"
-    )
+    with blame(folder / "config.json"):
+        modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
+        if (mode := values.get("pooling_mode")) is not None:
+            modes.append(_FLAGS.get(mode, mode))
+        for pooling, flag in _FLAGS.items():
+            if modes == [flag]:
+                return pooling
+        raise InputError(f"it pools by {' and '.join(modes) or 'nothing'}; supported are mean and cls alone")
 
 
-def write(folder: Path, config: BertConfig, pooling: Pooling, normalize: bool) -> None:
-    """Say beside a saved encoder how its states are pooled."""
+def write(folder: Path, dim: int, pooling: Pooling, normalize: bool, max_tokens: int) -> None:
+    """Say beside a saved encoder, whose states have that dimension, how they are pooled."""
     names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     modules = [
         {
@@ -61,8 +85,8 @@ def write(folder: Path, config: BertConfig, pooling: Pooling, normalize: bool) -
     flags = {flag: mode == pooling for mode, flag in _FLAGS.items()}
     files = {
         MODULES: modules,
-        SENTENCE: {"max_seq_length": config.context, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": config.dim, **flags},
+        SENTENCE: {"max_seq_length": max_tokens, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": dim, **flags},
     }
     if normalize:
         files["2_Normalize/config.json"] = {}

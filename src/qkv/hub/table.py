@@ -109,6 +109,16 @@ class Table:
                 name = name.removesuffix(old) + new
         return name.removeprefix(self.prefix)
 
+    def match(self, names: Iterable[str]) -> dict[str, str]:
+        """Names as they are in the rows -> names on disk. Raises InputError if two are the same tensor's."""
+        found: dict[str, str] = {}
+        for name in names:
+            known = self.name(name)
+            if known in found:
+                raise InputError(f"{found[known]} and {name} are one tensor under an old and a new name")
+            found[known] = name
+        return found
+
     def layers(self, depth: int) -> Iterator[Row]:
         """The rows of a model of that depth."""
         for row in self.rows:
@@ -116,15 +126,22 @@ class Table:
 
     @torch.no_grad()
     def load(
-        self, model: nn.Module, config: AnyModelConfig, disk: Mapping[str, Slice], fresh: tuple[str, ...] = ()
+        self,
+        model: nn.Module,
+        config: AnyModelConfig,
+        tensors: Mapping[str, Slice],
+        names: Mapping[str, str],
+        fresh: tuple[str, ...] = (),
     ) -> tuple[str, ...]:
-        """Fill the model's tensors from those on disk, named as in the rows.
+        """Fill the model's tensors from those on disk, of which `names`, as from `match`, are to be read.
 
         fresh: modules of ours that keep their initial values if nothing of them is on disk.
         Returns our names of what stayed so. Raises InputError naming what is missing, unexpected, or of
-        a wrong shape, and copies that differ from what they copy. A tensor that the rows know and this
-        model has no place for, another head's, is left out.
+        a wrong shape, and copies that differ from what they copy, as they are called on disk. A tensor
+        that the rows know and this model has no place for, another head's, is left out.
         """
+        disk = {known: tensors[name] for known, name in names.items()}
+        bare = not any(name.startswith(self.prefix) for name in names.values())
         ours = model.state_dict()
         rows = list(self.layers(config.depth))
         on_disk = {row.ours.partition(".")[0] for row in rows if not disk.keys().isdisjoint(row.theirs)}
@@ -138,20 +155,20 @@ class Table:
             target = ours[row.ours]
             copies = [name for name in row.copies if name in disk]
             # A file holds tied tensors once, under any of their names.
-            names = row.theirs if row.theirs[0] in disk or not copies else (copies.pop(0),)
+            parts = row.theirs if row.theirs[0] in disk or not copies else (copies.pop(0),)
             shape = row.disk_shape(target.shape, config)
-            absent = [name for name in names if name not in disk]
-            shapes = {name: tuple(disk[name].get_shape()) for name in (*names, *copies) if name in disk}
+            absent = [self.on_disk(part, bare) for part in parts if part not in disk]
+            shapes = {names[p]: tuple(disk[p].get_shape()) for p in (*parts, *copies) if p in disk}
             wrong = [f"{name} {found} instead of {shape}" for name, found in shapes.items() if found != shape]
             missing += absent
             misshapen += wrong
             if not absent and not wrong:
-                parts = [disk[name][:] for name in names]
-                different += [name for name in copies if not torch.equal(disk[name][:], parts[0])]
-                target.copy_(row.read(parts, target.shape))
+                found = [disk[part][:] for part in parts]
+                different += [names[copy] for copy in copies if not torch.equal(disk[copy][:], found[0])]
+                target.copy_(row.read(found, target.shape))
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
-        unexpected = [name for name in disk if name not in known and not ignored.fullmatch(name)]
+        unexpected = [names[name] for name in disk if name not in known and not ignored.fullmatch(name)]
         problems = {
             "missing": missing,
             "unexpected": unexpected,
@@ -171,8 +188,12 @@ class Table:
         for row in self.layers(config.depth):
             if row.ours in ours:
                 for name, part in zip(row.theirs, row.write(ours[row.ours], config), strict=True):
-                    disk[name if bare or name.startswith(self.outside) else self.prefix + name] = part
+                    disk[self.on_disk(name, bare)] = part
         return disk
+
+    def on_disk(self, name: str, bare: bool) -> str:
+        """A name in the rows as it is on disk."""
+        return name if bare or name.startswith(self.outside) else self.prefix + name
 
 
 def _some(names: list[str], limit: int = 5) -> str:

@@ -1,0 +1,76 @@
+"""Files on disk: settings read with errors that name the file, results written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from qkv.errors import InputError
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises InputError if it is missing or malformed."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}; is it the folder of a checkpoint?") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+@contextmanager
+def blame(path: Path) -> Iterator[None]:
+    """Around the use of what was read: whatever is wrong with it is an InputError that names the path."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is malformed: {type(error).__name__} ({error})") from error
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(temporary_path)` and put the result in place of `path` only once it is on the disk.
+
+    Raises InputError if the disk is full or the folder cannot be written; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        kept = "; the last complete file is kept" if path.exists() else ""
+        raise InputError(f"cannot write {path}: {reason(error)}{kept}") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: OSError | SafetensorError) -> str:
+    """Why a file could not be written, in one line."""
+    # safetensors reports errors of the system in words that end so.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    said = " ".join(str(error).split()) if code is None else os.strerror(code)
+    return f"the disk is full ({said})" if code in (errno.ENOSPC, errno.EDQUOT) else said
