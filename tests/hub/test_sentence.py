@@ -105,6 +105,66 @@ def test_what_sentence_transformers_saves(
     np.testing.assert_allclose(again.encode(TEXTS[:3]), model.encode(TEXTS[:3]), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "tokenizer", "max_tokens"),
+    [
+        ({"max_seq_length": 17}, {"model_max_length": 13}, 17),
+        ({"max_seq_length": None}, {"model_max_length": 13}, 13),
+        (None, {"model_max_length": 13}, 13),
+        ({"max_seq_length": 10**9}, {}, 64),
+        ({}, None, None),
+    ],
+)
+def test_how_many_tokens_are_embedded(
+    sentence: dict | None,
+    tokenizer: dict | None,
+    max_tokens: int | None,
+    minilm: hub.Checkpoint,
+    tmp_path: Path,
+) -> None:
+    """As the library finds it, but that none is more than the model reads."""
+    small(minilm, tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    files = {
+        "modules.json": [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}],
+        "1_Pooling/config.json": {"pooling_mode_mean_tokens": True},
+        "sentence_bert_config.json": sentence,
+        "tokenizer_config.json": tokenizer,
+    }
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name, values in files.items():
+        if values is not None:
+            (tmp_path / name).write_text(json.dumps(values))
+    loaded = hub.load(tmp_path)
+    assert loaded.max_tokens == max_tokens
+    hub.save(tmp_path, loaded)
+    assert hub.load(tmp_path).max_tokens == (max_tokens or 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("modules.json", {"a": 1}),
+        ("modules.json", [{"type": "x.Transformer"}]),
+        ("modules.json", [{"path": 3, "type": "x.Transformer"}]),
+        ("modules.json", [1]),
+        ("sentence_bert_config.json", []),
+        ("sentence_bert_config.json", {"max_seq_length": "many"}),
+        ("1_Pooling/config.json", [1]),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean"]}),
+    ],
+)
+def test_malformed_files_are_named(name: str, content: object, tmp_path: Path) -> None:
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"{name} is malformed") as error:
+        hub.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def small(minilm: hub.Checkpoint, folder: Path) -> None:
     """A tiny random encoder with MiniLM's tokenizer."""
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

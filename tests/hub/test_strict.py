@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qkv import hub
-from qkv.config import BertConfig, GPTConfig, TransformerConfig, ViTConfig
+from qkv.config import BertConfig, GPTConfig, TokenizerConfig, TransformerConfig, ViTConfig
 from qkv.errors import InputError
 from qkv.models import build
+from qkv.tokenizers import train_tokenizer
 
 from . import theirs
 
@@ -118,6 +119,12 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
         ("gpt2", {"model_type": ...}, "model_type is None"),
         ("gpt2", {"n_embd": ...}, "n_embd is missing"),
         ("gpt2", {"n_layer": "two"}, "depth"),
+        ("gpt2", {"n_embd": None}, "n_embd is missing"),
+        ("gpt2", {"n_embd": "12"}, "dim"),
+        ("gpt2", {"n_embd": [12]}, "dim"),
+        ("gpt2", {"n_embd": {}}, "malformed"),
+        ("gpt2", {"model_type": ["gpt2"]}, "malformed"),
+        ("gpt2", {"activation_function": ["gelu"]}, "malformed"),
         ("gpt2", {"activation_function": "mish"}, "'mish'; supported are gelu"),
         ("gpt2", {"tie_word_embeddings": False}, "tie_word_embeddings"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
@@ -128,6 +135,12 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
         ("bert", {"architectures": ["BertForQuestionAnswering"]}, "architecture BertForQuestionAnswering"),
         ("bert-classification", {"problem_type": "regression"}, "problem_type"),
         ("bert-classification", {"id2label": {"1": "a", "2": "b"}}, "must be 0, 1, 2"),
+        ("bert-classification", {"id2label": ["a", "b"]}, "malformed"),
+        ("bert-classification", {"id2label": {"a": "a", "b": "b"}}, "malformed"),
+        ("bert-classification", {"id2label": {"0": 1, "1": None}}, "labels"),
+        ("bert-classification", {"id2label": ..., "num_labels": "2"}, "malformed"),
+        ("bert", {"architectures": 3}, "malformed"),
+        ("vit-classification", {"architectures": 3}, "malformed"),
         ("vit", {"qkv_bias": False}, "qkv_bias"),
         ("vit", {"patch_size": [4, 2]}, "patch_size"),
         ("marian", {"scale_embedding": ...}, "scale_embedding is False"),
@@ -149,6 +162,31 @@ def test_folders_without_a_config(tmp_path: Path) -> None:
     refused(tmp_path, "not valid JSON")
     (tmp_path / "config.json").write_text("[]")
     refused(tmp_path, r"config\.json is malformed")
+
+
+@pytest.mark.parametrize(
+    "index", [[], {}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}, {"weight_map": 3}]
+)
+def test_malformed_indices(index: object, tmp_path: Path) -> None:
+    saved("gpt2", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(tmp_path, r"model\.safetensors\.index\.json is malformed")
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path)
+    tokenizer = train_tokenizer(TokenizerConfig(vocab_size=300), "gpt", ["one two three"] * 9)
+    tokenizer.save(tmp_path)
+    size = tokenizer.vocab_size
+    refused(tmp_path, f"the tokenizer in {tmp_path} has {size} tokens, its model only {theirs.VOCAB}")
+
+
+def test_only_the_family_that_is_wanted(tmp_path: Path) -> None:
+    saved("gpt2", tmp_path)
+    assert hub.load(tmp_path, family="gpt").model.config.family == "gpt"
+    message = f"{tmp_path} is a gpt model, but this run trains a bert"
+    refused(tmp_path, message, family="bert")
+    refused(tmp_path, message, family="bert", head="classification", labels=("a", "b"))
 
 
 # ---------------------------------------------------------------- heads on demand
