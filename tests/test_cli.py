@@ -184,7 +184,7 @@ def test_label_not_seen_in_training(runs, tmp_path):
 
 
 def test_text_longer_than_the_context(runs, tmp_path):
-    assert "context" in fail("classify", runs["bert"], "red " * 100)
+    assert "102 tokens; the limit is 32" in fail("classify", runs["bert"], "red " * 100)
     path = tmp_path / "t.csv"
     path.write_text("text,label\n" + "red " * 300 + ",good\nblue,bad\ngreen,bad\n")
     sizes = [*TINY["bert"], *STEPS]

@@ -271,7 +271,7 @@ def test_embeddings_of_long_texts_are_of_the_tokens_that_the_checkpoint_says(tmp
     assert isinstance(ours, Encoder)
     texts = ["fox", "dog " * 300 + "[SEP] and an owl", "two " * 254, "A dull [SEP] one. " * 60]
     with pytest.raises(
-        InputError, match=r"text 1 has 30\d tokens; the limit is 256: shorten it or set trunc"
+        InputError, match=r"text 1 has 30\d tokens; the limit is 256: shorten it, or .* truncate=True"
     ):
         ours.embed(texts[:2])
     with pytest.warns(UserWarning, match="2 of 4 texts were longer than 256 tokens and were cut"):

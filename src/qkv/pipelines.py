@@ -416,7 +416,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair], limit: int, trunc
     if not truncate:
         i = lengths.index(max(lengths))
         raise InputError(
-            f"text {i} has {lengths[i]} tokens; the limit is {limit}: shorten it or set truncate"
+            f"text {i} has {lengths[i]} tokens; the limit is {limit}: "
+            "shorten it, or in Python pass truncate=True to cut it"
         )
     _warn(f"{len(over)} of {len(encodings)} texts were longer than {limit} tokens and were cut")
     shortened = tokenizer.shortened(limit)
