@@ -118,7 +118,8 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
-        if name not in (*_DROPOUTS, "head", "labels") and given[name] not in (value, usual[name]):
+        from_data = name in ("head", "labels") or given[name] == 0  # 0 pixels: the images' own
+        if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
                 f"checkpoint's; only {' and '.join(_DROPOUTS)} can be set"
