@@ -55,9 +55,11 @@ class ModelConfig:
     mlp_dim: int = 3072
     """Inner width F of the feed-forward network."""
     activation: Activation = "gelu"
+    """Between the two layers of the feed-forward network."""
     norm_first: bool = False
     """False: post-norm, norm(x + f(x)) (Vaswani et al. 2017). True: pre-norm, x + f(norm(x))."""
     norm_eps: float = 1e-5
+    """Added to the variance under the square root of layer normalisation."""
     dropout: float = 0.1
     """After embeddings and after every sub-layer, before it joins the residual stream."""
     attention_dropout: float = 0.0
@@ -76,6 +78,7 @@ class TransformerConfig(ModelConfig):
     """The encoder-decoder Transformer of Vaswani et al. 2017; the defaults are its base model."""
 
     family: Literal["transformer"] = "transformer"
+    """Which of the four models: the Transformer."""
     vocab_size: int = 37000
     """One vocabulary for both languages: the paper's byte-pair encoding of English and German."""
     context: int = 512
@@ -105,12 +108,17 @@ class BertConfig(ModelConfig):
     """BERT of Devlin et al. 2018; the defaults are bert-base."""
 
     family: Literal["bert"] = "bert"
+    """Which of the four models: BERT."""
     vocab_size: int = 30522
+    """Tokens V of the vocabulary; in training the tokenizer's."""
     context: int = 512
+    """Longest text in tokens, special ones included."""
     segments: int = 2
+    """Kinds of segments: 2 tell the first text of a pair from the second."""
     norm_eps: float = 1e-12
     attention_dropout: float = 0.1
     head: BertHead = "pretraining"
+    """What the outputs are for; in training the data decide."""
     labels: tuple[str, ...] = ()
     """Names of the classes of a classification or tagging head, in the order of its outputs."""
 
@@ -124,8 +132,11 @@ class GPTConfig(ModelConfig):
     """GPT-1 (post-norm) and GPT-2 (pre-norm) of Radford et al. 2018, 2019; the defaults are GPT-2 124M."""
 
     family: Literal["gpt"] = "gpt"
+    """Which of the four models: GPT."""
     vocab_size: int = 50257
+    """Tokens V of the vocabulary; in training the tokenizer's."""
     context: int = 1024
+    """Longest text in tokens; training windows have this length."""
     activation: Activation = "gelu_tanh"
     norm_first: bool = True
     attention_dropout: float = 0.1
@@ -145,10 +156,13 @@ class ViTConfig(ModelConfig):
     """ViT of Dosovitskiy et al. 2021; the defaults are ViT-B/16 at 224 pixels."""
 
     family: Literal["vit"] = "vit"
+    """Which of the four models: ViT."""
     image_size: int = 224
     """Side of the square training images in pixels; 0: that of the data, filled in when training starts."""
     patch_size: int = 16
+    """Side of the square patches, a token each, in pixels."""
     channels: int = 3
+    """1 for grey images, 3 for RGB; in training what most images are."""
     norm_first: bool = True
     norm_eps: float = 1e-12
     dropout: float = 0.0
@@ -179,9 +193,11 @@ class TokenizerConfig:
     """Which tokenizer to train on the training text. A loaded checkpoint brings its own instead."""
 
     kind: Literal["char", "bpe", "wordpiece"] = "bpe"
+    """Characters, byte pairs of UTF-8 (GPT-2's way), or word pieces (BERT's way)."""
     vocab_size: int = 8000
     """Upper bound; small data may give fewer tokens. Characters take what occurs."""
     lowercase: bool = False
+    """Read all text as lower case."""
 
     def __post_init__(self) -> None:
         _check("tokenizer", self, *_COUNT, "vocab_size")
@@ -196,13 +212,19 @@ class DataConfig:
     valid: str = ""
     """Held-out data in the same form; empty: split off `valid_fraction` of the training data."""
     valid_fraction: float = 0.1
+    """Share of the training data to hold out where `valid` is empty."""
     text: str = "text"
+    """Column of texts in a table."""
     text_pair: str = "text_pair"
+    """Column of second texts, where a class belongs to two texts; optional."""
     label: str = "label"
+    """Column of classes, for texts and images."""
     source: str = "source"
+    """Column of texts to translate."""
     target: str = "target"
+    """Column of their translations."""
     image: str = "image"
-    """Column names of tables."""
+    """Column of image files' bytes in a Parquet file."""
     truncate: bool = False
     """Cut samples longer than the context, and report how many. False: such a sample is an error."""
 
@@ -216,28 +238,42 @@ class TrainConfig:
     """The loop. Names are those of transformers' TrainingArguments where one exists."""
 
     max_steps: int = 1000
+    """Optimiser steps of the whole run."""
     batch_tokens: int = 4096
     """Tokens of one optimiser step (images count as their patches)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for the rest; one learning rate suits both."""
     learning_rate: float = 1e-3
+    """Its highest value, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """After the warm-up the rate falls as a cosine to a tenth, linearly to 0, as 1 / sqrt(step), or not."""
     warmup_steps: int = 100
+    """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.01
     """On matrices only: never on biases, norms, or vectors."""
     adam_beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.98
+    """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = 1e-8
+    """Added to AdamW's divisor."""
     max_grad_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to this one."""
     gradient_accumulation_steps: int = 1
+    """Parts that a step's batch is computed in: more need less memory."""
     label_smoothing_factor: float = 0.0
+    """Share of probability that targets give to all classes (Szegedy et al. 2016)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: matrix products in bfloat16 (autocast), weights and optimiser in float32. auto: where the
     processor has instructions for it; the run's config.toml says which it was."""
     logging_steps: int = 10
+    """Steps between records of the training loss."""
     eval_steps: int = 200
+    """Steps between scores of the held-out data."""
     save_steps: int = 200
+    """Steps between saved states, from which a run can be resumed."""
     seed: int = 0
+    """Decides the initial weights, the order of samples and all that is random."""
 
     def __post_init__(self) -> None:
         _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
