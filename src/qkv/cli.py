@@ -6,26 +6,33 @@ imported only by the commands that need it, so that help is instant.
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import redirect_stderr
+from dataclasses import asdict, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, cast
 
 import tyro
 from tyro.conf import Positional, arg
 
-from qkv.config import FAMILIES, AnyModelConfig, Family, RunConfig, read_toml
+from qkv.config import FAMILIES, AnyModelConfig, Decoding, Family, RunConfig, read_toml
 from qkv.errors import InputError
 from qkv.recipes import default_recipe
 
 if TYPE_CHECKING:
-    from qkv.pipelines import AnyPipeline, Encoder, Guess, TextGenerator, Translator
+    from qkv.pipelines import AnyPipeline, DecodingOptions, Encoder, Guess, TextGenerator, Translator
+
+P = ParamSpec("P")
 
 Model = Annotated[str, arg(metavar="RUN_OR_HUB_ID")]
 Settings = Annotated[RunConfig, arg(name="")]
+Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none: lines of standard input)")]
 
 
@@ -33,12 +40,13 @@ Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none
 
 
 def train(
-    recipe: Positional[str] = "",
-    config: Settings = default_recipe("gpt"),  # noqa: B008 - frozen; _train_arguments gives the recipe's
-    out: Path | None = None,
-    resume: Path | None = None,
+    recipe: Positional[Annotated[str, arg(metavar="FAMILY|RECIPE")]],
+    config: Settings = default_recipe("gpt"),  # noqa: B008 - frozen; _train_command gives the recipe's
+    out: Folder = None,
+    resume: Folder = None,
 ) -> None:
-    """Train a model: `qkv train gpt --data corpus.txt`. `qkv train FAMILY --help` lists its settings.
+    """Train a model: `qkv train gpt --data corpus.txt`, where --data is short for --data.path.
+    `qkv train FAMILY --help` lists the settings of transformer, bert, gpt or vit with their defaults.
 
     Args:
         recipe: transformer, bert, gpt or vit for the family's default recipe, or a recipe file (.toml).
@@ -65,29 +73,32 @@ def train(
     print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 
-def _train_arguments(arguments: list[str]) -> None:
-    """Parse `qkv train`: the recipe decides which settings there are and their defaults."""
+def _train_command(arguments: list[str]) -> Callable[[], None]:
+    """Parse what follows `qkv train`: the recipe decides which settings there are and their defaults."""
+    arguments = [re.sub(r"--data(?=$|=)", "--data.path", argument) for argument in arguments]
+    options = [argument.partition("=")[0] for argument in arguments]
+    if "--resume" in options:
+        folder = arguments[0].removeprefix("--resume=") if len(arguments) == 1 else arguments[1]
+        if options[0] != "--resume" or len(arguments) != 1 + ("=" not in arguments[0]):
+            raise InputError(
+                "--resume takes the run folder and nothing else: the run's settings are in its config.toml"
+            )
+        return partial(train, "", resume=Path(folder))
     named = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if named in FAMILIES:
         config = default_recipe(named)
     elif named:
         config = read_toml(Path(named))
-    elif any(a == "--resume" or a.startswith("--resume=") for a in arguments):
-        if len(arguments) > 2:
-            raise InputError(
-                "--resume takes the run folder and nothing else: the run's settings are in its config.toml"
-            )
-        config = default_recipe("gpt")
-    elif "--help" in arguments or "-h" in arguments:
+    elif "--help" in options or "-h" in options:
         config = default_recipe("gpt")
     else:
         raise InputError(f"name what to train: a recipe file or one of {', '.join(FAMILIES)}")
-    arguments = ["--data.path" + a[6:] if a == "--data" or a.startswith("--data=") else a for a in arguments]
-    if any(a.startswith("--init") for a in arguments) and any(a.startswith("--model.") for a in arguments):
-        raise InputError("with --init the model is the checkpoint's: remove --model.* settings")
-
-    command = partial(train, config=config)
-    tyro.cli(command, args=arguments, prog="qkv train", config=(tyro.conf.AvoidSubcommands,))
+    if named in FAMILIES and "--init" in options:  # the model is the checkpoint's, not the recipe's
+        made = config.model
+        chosen = type(made)(dropout=made.dropout, attention_dropout=made.attention_dropout)
+        config = replace(config, model=chosen)
+    command = partial(_deferred(train), config=config)
+    return tyro.cli(command, args=arguments, prog="qkv train", config=(tyro.conf.AvoidSubcommands,))
 
 
 # ---------------------------------------------------------------- use
@@ -109,42 +120,22 @@ def evaluate(model: Positional[Model], data: str = "", num_beams: int = 5) -> No
 def generate(
     model: Positional[Model],
     prompt: Positional[str] = "",
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    num_beams: int = 1,
-    seed: int = 0,
+    decoding: Annotated[Decoding, arg(name="")] = Decoding(),  # noqa: B008 - frozen
 ) -> None:
     """Continue a prompt with a GPT; the text appears as it is made.
 
     Args:
         model: Run folder, checkpoint folder or hub id.
         prompt: What to continue.
-        max_new_tokens: At most so many tokens.
-        temperature: 0 always takes the likeliest token.
-        top_k: Sample among the k likeliest tokens; 0: among all.
-        top_p: Sample among the likeliest tokens that have this probability together.
-        min_p: Leave out tokens less likely than this share of the likeliest one.
-        repetition_penalty: Above 1 makes tokens that occurred less likely.
-        num_beams: Beam search of this width instead of sampling.
-        seed: Chooses the sample.
+        decoding: How to choose tokens.
     """
     generator = cast("TextGenerator", _load(model, "gpt"))
-    pieces = generator.generate(
-        prompt,
-        stream=True,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        num_beams=num_beams,
-        seed=seed,
-    )
+    options = cast("DecodingOptions", asdict(decoding))
+    if decoding.num_return_sequences > 1:
+        for answer in generator.generate([prompt], **options):
+            print(prompt + answer)
+        return
+    pieces = generator.generate(prompt, stream=True, **options)
     print(prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
@@ -152,7 +143,11 @@ def generate(
 
 
 def translate(
-    model: Positional[Model], texts: Positional[Texts] = (), num_beams: int = 4, length_penalty: float = 1.0
+    model: Positional[Model],
+    texts: Positional[Texts] = (),
+    num_beams: int = 4,
+    length_penalty: float = 1.0,
+    truncate: bool = False,
 ) -> None:
     """Translate texts, one line each.
 
@@ -161,9 +156,13 @@ def translate(
         texts: What to translate.
         num_beams: Beam width; 1 is greedy.
         length_penalty: Hypotheses compete by log-probability / length ** penalty.
+        truncate: Cut texts longer than the context, and say how many.
     """
     translator = cast("Translator", _load(model, "transformer"))
-    for line in translator.translate(_lines(texts), num_beams=num_beams, length_penalty=length_penalty):
+    lines = translator.translate(
+        _lines(texts), num_beams=num_beams, length_penalty=length_penalty, truncate=truncate
+    )
+    for line in lines:
         print(line)
 
 
@@ -181,7 +180,11 @@ def fill(model: Positional[Model], texts: Positional[Texts] = (), top_k: int = 5
 
 
 def classify(
-    model: Positional[Model], inputs: Positional[Texts] = (), pair: str | None = None, top_k: int = 3
+    model: Positional[Model],
+    inputs: Positional[Texts] = (),
+    pair: Annotated[str | None, arg(metavar="TEXT")] = None,
+    top_k: int = 3,
+    truncate: bool = False,
 ) -> None:
     """Name the class of texts or images; a JSON line each.
 
@@ -190,16 +193,20 @@ def classify(
         inputs: Texts, or image files.
         pair: Second text, for a model of text pairs.
         top_k: How many classes.
+        truncate: Cut texts longer than the context, and say how many.
     """
     from qkv.pipelines import ImageClassifier, from_pretrained
 
     pipeline = from_pretrained(model)
     given = _lines(inputs)
     if isinstance(pipeline, ImageClassifier):
+        if pair is not None or truncate:
+            raise InputError(f"{model} classifies images: leave out --pair and --truncate")
         answers = pipeline.classify(given, top_k=top_k)
     else:
         encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
-        answers = encoder.classify(given if pair is None else [(text, pair) for text in given], top_k=top_k)
+        texts = given if pair is None else [(text, pair) for text in given]
+        answers = encoder.classify(texts, top_k=top_k, truncate=truncate)
     for answer in answers:
         _print_guesses(answer)
 
@@ -207,7 +214,8 @@ def classify(
 def embed(
     model: Positional[Model],
     texts: Positional[Texts] = (),
-    output: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None,
+    truncate: bool = False,
 ) -> None:
     """Turn texts into vectors: a JSON line each, or a NumPy file.
 
@@ -215,10 +223,11 @@ def embed(
         model: Run folder, checkpoint folder or hub id of a BERT.
         texts: What to embed.
         output: A .npy file for the (N, D) float32 array.
+        truncate: Cut texts longer than the context, and say how many.
     """
     import numpy as np
 
-    vectors = cast("Encoder", _load(model, "bert")).embed(_lines(texts))
+    vectors = cast("Encoder", _load(model, "bert")).embed(_lines(texts), truncate=truncate)
     if output is None:
         for vector in vectors:
             print(json.dumps([round(float(x), 7) for x in vector]))
@@ -260,14 +269,15 @@ def _of_family(pipeline: AnyPipeline, source: str, family: Family) -> AnyPipelin
 
 def _lines(texts: Sequence[str]) -> list[str]:
     """The texts given, or the lines of standard input."""
-    if texts:
-        return list(texts)
-    if sys.stdin.isatty():
+    lines = list(texts)
+    if not lines and not sys.stdin.isatty():
+        try:
+            lines = [line.rstrip("\n") for line in sys.stdin]
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+    if not lines:
         raise InputError("nothing to work on: give texts, or lines on standard input")
-    try:
-        return [line.rstrip("\n") for line in sys.stdin]
-    except UnicodeDecodeError as error:
-        raise InputError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+    return lines
 
 
 def _stderr() -> Any:
@@ -290,15 +300,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Run the command line; exits with 0, 2 for a mistake of the user's, or 130 when interrupted."""
-    arguments = sys.argv[1:]
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks put others there
+            if stream is sys.stdin:
+                stream.reconfigure(encoding="utf-8", errors="strict")
+            else:
+                stream.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_: f"qkv: {message}\n"  # without file, line and code
     try:
-        if arguments[:1] == ["train"]:
-            _train_arguments(arguments[1:])
-        else:
-            tyro.extras.subcommand_cli_from_dict(
-                COMMANDS, args=arguments, prog="qkv", description="Four Transformers, one attention."
-            )
+        _parse(sys.argv[1:])()
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -308,6 +318,51 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(str(error), 2)
+
+
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """The command with its arguments. Raises InputError for arguments that it does not take."""
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            if arguments[:1] == ["train"]:
+                return _train_command(arguments[1:])
+            commands = {name: _deferred(command) for name, command in COMMANDS.items()}
+            about = "Four Transformers, one attention."
+            chosen = tyro.extras.subcommand_cli_from_dict(
+                commands, args=arguments, prog="qkv", description=about
+            )
+            return cast("Callable[[], None]", chosen)
+    except SystemExit as end:
+        if end.code:
+            raise InputError(_one_line(complaint.getvalue())) from None
+        raise
+
+
+def _deferred(command: Callable[P, None]) -> Callable[P, Callable[[], None]]:
+    """The command for tyro to call, which only binds the arguments: the work is not tyro's to watch."""
+
+    @wraps(command)
+    def bind(*args: P.args, **kwargs: P.kwargs) -> Callable[[], None]:
+        return partial(command, *args, **kwargs)
+
+    return bind
+
+
+def _one_line(box: str) -> str:
+    """The message of a box that tyro draws: a title, then between rules what is wrong and what helps."""
+    plain = re.sub(r"\x1b\[[\d;]*m|│", "", box)
+    parts = [" ".join(part.split()) for part in re.split(r"(?m)^(?:[╭╰].*| *[-─]{3,} *)$", plain)]
+    message, about = parts[1], " ".join(parts[2:])
+    if ours := re.match(r"Error parsing (?:config\.\w+|decoding): ", message):
+        return message[ours.end() :]
+    message = message.removeprefix("Error parsing ").removesuffix(".")
+    if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", about):
+        return f"{message}; did you mean {near[1]}?"
+    if known := re.search(r"Available subcommands: (.*?) For full", about):
+        return f"{message}; there are {known[1]}"
+    help_command = re.search(r"qkv[\w ]*--help", about)
+    return f"{message}; see {help_command[0] if help_command else 'qkv --help'}"
 
 
 def _fail(message: str, code: Literal[2, 130]) -> None:

@@ -1,4 +1,4 @@
-"""What a run is made of: strict, frozen settings of models, tokenizers, data and training.
+"""What can be set: strict, frozen settings of models, tokenizers, data, training and decoding.
 
 Every setting is a field of a dataclass here, so TOML files, command-line flags and Python share
 one list of names, types and defaults. An unknown key is an error that names the nearest known one.
@@ -296,6 +296,68 @@ class RunConfig:
     """A run folder or hub id to start from (fine-tuning); empty: fresh weights."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to choose tokens; the names are those of transformers' `generate`.
+
+    Raises InputError for values that are impossible, or that the chosen way of decoding would ignore.
+    """
+
+    max_new_tokens: int = 128
+    """At most so many tokens, as far as the context has room for them."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 is surer, above 1 more varied. 0 is greedy: always the likeliest token."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0: from all (Fan et al. 2018)."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that have this probability together (Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Draw from tokens at least this probable, relative to the likeliest (Nguyen et al. 2024)."""
+    num_beams: int = 1
+    """More than 1: beam search, which draws nothing."""
+    length_penalty: float = 1.0
+    """Beams are ranked by log-probability / length ** length_penalty: more favours longer sequences."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred already less likely (Keskar et al. 2019, 4.1)."""
+    num_return_sequences: int = 1
+    """Answers to each input."""
+    seed: int = 0
+    """Decides what is drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; it must be 0, or from 1e-6 up and finite")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}; it must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p is {self.min_p}; it must be between 0 and 1")
+        if not self.repetition_penalty > 0:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if not -10 <= self.length_penalty <= 10:
+            raise InputError(f"length_penalty is {self.length_penalty}; it must be between -10 and 10")
+        beams = self.num_beams > 1
+        filters = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
+        if beams and (filters or self.temperature not in (0.0, 1.0)):
+            raise InputError("beam search draws nothing: leave out temperature, top_k, top_p and min_p")
+        if not beams and self.length_penalty != 1.0:
+            raise InputError("length_penalty ranks beams: give num_beams above 1, or leave it out")
+        if beams and self.num_return_sequences > self.num_beams:
+            raise InputError(
+                f"num_return_sequences is {self.num_return_sequences}, but num_beams only {self.num_beams}; "
+                "raise num_beams"
+            )
+        if not beams and self.temperature == 0 and (filters or self.num_return_sequences > 1):
+            raise InputError(
+                "temperature 0 always takes the likeliest token: leave out top_k, top_p, min_p and "
+                "num_return_sequences, or raise temperature"
+            )
+
+
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build a config dataclass from plain values.
 
@@ -361,6 +423,8 @@ def read_toml(path: Path) -> RunConfig:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no config file {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; name a recipe file, such as {path / 'config.toml'}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
     return run_config(values)

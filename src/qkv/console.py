@@ -38,7 +38,7 @@ class TrainingBar:
 
     def say(self, message: str) -> None:
         """Print a sentence above the bar."""
-        self.console.print(message, highlight=False, markup=False)
+        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, step: int, max_steps: int) -> None:
         """Show the bar."""
