@@ -4,9 +4,11 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from qkv.data.files import existing, read_lines, read_table, read_text
 from qkv.errors import InputError
@@ -140,7 +142,7 @@ def test_broken_tables_are_refused(tmp_path: Path, name: str, content: str | byt
     ("name", "content", "message"),
     [
         ("a.csv", "texts,label\none,1\n", "has no column 'text'; it has texts, label: .* with data.text"),
-        ("a.csv", "text,text\none,1\n", "has no column 'text'"),
+        ("a.csv", "text,text\none,1\n", r"a\.csv has 2 columns 'text'; rename all but one"),
         ("a.csv", "text,label\n", "has no rows"),
         ("a.jsonl", '{"text": "a"}\n{"label": 1}', "row 2 has no value in column 'text'"),
         ("a.jsonl", '{"text": "a"}\n{"text": 5}', "row 2 of column 'text' holds 5, not text"),
@@ -152,3 +154,13 @@ def test_columns_that_are_not_texts_are_refused(
     table = read_table(_write(tmp_path / name, content), ["text"])
     with pytest.raises(InputError, match=message):
         table.texts("text", "data.text")
+
+
+def test_parquet_with_a_column_twice(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array([1])]
+    table = pyarrow.Table.from_arrays(columns, ["text", "text", "label"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    read = read_table(tmp_path / "a.parquet", ["text", "label"])
+    assert read.values("label", "data.label") == [1]
+    with pytest.raises(InputError, match="has 2 columns 'text'"):
+        read.texts("text", "data.text")

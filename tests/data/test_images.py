@@ -46,10 +46,13 @@ def test_images_are_what_the_processor_makes_of_them(
     assert dataset.costs.tolist() == [4] * 4
 
 
-def test_a_broken_image_is_named() -> None:
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     processor = ImageProcessor(8, (0.5,), (0.5,))
     files = [ImageFile("row 1 of a.parquet", _png(0)), ImageFile("row 2 of a.parquet", _png(1)[:60])]
     with pytest.raises(InputError, match=r"row 2 of a\.parquet"):
         ImageDataset(files, [0, 1], processor, 4)
     with pytest.raises(InputError, match=r"no image file .*gone\.png"):
         ImageDataset([ImageFile("gone.png", Path("gone.png"))], [0], processor, 4)
+    with pytest.raises(InputError, match=r"deep\.png: an image has more than 8 bits"):
+        ImageDataset([ImageFile("deep.png", tmp_path / "deep.png")], [0], processor, 4)

@@ -337,6 +337,16 @@ def test_every_family_gets_its_batches(tmp_path: Path) -> None:
             assert (dataset.size_in_bytes > 0) == (model.family == "gpt")
 
 
+def test_a_checkpoint_that_cannot_read_the_data_is_refused(tmp_path: Path) -> None:
+    song, digits = _write(tmp_path / "a.txt", "la " * 99), _digits(tmp_path / "digits")
+    gpt = RunConfig(model=GPTConfig(), data=DataConfig(path=song))
+    with pytest.raises(InputError, match="has no tokenizer"):
+        prepare(read(gpt.data, "gpt"), gpt, None, None)
+    vit = RunConfig(model=ViTConfig(labels=("0", "2", "10")), data=DataConfig(path=digits))
+    with pytest.raises(InputError, match=r"has no preprocessor_config\.json"):
+        prepare(read(vit.data, "vit"), vit, None, None)
+
+
 def test_labels_that_are_not_the_models_are_refused(tmp_path: Path) -> None:
     data = DataConfig(path=_sentiment(tmp_path / "a.csv"))
     raw = read(data, "bert")

@@ -45,9 +45,11 @@ def build(
     model, truncate = config.model, config.data.truncate
     seed = config.train.seed if training else SPLIT_SEED  # runs with different seeds compare
     if isinstance(model, ViTConfig):
-        assert images is not None
+        if images is None:
+            raise InputError("the checkpoint has no preprocessor_config.json: how are images to be prepared?")
         return ImageDataset(samples.images, samples.labels, images, model.patch_size)
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise InputError("the checkpoint has no tokenizer: it cannot read text; add its tokenizer.json")
     match model:
         case GPTConfig():
             return LanguageDataset(samples.texts, tokenizer, model.context, seed, training)

@@ -79,6 +79,8 @@ class Table:
 
     def values(self, name: str, setting: str) -> list[Any]:
         """A column without gaps. Raises InputError if it is not there or a value is missing."""
+        if (count := self.present.count(name)) > 1:
+            raise InputError(f"{self.path} has {count} columns {name!r}; rename all but one")
         if name not in self.columns:
             raise InputError(
                 f"{self.path} has no column {name!r}; it has {', '.join(self.present)}: "
@@ -152,7 +154,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     try:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
-        table = file.read([name for name in wanted if name in schema.names], use_threads=False)
+        table = file.read([name for name in wanted if schema.names.count(name) == 1], use_threads=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))

@@ -39,9 +39,8 @@ class ImageFile:
         try:
             return processor.pixels(self.source)
         except InputError as error:
-            raise InputError(
-                f"{self.name}: {error}" if isinstance(self.source, bytes) else str(error)
-            ) from None
+            message = str(error)
+            raise InputError(message if self.name in message else f"{self.name}: {message}") from None
 
     def shape(self) -> tuple[int, int]:
         """Shorter side and number of channels (1 or 3), by the file's header."""
