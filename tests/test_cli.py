@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import fields
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import samples
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from qkv.cli import main
+from qkv.config import FAMILIES, read_toml
+from qkv.recipes import default_recipe
 
 TINY = {
     "gpt": [
@@ -34,9 +44,18 @@ TINY["gpt"].append("--tokenizer.kind=char")
 STEPS = ["--train.max-steps=3", "--train.batch-tokens=128", "--train.warmup-steps=1"]
 
 
-def qkv(*arguments, text: str = "") -> tuple[int, str, str]:
+class Terminal(StringIO):
+    """Standard output that shows colours and boxes."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def qkv(*arguments, text: str = "", stdout: type[StringIO] = StringIO) -> tuple[int, str, str]:
     """Exit code, standard output and error of the command in this process; a traceback fails the test."""
-    out, err, code = StringIO(), StringIO(), 0
+    out, err, code = stdout(), StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr("sys.argv", ["qkv", *map(str, arguments)])
         patch.setattr("sys.stdin", StringIO(text))
@@ -88,10 +107,46 @@ def test_help_needs_no_torch():
         assert command in done.stdout
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_help_explains_every_setting(family):
+    text = " ".join(succeed("train", family, "--help").split())
+    assert text.startswith(f"usage: qkv train {family} [-h] [OPTIONS]")
+    assert "--data is short for --data.path" in text
+    assert succeed("train", "--help").startswith("usage: qkv train [-h] [OPTIONS] FAMILY|RECIPE")
+    recipe = default_recipe(family)
+    for section in ("model", "tokenizer", "data", "train"):
+        for field in fields(getattr(recipe, section)):
+            flag = f"--{section}.{field.name.replace('_', '-')}"
+            values = r"(?:INT|FLOAT|STR|\{[\w,]*\}|\[STR \[STR \.\.\.\]\]|, --\S+)"
+            said = re.search(rf" {re.escape(flag)} ?{values} (.*?) ?\(default: ", text)
+            assert said and " " in said[1], flag
+
+
 def test_generate(runs):
     out = succeed("generate", runs["gpt"], "3 bottles", "--max-new-tokens", 8, "--seed", 1)
     assert out.startswith("3 bottles") and len(out.rstrip("\n")) > len("3 bottles")
     assert out == succeed("generate", runs["gpt"], "3 bottles", "--max-new-tokens", 8, "--seed", 1)
+
+
+def test_generate_takes_every_setting_of_decoding(runs):
+    greedy = succeed("generate", runs["gpt"], "3 b", "--max-new-tokens", 4, "--temperature", 0)
+    beams = ["--num-beams", 2, "--length-penalty", 0.5]
+    answers = succeed(
+        "generate", runs["gpt"], "3 b", "--max-new-tokens", 4, *beams, "--num-return-sequences", 2
+    )
+    assert greedy.startswith("3 b") and answers.count("3 b") >= 2
+    assert (
+        fail("generate", runs["gpt"], "3 b", "--top-p", 0)
+        == "qkv: top_p is 0.0; it must be above 0 and at most 1"
+    )
+
+
+def test_texts_are_cut_on_request(runs):
+    for command, family in (("classify", "bert"), ("embed", "bert"), ("translate", "transformer")):
+        assert "tokens; the limit is 32" in fail(command, runs[family], "red " * 100)
+        with pytest.warns(UserWarning, match="1 of 1 texts were longer than 32 tokens and were cut"):
+            out = succeed(command, runs[family], "red " * 100, "--truncate")
+        assert out.count("\n") == 1
 
 
 def test_translate_reads_arguments_or_lines(runs):
@@ -135,7 +190,120 @@ def test_train_from_a_recipe_file_with_a_change(runs, tmp_path):
     assert "seed = 7" in (tmp_path / "again" / "config.toml").read_text()
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "jsonl", "parquet"])
+def test_tables_of_labelled_texts_and_of_pairs(suffix, tmp_path):
+    with Path(samples.labelled(tmp_path)).open(encoding="utf-8") as file:
+        labelled = list(csv.DictReader(file))
+    pairs = [{"source": row["text"], "target": row["text"].upper()} for row in labelled]
+    for family, rows, score in (("bert", labelled, "label_accuracy"), ("transformer", pairs, "bleu")):
+        path = tmp_path / f"{family}.{suffix}"
+        columns = list(rows[0])
+        if suffix == "tsv":
+            path.write_text("".join("\t".join(r) + "\n" for r in (columns, *(r.values() for r in rows))))
+        elif suffix == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        succeed("train", family, "--data", path, "--out", tmp_path / family, *TINY[family], *STEPS)
+        assert score in json.loads(succeed("eval", tmp_path / family, "--data", path, "--num-beams", 1))
+
+
+def test_parquet_of_images(tmp_path):
+    files = sorted(Path(samples.images(tmp_path)).glob("*/*.png"))
+    rows = [{"image": {"bytes": f.read_bytes(), "path": f.name}, "label": f.parent.name} for f in files]
+    path = tmp_path / "images.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    succeed("train", "vit", "--data", path, "--out", tmp_path / "vit", *TINY["vit"], *STEPS)
+    assert read_toml(tmp_path / "vit" / "config.toml").model.labels == ("bright", "dark")
+    assert json.loads(succeed("eval", tmp_path / "vit", "--data", path))["samples"] == len(files)
+
+
+def test_fine_tune_a_checkpoint_of_another_size_than_the_recipe(runs, tmp_path):
+    data = runs["bert"].parent / "labelled.csv"
+    start = ["train", "bert", "--data", data, "--init", runs["masked"], "--out", tmp_path / "tuned", *STEPS]
+    assert "with init the model is the checkpoint's" in fail(*start, "--model.depth=5")
+    succeed(*start, "--model.dropout=0.3")
+    model = read_toml(tmp_path / "tuned" / "config.toml").model
+    assert (model.dim, model.dropout, model.labels) == (32, 0.3, ("bad", "good"))
+
+
+def test_scores_stay_on_one_line_and_are_no_output(runs, tmp_path):
+    data = runs["masked"].parent / "documents.txt"
+    code, out, err = qkv("train", "bert", "--data", data, "--out", tmp_path / "run", *TINY["bert"], *STEPS)
+    (line,) = [line for line in err.splitlines() if line.startswith("step 3: held-out loss ")]
+    assert code == 0 and len(line) > 80 and "next_sentence_accuracy" in line
+    assert json.loads(out)["step"] == 3
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_that_cannot_show_every_character(runs, encoding):
+    raw = BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["qkv", "generate", str(runs["gpt"]), "3 \N{SNOWMAN} b"])
+        stream = TextIOWrapper(raw, encoding=encoding)
+        patch.setattr("sys.stdout", stream)
+        patch.setattr("warnings.formatwarning", warnings.formatwarning)
+        main()
+        stream.flush()
+    assert raw.getvalue().startswith(b"3 ? b")
+
+
 # ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("train gpt --data x --model.heads 3", "model.dim 256 is not divisible by model.heads 3"),
+        ("train gpt --data x --train.max-steps 0", "train.max_steps is 0; it must be at least 1"),
+        ("train gpt --train.max-stepz 3", "--train.max-stepz, 3; did you mean --train.max-steps?"),
+        ("train gpt --train.max-stepz=3", "--train.max-stepz=3; did you mean --train.max-steps?"),
+        ("train gpt --train.max-steps x", "--train.max-steps: .*'x'; see qkv train gpt --help"),
+        ("train gpt --model.activation sine", "'sine' .*'relu', .*; see qkv train gpt --help"),
+        ("train gpt --model.dim", "Missing value .*--model.dim"),
+        ("generate x --temperature -1", "temperature is -1.0; it must be 0, or from"),
+        ("generate", "Missing from qkv generate: RUN_OR_HUB_ID .*; see qkv generate --help"),
+        ("generate x --top-l 3", "--top-l, 3; did you mean --top-[kp]?"),
+        ("embed x -o", "Missing value .*--output.*; see qkv embed --help"),
+        ("tran", "tran; there are demo, train, eval, .*, embed$"),
+        ("", "demo, train, eval.*; see qkv --help"),
+    ],
+)
+@pytest.mark.parametrize("stdout", [StringIO, Terminal])
+def test_wrong_arguments_are_one_line(arguments, complaint, stdout, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    code, out, err = qkv(*arguments.split(), stdout=stdout)
+    assert (code, out) == (2, "")
+    assert re.fullmatch("qkv: [^╭│─\x1b]*\n", err) and re.search(complaint, err), err
+
+
+def test_images_have_no_second_text(runs):
+    image = next((runs["vit"].parent / "images" / "dark").iterdir())
+    for option in (["--pair", "x"], ["--truncate"]):
+        assert "classifies images" in fail("classify", runs["vit"], image, *option)
+
+
+def test_nothing_on_standard_input(runs):
+    for command, run in (
+        ("embed", "bert"),
+        ("classify", "bert"),
+        ("translate", "transformer"),
+        ("fill", "masked"),
+    ):
+        assert "nothing to work on" in fail(command, runs[run])
+
+
+def test_standard_input_that_is_not_utf8(runs):
+    command = [sys.executable, "-c", "from qkv.cli import main; main()", "embed", runs["bert"]]
+    done = subprocess.run(
+        command, input=b"red\n\xff\n", capture_output=True, env={**os.environ, "LC_ALL": "C"}
+    )
+    assert done.returncode == 2 and done.stderr.startswith(b"qkv: standard input is not UTF-8")
+
+
+def test_folder_instead_of_a_recipe(runs):
+    complaint = fail("train", runs["gpt"])
+    assert "is a folder" in complaint and str(runs["gpt"] / "config.toml") in complaint
 
 
 def test_unknown_setting_in_a_recipe(runs, tmp_path):
@@ -212,6 +380,40 @@ def test_wrong_family_for_a_command(runs):
     assert "needs a bert model" in fail("fill", runs["gpt"], "a [MASK]")
 
 
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Without the rights of root, who may write anywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_read_only_run_folder(runs):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to nobody
+        Path(name).chmod(0o755)
+        run = shutil.copytree(runs["gpt"], Path(name) / "run")
+        data = shutil.copy(runs["gpt"].parent / "song.txt", name)
+        config = run / "config.toml"
+        config.write_text(re.sub("(?m)^path = .*$", f"path = {json.dumps(data)}", config.read_text()))
+        for path in (Path(data), run, *run.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        with nobody():
+            succeed("generate", run, "3 b", "--max-new-tokens", 2)
+            succeed("eval", run)
+            complaints = [
+                fail("train", "--resume", run),
+                fail("train", "gpt", "--data", data, "--out", run / "inner", *TINY["gpt"], *STEPS),
+            ]
+        assert all("Permission denied" in c and "cannot write" in c for c in complaints), complaints
+        assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def test_unwritable_run_folder(runs, tmp_path):
     (tmp_path / "file").touch()
     data = runs["gpt"].parent / "song.txt"
@@ -241,5 +443,14 @@ def test_no_space_on_disk(runs, small_disk):
 
 
 def test_resume_takes_nothing_else(runs):
-    assert "nothing else" in fail("train", "--resume", runs["gpt"], "--train.seed=3")
+    for arguments in (
+        ["--resume", runs["gpt"], "--train.seed=3"],
+        [f"--resume={runs['gpt']}", "--train.seed=3"],
+        ["gpt", "--resume", runs["gpt"], "--train.max-steps", 500],
+        ["--train.max-steps=500", "--resume", runs["gpt"]],
+        ["--resume"],
+    ):
+        assert "nothing else" in fail("train", *arguments)
     assert "no config file" in fail("train", "--resume", runs["gpt"].parent)
+    for arguments in (["--resume", runs["gpt"]], [f"--resume={runs['gpt']}"]):
+        assert json.loads(succeed("train", *arguments))["step"] == 3

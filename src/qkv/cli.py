@@ -98,7 +98,9 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
         chosen = type(made)(dropout=made.dropout, attention_dropout=made.attention_dropout)
         config = replace(config, model=chosen)
     command = partial(_deferred(train), config=config)
-    return tyro.cli(command, args=arguments, prog="qkv train", config=(tyro.conf.AvoidSubcommands,))
+    return tyro.cli(
+        command, args=arguments, prog=f"qkv train {named}".rstrip(), config=(tyro.conf.AvoidSubcommands,)
+    )
 
 
 # ---------------------------------------------------------------- use
@@ -361,7 +363,7 @@ def _one_line(box: str) -> str:
         return f"{message}; did you mean {near[1]}?"
     if known := re.search(r"Available subcommands: (.*?) For full", about):
         return f"{message}; there are {known[1]}"
-    help_command = re.search(r"qkv[\w ]*--help", about)
+    help_command = re.search(r"qkv .*?--help", about)
     return f"{message}; see {help_command[0] if help_command else 'qkv --help'}"
 
 
