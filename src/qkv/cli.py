@@ -302,12 +302,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def main() -> None:
     """Run the command line; exits with 0, 2 for a mistake of the user's, or 130 when interrupted."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks put others there
-            if stream is sys.stdin:
-                stream.reconfigure(encoding="utf-8", errors="strict")
-            else:
-                stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # tests put others there
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_: f"qkv: {message}\n"  # without file, line and code
     try:
         _parse(sys.argv[1:])()
@@ -355,7 +353,8 @@ def _one_line(box: str) -> str:
     """The message of a box that tyro draws: a title, then between rules what is wrong and what helps."""
     plain = re.sub(r"\x1b\[[\d;]*m|│", "", box)
     parts = [" ".join(part.split()) for part in re.split(r"(?m)^(?:[╭╰].*| *[-─]{3,} *)$", plain)]
-    message, about = parts[1], " ".join(parts[2:])
+    message, *hints = parts[1:] or parts
+    about = " ".join(hints)
     if ours := re.match(r"Error parsing (?:config\.\w+|decoding): ", message):
         return message[ours.end() :]
     message = message.removeprefix("Error parsing ").removesuffix(".")
