@@ -270,7 +270,7 @@ def _cells(weights: Matrix, side: float, rows: Sequence[str] = (), columns: Sequ
 
 def curve(train: Sequence[Point], valid: Sequence[Point], unit: str) -> str:
     """Loss over optimiser steps, in training and on held-out data; axes with their names."""
-    W, H, left, right, top, bottom = 560.0, 300.0, 52.0, 14.0, 30.0, 44.0
+    W, H, left, right, top, bottom = 460.0, 270.0, 48.0, 10.0, 30.0, 42.0
     xs = [x for x, _ in (*train, *valid)]
     smooth = _smooth([y for _, y in train])
     ys = [*smooth, *(y for _, y in valid)]
@@ -327,11 +327,11 @@ def _axis(x: float, y: float, name: str, upward: bool = False) -> str:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A moving average over about eight values, without the bias of its first one."""
+    """A moving average over about four values, without the bias of its first one."""
     total = weight = 0.0
     smooth = []
     for value in values:
-        total, weight = 0.88 * total + 0.12 * value, 0.88 * weight + 0.12
+        total, weight = 0.75 * total + 0.25 * value, 0.75 * weight + 0.25
         smooth.append(total / weight)
     return smooth
 

@@ -44,17 +44,17 @@ PRETRAIN = RunConfig(
     model=BertConfig(dim=192, depth=4, heads=6, mlp_dim=768, context=128, dropout=0.0, attention_dropout=0.0),
     tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=4096, lowercase=True),
     train=TrainConfig(
-        max_steps=500,
+        max_steps=200,
         batch_tokens=2048,
         optimizer="muon",
         learning_rate=1.5e-3,
         schedule="linear",
         warmup_steps=30,
-        eval_steps=250,
+        eval_steps=100,
     ),
 )
 FINE_TUNE = TrainConfig(
-    max_steps=200, batch_tokens=1024, learning_rate=3e-4, schedule="linear", warmup_steps=20, eval_steps=50
+    max_steps=100, batch_tokens=1024, learning_rate=5e-4, schedule="linear", warmup_steps=20, eval_steps=50
 )
 DROPOUT = 0.1
 """In fine-tuning, where the texts are few."""

@@ -20,12 +20,12 @@ from qkv.report import Figure, Measure, Scores, Section, gallery, overlay
 RECIPE = RunConfig(
     model=ViTConfig(image_size=0, patch_size=1, dim=64, depth=4, heads=4, mlp_dim=256, dropout=0.1),
     train=TrainConfig(
-        max_steps=600,
+        max_steps=250,
         batch_tokens=4096,
         learning_rate=2e-3,
-        warmup_steps=60,
+        warmup_steps=25,
         weight_decay=0.05,
-        eval_steps=100,
+        eval_steps=50,
     ),
 )
 
