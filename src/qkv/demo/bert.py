@@ -41,22 +41,23 @@ from qkv.ragged import pack
 from qkv.report import Figure, Measure, Scores, Section, filled, heatmap, table
 
 PRETRAIN = RunConfig(
-    model=BertConfig(dim=192, depth=4, heads=6, mlp_dim=768, context=128, dropout=0.0, attention_dropout=0.0),
-    tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=4096, lowercase=True),
+    # In short contexts masked words find their neighbours after some 1,000 steps, in long ones after far more.
+    model=BertConfig(dim=128, depth=2, heads=4, mlp_dim=512, context=32, dropout=0.0, attention_dropout=0.0),
+    tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=2048, lowercase=True),
     train=TrainConfig(
-        max_steps=200,
-        batch_tokens=2048,
+        max_steps=2600,
+        batch_tokens=1024,
         optimizer="muon",
-        learning_rate=1.5e-3,
+        learning_rate=4e-3,
         schedule="linear",
-        warmup_steps=30,
-        eval_steps=100,
+        warmup_steps=100,
+        eval_steps=650,
     ),
 )
 FINE_TUNE = TrainConfig(
-    max_steps=100, batch_tokens=1024, learning_rate=5e-4, schedule="linear", warmup_steps=20, eval_steps=50
+    max_steps=240, batch_tokens=1024, learning_rate=1e-3, schedule="linear", warmup_steps=30, eval_steps=60
 )
-DROPOUT = 0.1
+DROPOUT = 0.3
 """In fine-tuning, where the texts are few."""
 HELD_OUT = 0.2
 KINDS = ("class", "function", "module")

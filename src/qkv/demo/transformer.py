@@ -22,12 +22,12 @@ RECIPE = RunConfig(
     model=TransformerConfig(dim=128, depth=2, heads=4, mlp_dim=512, dropout=0.0, context=96),
     tokenizer=TokenizerConfig(kind="char"),
     train=TrainConfig(
-        max_steps=400,
+        max_steps=600,
         batch_tokens=2048,
         learning_rate=2e-3,
         schedule="linear",
-        warmup_steps=60,
-        eval_steps=100,
+        warmup_steps=100,
+        eval_steps=150,
     ),
 )
 SAMPLES = 12_000

@@ -18,14 +18,14 @@ from qkv.pipelines import ImageClassifier, from_pretrained
 from qkv.report import Figure, Measure, Scores, Section, gallery, overlay
 
 RECIPE = RunConfig(
-    model=ViTConfig(image_size=0, patch_size=1, dim=64, depth=4, heads=4, mlp_dim=256, dropout=0.1),
+    model=ViTConfig(image_size=0, patch_size=2, dim=64, depth=4, heads=4, mlp_dim=256, dropout=0.1),
     train=TrainConfig(
-        max_steps=250,
-        batch_tokens=4096,
+        max_steps=600,
+        batch_tokens=2048,
         learning_rate=2e-3,
-        warmup_steps=25,
+        warmup_steps=50,
         weight_decay=0.05,
-        eval_steps=50,
+        eval_steps=100,
     ),
 )
 
@@ -47,7 +47,7 @@ def part(lab: Lab) -> Section:
         key="vit",
         title="ViT: handwritten digits",
         lead="Scikit-learn's 1,797 digits as PNG files of 8×8 grey pixels, a folder for each class, a fifth "
-        "held out. Every pixel is a patch.",
+        "held out. A patch is 2×2 pixels.",
         facts={**run.facts(), "data": f"{len(files['train']):,} images, {len(files['valid']):,} held out"},
         scores=Scores(
             (Measure("digit right", percent=True),),
