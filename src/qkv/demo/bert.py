@@ -41,7 +41,7 @@ from qkv.ragged import pack
 from qkv.report import Figure, Measure, Scores, Section, filled, heatmap, table
 
 PRETRAIN = RunConfig(
-    # In short contexts masked words find their neighbours after some 1,000 steps, in long ones after far more.
+    # In short contexts masked words find their neighbours after some 1,000 steps, in long ones far later.
     model=BertConfig(dim=128, depth=2, heads=4, mlp_dim=512, context=32, dropout=0.0, attention_dropout=0.0),
     tokenizer=TokenizerConfig(kind="wordpiece", vocab_size=2048, lowercase=True),
     train=TrainConfig(
