@@ -26,7 +26,15 @@ from qkv.errors import InputError
 from qkv.recipes import default_recipe
 
 if TYPE_CHECKING:
-    from qkv.pipelines import AnyPipeline, DecodingOptions, Encoder, Guess, TextGenerator, Translator
+    from qkv.pipelines import (
+        AnyPipeline,
+        DecodingOptions,
+        Encoder,
+        Guess,
+        TaggedWord,
+        TextGenerator,
+        Translator,
+    )
 
 P = ParamSpec("P")
 
@@ -178,23 +186,24 @@ def fill(model: Positional[Model], texts: Positional[Texts] = (), top_k: int = 5
     """
     encoder = cast("Encoder", _load(model, "bert"))
     for text in _lines(texts):
-        _print_guesses(encoder.fill(text, top_k=top_k))
+        _print_rows(encoder.fill(text, top_k=top_k))
 
 
 def classify(
     model: Positional[Model],
     inputs: Positional[Texts] = (),
     pair: Annotated[str | None, arg(metavar="TEXT")] = None,
-    top_k: int = 3,
+    top_k: int | None = None,
     truncate: bool = False,
 ) -> None:
-    """Name the class of texts or images; a JSON line each.
+    """Name the class of texts or images, all labels of a multi-label model, or the value of a regression
+    model; a JSON line each.
 
     Args:
-        model: Run folder, checkpoint folder or hub id of a BERT or ViT with a classification head.
+        model: Run folder, checkpoint folder or hub id of a BERT or ViT with such a head.
         inputs: Texts, or image files.
         pair: Second text, for a model of text pairs.
-        top_k: How many classes.
+        top_k: How many classes; default 5, but all labels of a multi-label model.
         truncate: Cut texts longer than the context, and say how many.
     """
     from qkv.pipelines import ImageClassifier, from_pretrained
@@ -204,13 +213,30 @@ def classify(
     if isinstance(pipeline, ImageClassifier):
         if pair is not None or truncate:
             raise InputError(f"{model} classifies images: leave out --pair and --truncate")
-        answers = pipeline.classify(given, top_k=top_k)
+        answers = pipeline.classify(given, top_k=5 if top_k is None else top_k)
     else:
         encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
         texts = given if pair is None else [(text, pair) for text in given]
+        if encoder.model.config.head == "regression":
+            for values in encoder.estimate(texts, truncate=truncate).tolist():
+                print(json.dumps(dict(zip(encoder.model.config.labels, values, strict=True))))
+            return
         answers = encoder.classify(texts, top_k=top_k, truncate=truncate)
     for answer in answers:
-        _print_guesses(answer)
+        _print_rows(answer)
+
+
+def tag(model: Positional[Model], texts: Positional[Texts] = (), truncate: bool = False) -> None:
+    """Name the tag of each word of texts, with its place in the text; a JSON line each.
+
+    Args:
+        model: Run folder, checkpoint folder or hub id of a BERT with a tagging head.
+        texts: What to tag.
+        truncate: Cut texts longer than the context, and say how many.
+    """
+    encoder = cast("Encoder", _load(model, "bert"))
+    for words in encoder.tag(_lines(texts), truncate=truncate):
+        _print_rows(words)
 
 
 def embed(
@@ -252,8 +278,8 @@ def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> 
 # ---------------------------------------------------------------- shared
 
 
-def _print_guesses(guesses: Sequence[Guess]) -> None:
-    print(json.dumps([guess._asdict() for guess in guesses], ensure_ascii=False))
+def _print_rows(rows: Sequence[Guess | TaggedWord]) -> None:
+    print(json.dumps([row._asdict() for row in rows], ensure_ascii=False))
 
 
 def _load(source: str, family: Family) -> AnyPipeline:
@@ -296,6 +322,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "translate": translate,
     "fill": fill,
     "classify": classify,
+    "tag": tag,
     "embed": embed,
 }
 

@@ -22,7 +22,10 @@ Family = Literal["transformer", "bert", "gpt", "vit"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
-BertHead = Literal["none", "pooler", "pretraining", "masked_lm", "classification", "tagging"]
+BertHead = Literal[
+    "none", "pooler", "pretraining", "masked_lm", "classification", "multi_label", "regression", "tagging"
+]
+Task = Literal["classification", "multi_label", "regression", "tagging", "contrastive"]
 
 T = TypeVar("T")
 
@@ -120,7 +123,7 @@ class BertConfig(ModelConfig):
     head: BertHead = "pretraining"
     """What the outputs are for; in training the data decide."""
     labels: tuple[str, ...] = ()
-    """Names of the classes of a classification or tagging head, in the order of its outputs."""
+    """Names of the outputs of a classification, multi_label, regression or tagging head, in their order."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,12 +216,20 @@ class DataConfig:
     """Held-out data in the same form; empty: split off `valid_fraction` of the training data."""
     valid_fraction: float = 0.1
     """Share of the training data to hold out where `valid` is empty."""
+    task: Literal["auto", Task] = "auto"
+    """What BERT learns from labelled or paired texts. auto: what the data tell; in the run's config.toml
+    stands what that was."""
     text: str = "text"
     """Column of texts in a table."""
     text_pair: str = "text_pair"
     """Column of second texts, where a class belongs to two texts; optional."""
     label: str = "label"
-    """Column of classes, for texts and images."""
+    """Column of classes, for texts and images; of lists of classes (in CSV and TSV with commas between
+    them) for multi_label; of numbers for regression."""
+    tokens: str = "tokens"
+    """Column of lists of words, for tagging."""
+    tags: str = "tags"
+    """Column of lists of their tags."""
     source: str = "source"
     """Column of texts to translate."""
     target: str = "target"
@@ -227,10 +238,20 @@ class DataConfig:
     """Column of image files' bytes in a Parquet file."""
     truncate: bool = False
     """Cut samples longer than the context, and report how many. False: such a sample is an error."""
+    whole_words: bool = False
+    """Hide all pieces of a word together in masked language modelling; for WordPiece."""
+    bpe_dropout: float = 0.0
+    """Probability of leaving out each merge of byte pairs in training texts, which gives a word other
+    pieces in every epoch (Provilkov et al. 2020); for GPT and Transformer."""
+    candidates: int = 64
+    """Contrastive learning: texts among which the pair of each text is to be found, about so many."""
 
     def __post_init__(self) -> None:
         between = (lambda value: 0.0 < value < 1.0, "between 0 and 1")
         _check("data", self, *between, "valid_fraction")
+        _check("data", self, *_FRACTION, "bpe_dropout")
+        several = (lambda value: value >= 2, "at least 2")
+        _check("data", self, *several, "candidates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +284,8 @@ class TrainConfig:
     """Parts that a step's batch is computed in: more need less memory."""
     label_smoothing_factor: float = 0.0
     """Share of probability that targets give to all classes (Szegedy et al. 2016)."""
+    temperature: float = 0.05
+    """Divides the cosines of contrastive learning: lower heeds the nearest wrong candidates more."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: matrix products in bfloat16 (autocast), weights and optimiser in float32. auto: where the
     processor has instructions for it; the run's config.toml says which it was."""
@@ -278,7 +301,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
         _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps")
-        _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm")
+        _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm", "temperature")
         _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay")
         _check("train", self, *_SEED, "seed")
         _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor")

@@ -6,13 +6,25 @@ import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from qkv.checkpoint import CONFIG
 from qkv.config import BertConfig, DataConfig, RunConfig, read_toml
-from qkv.data import Dataset, Sampler, build, read, read_held_out
+from qkv.data import Dataset, Sampler, bert_head, build, read, read_held_out
+from qkv.data.batches import Batch, TaggedBatch
 from qkv.errors import InputError
+from qkv.metrics import (
+    entity_scores,
+    is_bio,
+    label_scores,
+    macro_f1,
+    matthews,
+    pearson,
+    spearman,
+    translation_scores,
+)
 from qkv.models import Model
 from qkv.objectives import Term, loss_terms
 from qkv.pipelines import Translator, from_pretrained
@@ -22,90 +34,69 @@ from qkv.pipelines import Translator, from_pretrained
 def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
     """Scores of a model on every sample of a dataset, in evaluation mode.
 
-    For each loss term `<term>_loss` (nats) and `<term>_accuracy`; `loss`, their sum; for language
-    models `perplexity` and `bits_per_byte`; for classifiers `macro_f1` and `matthews`. The answer
-    does not depend on batch_tokens.
+    For each loss term `<term>_loss` (nats, or squares of a value's unit) and, but for values,
+    `<term>_accuracy`; `loss`, their sum; and what `derived` and, for language models, `perplexity` and
+    `bits_per_byte` tell. The answer does not depend on batch_tokens.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     losses: dict[str, float] = defaultdict(float)
-    correct: dict[str, int] = defaultdict(int)
+    correct: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    confusion: Counter[tuple[int, int]] = Counter()
+    answers: dict[str, list[Answers]] = defaultdict(list)
     for indices in Sampler(dataset.costs, batch_tokens, seed=0).epoch(0):
         batch = dataset.batch(indices, epoch=0).to(device)
         for name, term in loss_terms(model, batch).items():
             losses[name] += term.loss_sum().item()
-            correct[name] += int(term.correct())
-            counts[name] += len(term.labels)
-            if name == "label":
-                confusion += _confusion(term)
+            counts[name] += len(term)
+            if (right := term.correct()) is not None:
+                correct[name] += int(right)
+            if name in ("label", "labels", "value", "tag"):
+                answers[name] += _answers(term, batch)
     model.train(was_training)
     scores = {"loss": sum(losses[name] / counts[name] for name in losses)}
     for name, count in counts.items():
-        scores |= {f"{name}_loss": losses[name] / count, f"{name}_accuracy": correct[name] / count}
+        scores[f"{name}_loss"] = losses[name] / count
+        if name in correct:
+            scores[f"{name}_accuracy"] = correct[name] / count
     if "next_token" in counts:
         scores["perplexity"] = math.exp(min(scores["next_token_loss"], 700.0))
         scores["bits_per_byte"] = losses["next_token"] / math.log(2) / dataset.size_in_bytes
-    if confusion:
-        scores |= {"macro_f1": macro_f1(confusion), "matthews": matthews(confusion)}
+    for name, parts in answers.items():
+        scores |= derived(name, parts, getattr(model.config, "labels", ()))
     return scores
 
 
-def _confusion(term: Term) -> Counter[tuple[int, int]]:
-    """How often each (label, prediction) occurred."""
-    pairs: Tensor = torch.stack([term.labels, term.logits.argmax(-1)], dim=1)  # (M, 2)
-    return Counter((label, predicted) for label, predicted in pairs.tolist())
+Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
+"""Labels and predictions of a batch, or of one of its sentences."""
 
 
-def macro_f1(confusion: Counter[tuple[int, int]]) -> float:
-    """The mean over classes of 2 TP / (2 TP + FP + FN); classes that occur as label or prediction count."""
-    labels, predictions = _margins(confusion)
-    classes = labels.keys() | predictions.keys()
-    return sum(2 * confusion[c, c] / (labels[c] + predictions[c]) for c in classes) / len(classes)
+def _answers(term: Term, batch: Batch) -> list[Answers]:
+    labels, predictions = term.labels.cpu().numpy(), term.predictions().cpu().numpy()
+    if not isinstance(batch, TaggedBatch):
+        return [(labels, predictions)]
+    ends = np.cumsum(batch.labels.lengths)[:-1]
+    return list(zip(np.split(labels, ends), np.split(predictions, ends), strict=True))
 
 
-def matthews(confusion: Counter[tuple[int, int]]) -> float:
-    """The correlation of labels and predictions (Gorodkin 2004, equation 8); 0 where either is constant."""
-    labels, predictions = _margins(confusion)
-    total, right = (
-        confusion.total(),
-        sum(n for (label, predicted), n in confusion.items() if label == predicted),
-    )
-    covariance = right * total - sum(labels[c] * predictions[c] for c in labels)
-    spread = (total**2 - sum(n**2 for n in labels.values())) * (
-        total**2 - sum(n**2 for n in predictions.values())
-    )
-    return covariance / math.sqrt(spread) if spread else 0.0
+def derived(name: str, parts: list[Answers], names: tuple[str, ...]) -> dict[str, float]:
+    """What is usual to know of a term's answers beside its loss and accuracy.
 
-
-def _margins(confusion: Counter[tuple[int, int]]) -> tuple[Counter[int], Counter[int]]:
-    labels: Counter[int] = Counter()
-    predictions: Counter[int] = Counter()
-    for (label, predicted), n in confusion.items():
-        labels[label] += n
-        predictions[predicted] += n
-    return labels, predictions
-
-
-def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str, float | str]:
-    """sacreBLEU's BLEU and chrF of detokenised text with their signatures (Post 2018).
-
-    Raises InputError without the `eval` extra.
+    `macro_f1` and `matthews` of classes; `micro_f1`, `macro_f1` and `exact_match` of independent labels;
+    `pearson` and `spearman` of values; `precision`, `recall` and `f1` of the entities that BIO tags mark, and
+    `macro_f1` of other tags. names: of the classes, labels or tags.
     """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise InputError("translations are scored by sacreBLEU: pip install 'qkv[eval]'") from None
-
-    bleu, chrf = BLEU(), CHRF()
-    return {
-        "bleu": bleu.corpus_score(hypotheses, [references]).score,
-        "chrf": chrf.corpus_score(hypotheses, [references]).score,
-        "bleu_signature": str(bleu.get_signature()),
-        "chrf_signature": str(chrf.get_signature()),
-    }
+    labels, predictions = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if name == "labels":
+        return label_scores(labels, predictions)
+    if name == "value":
+        return {"pearson": pearson(labels, predictions), "spearman": spearman(labels, predictions)}
+    if name == "tag" and is_bio(names):
+        said = [[[names[tag] for tag in tags] for tags in column] for column in zip(*parts, strict=True)]
+        return entity_scores(*said)
+    confusion = Counter(zip(labels.tolist(), predictions.tolist(), strict=True))
+    return {"macro_f1": macro_f1(confusion)} | ({} if name == "tag" else {"matthews": matthews(confusion)})
 
 
 def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | str]:
@@ -126,8 +117,8 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
         raise InputError(f"{source} is not a run folder: say with --data what to score it on")
     samples = read_held_out(data, run.data, family, labels) if data else read(run.data, family).valid
     if isinstance(model.config, BertConfig):
-        head = "pretraining" if samples.kind == "text" else "classification"
-        if model.config.head != head:
+        head = bert_head(samples.kind)
+        if head != "none" and model.config.head != head:
             raise InputError(
                 f"{samples.kind} data score a {head} head, but {source} has the head {model.config.head!r}"
             )

@@ -3,34 +3,132 @@
 A step's loss adds the terms, each divided once by its number of items in the whole step, so neither
 gradient accumulation nor the number of ranks changes it.
 
-Legend: T tokens of the batch, N sequences, M items of one term, K classes (or vocabulary) of one term.
+Legend: T tokens of the batch, N sequences, D model width, M items of one term, K classes (or vocabulary)
+or labels of one term.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.data.batches import Batch, ImageBatch, LabelledBatch, LanguageBatch, MaskedBatch, PairBatch
+from qkv.data.batches import (
+    Batch,
+    ContrastiveBatch,
+    ImageBatch,
+    LabelledBatch,
+    LanguageBatch,
+    MaskedBatch,
+    MultiLabelBatch,
+    PairBatch,
+    TaggedBatch,
+    ValueBatch,
+)
 from qkv.models import GPT, Bert, Model, Transformer, ViT
 
+# ---------------------------------------------------------------- kinds of loss
 
-@dataclass(frozen=True)
-class Term:
-    """One loss: logits (M, K) against labels (M,)."""
+
+@dataclass(frozen=True, eq=False)
+class Term(ABC):
+    """One loss of M items: what the model said, and what is right."""
 
     logits: Tensor
     labels: Tensor
 
+    def __len__(self) -> int:
+        """M."""
+        return len(self.labels)
+
+    @abstractmethod
     def loss_sum(self, smoothing: float = 0.0) -> Tensor:
-        """Sum of the cross-entropies in nats; smoothing as in Szegedy et al. 2016, 7."""
+        """The sum of the items' losses; smoothing: of labels, where the loss knows it."""
+
+    @abstractmethod
+    def predictions(self) -> Tensor:
+        """The model's answers, in the form of the labels."""
+
+    def correct(self) -> Tensor | None:
+        """How many answers are right; None where answers are only more or less so."""
+        return (self.predictions() == self.labels).sum()
+
+
+class CrossEntropy(Term):
+    """One of K classes: logits (M, K); labels (M,), or probabilities (M, K)."""
+
+    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
+        """In nats; smoothing as in Szegedy et al. 2016, 7."""
         return F.cross_entropy(self.logits.float(), self.labels, reduction="sum", label_smoothing=smoothing)
 
+    def predictions(self) -> Tensor:
+        """The class of the largest logit, (M,)."""
+        return self.logits.argmax(-1)
+
     def correct(self) -> Tensor:
-        """How many labels have the largest logit."""
-        return (self.logits.argmax(-1) == self.labels).sum()
+        """How many labels, or most probable ones, have the largest logit."""
+        labels = self.labels if self.labels.dim() == 1 else self.labels.argmax(-1)
+        return (self.predictions() == labels).sum()
+
+
+class BinaryCrossEntropy(Term):
+    """K labels, each of which may hold: logits (N, K) and labels bool (N, K), whose M = N K are the items."""
+
+    def __len__(self) -> int:
+        return self.labels.numel()
+
+    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
+        """In nats; smoothing moves each label towards one half."""
+        labels = self.labels.float() * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(self.logits.float(), labels, reduction="sum")
+
+    def predictions(self) -> Tensor:
+        """The labels that are more probable than not, bool (N, K)."""
+        return self.logits > 0
+
+
+class SquaredError(Term):
+    """A value: logits (M, 1) and labels (M,)."""
+
+    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
+        """In squares of the value's unit."""
+        return F.mse_loss(self.predictions(), self.labels, reduction="sum")
+
+    def predictions(self) -> Tensor:
+        """The values, (M,)."""
+        return self.logits.float().squeeze(-1)
+
+    def correct(self) -> None:
+        """Values are near or far."""
+        return
+
+
+class Contrastive(Term):
+    """Which text belongs to which: similarities (M, M), with -inf where texts are not compared."""
+
+    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
+        """InfoNCE in nats (van den Oord et al. 2018, equation 4)."""
+        return F.cross_entropy(self.logits, self.labels, reduction="sum")
+
+    def predictions(self) -> Tensor:
+        """The nearest text, (M,)."""
+        return self.logits.argmax(-1)
+
+
+def contrastive(vectors: Tensor, batch: ContrastiveBatch) -> Contrastive:
+    """vectors (2 N, D) of the batch's texts -> cosines over the temperature (Gao et al. 2021, equation 1)."""
+    texts, pairs = F.normalize(vectors.float()).chunk(2)  # (N, D)
+    right = torch.arange(len(texts), device=vectors.device)
+    compared = batch.wrong | torch.eye(len(texts), dtype=torch.bool, device=vectors.device)  # (N, N)
+    with torch.autocast(vectors.device.type, enabled=False):
+        similarities = texts @ pairs.T / batch.temperature
+    return Contrastive(similarities.masked_fill(~compared, -torch.inf), right)
+
+
+# ---------------------------------------------------------------- from a batch to its losses
 
 
 def item_counts(batch: Batch) -> dict[str, int]:
@@ -44,6 +142,14 @@ def item_counts(batch: Batch) -> dict[str, int]:
             return {"target_token": len(batch.labels)}
         case LabelledBatch() | ImageBatch():
             return {"label": len(batch.labels)}
+        case MultiLabelBatch():
+            return {"labels": batch.labels.numel()}
+        case ValueBatch():
+            return {"value": len(batch.values)}
+        case TaggedBatch():
+            return {"tag": len(batch.labels.values)}
+        case ContrastiveBatch():
+            return {"pair": len(batch.wrong)}
         case _:
             raise TypeError(f"no objective learns from a {type(batch).__name__}")
 
@@ -55,26 +161,40 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
     masked_word and next_sentence: BERT's two tasks together (Devlin et al. 2018, 3.1).
     target_token: sequence to sequence, given the source (Vaswani et al. 2017, 5).
     label: the class of a text or a pair (Devlin et al. 2018, 4.1) or of an image (Dosovitskiy et al.
-    2021, 3.1).
+    2021, 3.1). labels: which labels a text has. value: a number of a text or a pair.
+    tag: the class of a word, by its first piece (Devlin et al. 2018, 5.3).
+    pair: which text belongs to a text, by the cosine of mean vectors (Gao et al. 2021, equations 1 and 5).
     """
     match model, batch:
         case GPT(), LanguageBatch():
-            return {"next_token": Term(model(batch.ids).logits.values, batch.labels)}
+            return {"next_token": CrossEntropy(model(batch.ids).logits.values, batch.labels)}
         case Bert(), MaskedBatch():
             hidden = model.features(batch.ids, batch.segments)
             words = model.word_logits(hidden.values[batch.selected])  # (M, V): of the selected tokens only
             follows = model.next_logits(hidden)  # (N, 2)
             return {
-                "masked_word": Term(words, batch.labels),
-                "next_sentence": Term(follows, batch.next_labels),
+                "masked_word": CrossEntropy(words, batch.labels),
+                "next_sentence": CrossEntropy(follows, batch.next_labels),
             }
         case Bert(), LabelledBatch():
-            return {
-                "label": Term(model.class_logits(model.features(batch.ids, batch.segments)), batch.labels)
-            }
+            logits = model.class_logits(model.features(batch.ids, batch.segments))
+            return {"label": CrossEntropy(logits, batch.labels)}
+        case Bert(), MultiLabelBatch():
+            logits = model.class_logits(model.features(batch.ids, batch.segments))
+            return {"labels": BinaryCrossEntropy(logits, batch.labels)}
+        case Bert(), ValueBatch():
+            values = model.class_logits(model.features(batch.ids, batch.segments))
+            return {"value": SquaredError(values, batch.values)}
+        case Bert(), TaggedBatch():
+            logits = model.tag_logits(model.features(batch.ids).values[batch.first])  # (M, K)
+            return {"tag": CrossEntropy(logits, batch.labels.values)}
+        case Bert(), ContrastiveBatch():
+            return {"pair": contrastive(model.features(batch.ids).mean(), batch)}
         case Transformer(), PairBatch():
-            return {"target_token": Term(model(batch.source, batch.inputs).logits.values, batch.labels)}
+            return {
+                "target_token": CrossEntropy(model(batch.source, batch.inputs).logits.values, batch.labels)
+            }
         case ViT(), ImageBatch():
-            return {"label": Term(model.head(model.features(batch.images)), batch.labels)}
+            return {"label": CrossEntropy(model.head(model.features(batch.images)), batch.labels)}
         case _:
             raise TypeError(f"a {type(model).__name__} does not learn from a {type(batch).__name__}")

@@ -55,6 +55,17 @@ class Guess(NamedTuple):
     probability: float
 
 
+class TaggedWord(NamedTuple):
+    """A word of a text, its likeliest tag, and how probable the model finds it."""
+
+    word: str
+    """text[start:end]"""
+    tag: str
+    probability: float
+    start: int
+    end: int
+
+
 class DecodingOptions(TypedDict, total=False):
     """The fields of `qkv.decode.Decoding`, which says what each means and checks them."""
 
@@ -229,7 +240,7 @@ OneOrPair = TypeVar("OneOrPair", bound=TextOrPair)
 
 
 class Encoder(Pipeline[Bert]):
-    """Fills masks, turns texts into vectors, names their classes: as the checkpoint's heads allow."""
+    """Fills masks, turns texts into vectors, names their classes or tags: as the checkpoint's heads allow."""
 
     def __call__(self, batch: Ragged, segments: Tensor | None = None) -> BertOutput:
         """The model on ids (T,) and segments (T,)."""
@@ -276,32 +287,96 @@ class Encoder(Pipeline[Bert]):
         return vectors
 
     @overload
-    def classify(self, texts: TextOrPair, top_k: int = 5, truncate: bool = False) -> list[Guess]: ...
+    def classify(
+        self, texts: TextOrPair, top_k: int | None = None, truncate: bool = False
+    ) -> list[Guess]: ...
     @overload
     def classify(
-        self, texts: list[OneOrPair], top_k: int = 5, truncate: bool = False
+        self, texts: list[OneOrPair], top_k: int | None = None, truncate: bool = False
     ) -> list[list[Guess]]: ...
-    @torch.inference_mode()
     def classify(
-        self, texts: TextOrPair | list[OneOrPair], top_k: int = 5, truncate: bool = False
+        self, texts: TextOrPair | list[OneOrPair], top_k: int | None = None, truncate: bool = False
     ) -> list[Guess] | list[list[Guess]]:
         """The likeliest classes of a text or a pair (a tuple of two), or of each of a list of them.
 
+        top_k: so many; None: 5 of classes, all of a multi-label model's, whose probabilities are independent.
         truncate: cut texts longer than the context, with a warning that counts them. Raises InputError
-        for such a text otherwise, or if the model has no classification head.
+        for such a text otherwise, or if the model has no head of either kind.
         """
         if isinstance(texts, str | tuple):
             return self.classify([texts], top_k, truncate)[0]
-        _check_top_k(top_k)
+        if top_k is not None:
+            _check_top_k(top_k)
         config = self.model.config
-        if config.head != "classification":
-            raise InputError(f"this model has no classification head but {config.head!r}: fine-tune it first")
-        encodings = _encode(self.tokenizer, texts, config.context, truncate)
-        guesses: dict[int, list[Guess]] = {}
+        if config.head == "classification":
+            chances = self._class_logits(texts, truncate).softmax(-1)  # (N, K)
+            return _guesses(chances, config.labels, 5 if top_k is None else top_k)
+        if config.head == "multi_label":
+            chances = self._class_logits(texts, truncate).sigmoid()  # (N, K)
+            return _guesses(chances, config.labels, len(config.labels) if top_k is None else top_k)
+        help = "estimate gives its values" if config.head == "regression" else "fine-tune it first"
+        raise InputError(f"this model has no classification head but {config.head!r}: {help}")
+
+    def estimate(self, texts: Sequence[TextOrPair], truncate: bool = False) -> NDArray[np.float32]:
+        """The values of texts or pairs, (N, K): K is 1 for models trained here.
+
+        truncate: cut texts longer than the context, with a warning that counts them. Raises InputError
+        for such a text otherwise, or if the model has no regression head.
+        """
+        _check_list(texts)
+        if self.model.config.head != "regression":
+            raise InputError(f"this model has no regression head but {self.model.config.head!r}")
+        return self._class_logits(texts, truncate).numpy()
+
+    @torch.inference_mode()
+    def _class_logits(self, texts: Sequence[TextOrPair], truncate: bool) -> Tensor:
+        """float32 (N, K), on the CPU."""
+        encodings = _encode(self.tokenizer, texts, self.model.config.context, truncate)
+        logits = torch.empty(len(texts), len(self.model.config.labels))
         for indices in _batches([len(e.ids) for e in encodings]):
-            logits = self(*self._batch([encodings[i] for i in indices])).class_logits  # (N, K)
-            guesses |= zip(indices, _guesses(logits, config.labels, top_k), strict=True)
-        return [guesses[i] for i in range(len(texts))]
+            hidden = self.model.features(*self._batch([encodings[i] for i in indices]))
+            logits[indices] = self.model.class_logits(hidden).float().cpu()
+        return logits
+
+    @overload
+    def tag(self, texts: str, truncate: bool = False) -> list[TaggedWord]: ...
+    @overload
+    def tag(self, texts: list[str], truncate: bool = False) -> list[list[TaggedWord]]: ...
+    @torch.inference_mode()
+    def tag(
+        self, texts: str | list[str], truncate: bool = False
+    ) -> list[TaggedWord] | list[list[TaggedWord]]:
+        """The tag of each word of a text, or of each of a list of texts; its first piece decides.
+
+        Words are what the tokenizer's pre-tokenizer makes of the text; one that has no token is left out.
+        truncate: cut texts longer than the context, with a warning that counts them: what is cut has no
+        tags. Raises InputError for such a text otherwise, or if the model has no tagging head.
+        """
+        if isinstance(texts, str):
+            return self.tag([texts], truncate)[0]
+        config = self.model.config
+        if config.head != "tagging":
+            raise InputError(f"this model has no tagging head but {config.head!r}: fine-tune it first")
+        spans = [self.tokenizer.words(text) for text in texts]
+        words = [[text[a:b] for a, b in places] for text, places in zip(texts, spans, strict=True)]
+        encodings = self.tokenizer.encode_words(words)
+        if _check_lengths([len(e.ids) for e in encodings], config.context, truncate):
+            encodings = self.tokenizer.shortened(config.context).encode_words(words)
+        tagged: dict[int, list[TaggedWord]] = {}
+        for indices in _batches([len(e.ids) for e in encodings]):
+            hidden = self.model.features(pack((encodings[i].ids for i in indices), self.device))
+            for i, states in zip(indices, hidden.split(), strict=True):  # states: (L, D)
+                found = [(*span, place) for span, place in zip(spans[i], encodings[i].first, strict=True)]
+                read = [(start, end, place) for start, end, place in found if place is not None]
+                logits = self.model.tag_logits(states[[place for *_, place in read]])  # (M, K)
+                best = logits.float().softmax(-1).max(-1)
+                tagged[i] = [
+                    TaggedWord(texts[i][start:end], config.labels[k], chance, start, end)
+                    for (start, end, _), k, chance in zip(
+                        read, best.indices.tolist(), best.values.tolist(), strict=True
+                    )
+                ]
+        return [tagged[i] for i in range(len(texts))]
 
     def _batch(self, encodings: list[Encoding]) -> tuple[Ragged, Tensor]:
         """Ids and segments, (T,) each."""
@@ -337,8 +412,9 @@ class ImageClassifier(Pipeline[ViT]):
         tokens = (self.images.size // self.model.config.patch_size) ** 2 + 1
         guesses: list[list[Guess]] = []
         for indices in _batches([tokens] * len(images)):
-            logits = self(torch.stack([self.images(images[i]) for i in indices])).logits  # (N, K)
-            guesses += _guesses(logits, self.model.config.labels, top_k)
+            logits = self(torch.stack([self.images(images[i]) for i in indices])).logits
+            assert logits is not None  # (N, K)
+            guesses += _guesses(logits.float().softmax(-1), self.model.config.labels, top_k)
         return guesses
 
 
@@ -409,27 +485,30 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair], limit: int, trunc
     """Each text or pair, cut to the limit. Raises InputError for one over it unless it may be cut."""
     parts = [(text,) if isinstance(text, str) else text for text in texts]
     encodings = [tokenizer.encode(*part) for part in parts]
-    lengths = [len(encoding.ids) for encoding in encodings]
+    if over := _check_lengths([len(encoding.ids) for encoding in encodings], limit, truncate):
+        shortened = tokenizer.shortened(limit)
+        for i in over:
+            encodings[i] = shortened.encode(*parts[i])
+    return encodings
+
+
+def _check_lengths(lengths: list[int], limit: int, truncate: bool) -> list[int]:
+    """Which texts are over the limit, with a warning. Raises InputError if these may not be cut."""
     over = [i for i, length in enumerate(lengths) if length > limit]
-    if not over:
-        return encodings
-    if not truncate:
+    if over and not truncate:
         i = lengths.index(max(lengths))
         raise InputError(
             f"text {i} has {lengths[i]} tokens; the limit is {limit}: "
             "shorten it, or in Python pass truncate=True to cut it"
         )
-    _warn(f"{len(over)} of {len(encodings)} texts were longer than {limit} tokens and were cut")
-    shortened = tokenizer.shortened(limit)
-    for i in over:
-        encodings[i] = shortened.encode(*parts[i])
-    return encodings
+    if over:
+        _warn(f"{len(over)} of {len(lengths)} texts were longer than {limit} tokens and were cut")
+    return over
 
 
-def _guesses(logits: Tensor | None, labels: tuple[str, ...], top_k: int) -> list[list[Guess]]:
-    """Each row of logits (N, K) as its likeliest labels."""
-    assert logits is not None
-    best = logits.float().softmax(-1).topk(min(top_k, len(labels)))
+def _guesses(chances: Tensor, labels: tuple[str, ...], top_k: int) -> list[list[Guess]]:
+    """Each row of probabilities (N, K) as its likeliest labels."""
+    best = chances.topk(min(top_k, len(labels)))
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [[Guess(labels[k], p) for k, p in zip(classes, chances, strict=True)] for classes, chances in rows]
 

@@ -61,6 +61,15 @@ class Encoding:
     segments: list[int]
 
 
+@dataclass(frozen=True)
+class Words:
+    """Token ids of a text that came in words and, for each word, the place of its first token."""
+
+    ids: list[int]
+    first: list[int | None]
+    """None: no token is left of the word, because it has none or because the text was cut."""
+
+
 class Tokenizer:
     """A `tokenizers` pipeline, `backend`, and the parts that its special tokens play."""
 
@@ -156,6 +165,47 @@ class Tokenizer:
         copy.encode_special_tokens = True
         return copy
 
+    def encode_words(self, texts: Sequence[Sequence[str]]) -> list[Words]:
+        """Each text, given as its words, as `encode` does it. Raises InputError for broken Unicode."""
+        inputs = [[str(self._split(word)) for word in words] for words in texts]
+        found = self.backend.encode_batch(inputs, is_pretokenized=True)
+        return [
+            Words(e.ids, _first_places(e.word_ids, len(words)))
+            for e, words in zip(found, inputs, strict=True)
+        ]
+
+    def words(self, text: str) -> list[tuple[int, int]]:
+        """Where the words of a text begin and end, as the pre-tokenizer splits it; white space is none."""
+        encoding = self.backend.encode(self._split(text))
+        spans: dict[int, tuple[int, int]] = {}
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
+            if word is not None:
+                begin, last = spans.get(word, (start, end))
+                spans[word] = min(begin, start), max(last, end)
+        trimmed = ((end - len(text[start:end].lstrip()), end) for start, end in spans.values())
+        trimmed = ((start, start + len(text[start:end].rstrip())) for start, end in trimmed)
+        return [(start, end) for start, end in trimmed if start < end]
+
+    def continues(self, id: int) -> bool:
+        """Whether a token belongs to the word of the one before it.
+
+        Raises InputError for tokenizers other than WordPiece, whose tokens do not tell.
+        """
+        if not isinstance(self.backend.model, models.WordPiece):
+            raise InputError(
+                "only WordPiece's tokens tell where words begin: set tokenizer.kind to wordpiece"
+            )
+        return self.token(id).startswith(self.backend.model.continuing_subword_prefix)
+
+    def word_begins(self, texts: Sequence[str]) -> list[list[bool]]:
+        """For each id that `plain_batch` gives, whether a word of the pre-tokenizer begins with it."""
+        inputs = [self._split(text) for text in texts]
+        found = self._literal.encode_batch(inputs, is_pretokenized=self._presplit, add_special_tokens=False)
+        return [
+            [word != before for word, before in zip(e.word_ids, [None, *e.word_ids], strict=False)]
+            for e in found
+        ]
+
     _presplit = False
 
     def _split(self, text: str) -> str | list[str]:
@@ -249,6 +299,15 @@ class Tokenizer:
             raise
         except Exception as error:  # the libraries' readers raise plain Exception
             raise InputError(f"the tokenizer in {folder} cannot be read: {_one_line(error)}") from None
+
+
+def _first_places(words: Sequence[int | None], count: int) -> list[int | None]:
+    """The first place of each of so many words."""
+    first: list[int | None] = [None] * count
+    for place, word in enumerate(words):
+        if word is not None and first[word] is None:
+            first[word] = place
+    return first
 
 
 def _added(names: Iterable[str]) -> list[AddedToken]:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from qkv import hub
 from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
-from qkv.config import BertHead, RunConfig, read_toml, write_toml
-from qkv.data import Dataset, Raw, Sampler, prepare, read
+from qkv.config import RunConfig, read_toml, write_toml
+from qkv.data import Dataset, Raw, Sampler, bert_head, prepare, read
 from qkv.data.batches import Batch
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
@@ -103,7 +103,9 @@ def _absolute(location: str) -> str:
 
 def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     model = checkpoint.model.config
-    config = replace(config, model=model)
+    config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
+    if raw.kind == "contrastive":
+        checkpoint = replace(checkpoint, pooling="mean", normalize=True)
     hub.check_savable(model)
     if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
@@ -113,7 +115,7 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
     """The checkpoint `init`, with a fresh head for this data's labels and this run's dropout."""
-    head = _bert_head(raw) if config.model.family == "bert" else None
+    head = bert_head(raw.kind) if config.model.family == "bert" else None
     loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
@@ -145,7 +147,7 @@ def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
     if model.family == "transformer":
         model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
     elif model.family == "bert":
-        model = replace(model, head=_bert_head(raw), labels=raw.labels)
+        model = replace(model, head=bert_head(raw.kind), labels=raw.labels)
     return Checkpoint(build(model), tokenizer)
 
 
@@ -157,10 +159,6 @@ def _image_size(raw: Raw, patch_size: int) -> int:
             f"most images have {raw.image_size} pixels a side, less than one patch: lower model.patch_size"
         )
     return patches * patch_size
-
-
-def _bert_head(raw: Raw) -> BertHead:
-    return "classification" if raw.kind == "labelled" else "pretraining"
 
 
 def _need(token_id: int | None) -> int:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+
 from qkv.config import BertConfig, GPTConfig, RunConfig, TransformerConfig, ViTConfig
+from qkv.data.batches import MultiLabelBatch, ValueBatch
+from qkv.data.bpe_dropout import BPEDropout
+from qkv.data.contrastive import ContrastiveDataset
 from qkv.data.dataset import Dataset
 from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
-from qkv.data.labelled import LabelledDataset
+from qkv.data.labelled import LabelledDataset, label_matrix
 from qkv.data.pairs import PairDataset
-from qkv.data.raw import SPLIT_SEED, Raw, Samples, read, read_held_out
+from qkv.data.raw import SPLIT_SEED, Raw, Samples, bert_head, read, read_held_out
 from qkv.data.sampler import Sampler
+from qkv.data.tagged import TaggedDataset
 from qkv.data.text import LanguageDataset
 from qkv.errors import InputError
 from qkv.images import ImageProcessor
 from qkv.tokenizers import Tokenizer
 
-__all__ = ["Dataset", "Raw", "Sampler", "Samples", "build", "prepare", "read", "read_held_out"]
+__all__ = [
+    "Dataset",
+    "Raw",
+    "Sampler",
+    "Samples",
+    "bert_head",
+    "build",
+    "prepare",
+    "read",
+    "read_held_out",
+]
 
 
 def prepare(
@@ -47,12 +65,19 @@ def build(
     if isinstance(model, ViTConfig):
         if images is None:
             raise InputError("the checkpoint has no preprocessor_config.json: how are images to be prepared?")
+        if config.data.whole_words or config.data.bpe_dropout:
+            raise InputError("data.whole_words and data.bpe_dropout are for text: leave them out")
         return ImageDataset(samples.images, samples.labels, images, model.patch_size)
     if tokenizer is None:
         raise InputError("the checkpoint has no tokenizer: it cannot read text; add its tokenizer.json")
+    dropout = None
+    if training and config.data.bpe_dropout:
+        if isinstance(model, BertConfig):
+            raise InputError("data.bpe_dropout is for gpt and transformer: set it to 0")
+        dropout = BPEDropout(tokenizer, config.data.bpe_dropout)
     match model:
         case GPTConfig():
-            return LanguageDataset(samples.texts, tokenizer, model.context, seed, training)
+            return LanguageDataset(samples.texts, tokenizer, model.context, seed, training, dropout)
         case TransformerConfig():
             return PairDataset(
                 samples.texts,
@@ -62,10 +87,53 @@ def build(
                 end_id=model.eos_id,
                 context=model.context,
                 truncate=truncate,
+                dropout=dropout,
+                seed=seed,
             )
         case BertConfig():
-            if samples.kind == "text":
-                return MaskedDataset(samples.texts, tokenizer, model.context, seed)
-            return LabelledDataset(
-                samples.texts, samples.pairs, samples.labels, tokenizer, model.context, truncate
+            return _for_bert(samples, config, model, tokenizer, seed)
+
+
+def _for_bert(
+    samples: Samples, config: RunConfig, model: BertConfig, tokenizer: Tokenizer, seed: int
+) -> Dataset:
+    """What BERT learns each task from."""
+    data, context = config.data, model.context
+    if data.whole_words and samples.kind != "text":
+        raise InputError("data.whole_words is for masked language modelling: leave it out")
+    labelled = partial(
+        LabelledDataset,
+        samples.texts,
+        samples.pairs,
+        tokenizer=tokenizer,
+        context=context,
+        truncate=data.truncate,
+    )
+    match samples.kind:
+        case "text":
+            return MaskedDataset(samples.texts, tokenizer, context, seed, data.whole_words)
+        case "multi_label":
+            matrix = label_matrix(samples.label_sets, len(model.labels))
+            return labelled(matrix, batch=MultiLabelBatch)
+        case "regression":
+            return labelled(np.array(samples.values, dtype=np.float32), batch=ValueBatch)
+        case "tagging":
+            return TaggedDataset(samples.words, samples.tags, tokenizer, context, data.truncate)
+        case "contrastive":
+            if not samples.pairs and model.dropout == model.attention_dropout == 0:
+                raise InputError(
+                    "contrastive learning without a second text compares a text with itself under another "
+                    "dropout: set model.dropout above 0"
+                )
+            return ContrastiveDataset(
+                samples.texts,
+                samples.pairs,
+                tokenizer,
+                context=context,
+                truncate=data.truncate,
+                candidates=data.candidates,
+                temperature=config.train.temperature,
+                seed=seed,
             )
+        case _:
+            return labelled(samples.labels)

@@ -1,6 +1,6 @@
 """What the objectives are given: one kind of batch for each way to learn.
 
-Legend: T tokens of the batch, N sequences or images, M selected tokens, C channels.
+Legend: T tokens of the batch, N sequences or images, M selected tokens or words, K labels, C channels.
 """
 
 from __future__ import annotations
@@ -48,12 +48,56 @@ class MaskedBatch(Batch):
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledBatch(Batch):
-    """Token ids (T,) with their segments (T,), and the class (N,) of each sequence."""
+class TextBatch(Batch):
+    """Texts, or pairs of texts, that something belongs to: token ids (T,) with their segments (T,)."""
 
     ids: Ragged
     segments: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledBatch(TextBatch):
+    """The class (N,) of each text."""
+
     labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MultiLabelBatch(TextBatch):
+    """Which labels each text has: bool (N, K)."""
+
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ValueBatch(TextBatch):
+    """The value (N,) of each text."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TaggedBatch(Batch):
+    """Sentences whose words have tags."""
+
+    ids: Ragged
+    """(T,)"""
+    first: Tensor
+    """(M,): rows of the first piece of each word."""
+    labels: Ragged
+    """(M,): the tag of each word; N sentences."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastiveBatch(Batch):
+    """Texts, each with another that is to be found among those of its group."""
+
+    ids: Ragged
+    """(T,): N texts, then the N texts that belong to them."""
+    wrong: Tensor
+    """(N, N): whether, for text i, the other text j is a wrong answer; neither that nor right is ignored."""
+    temperature: Tensor
+    """(): divides the cosines."""
 
 
 @dataclass(frozen=True, eq=False)

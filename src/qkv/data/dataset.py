@@ -72,6 +72,12 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
         yield from tokenizer.plain_batch(texts[some])
 
 
+def word_begins(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[bool]]:
+    """Where among each text's ids words begin."""
+    for some in slices(len(texts)):
+        yield from tokenizer.word_begins(texts[some])
+
+
 def special_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids of all tokens that are not text, the unknown one included."""
     ids = (getattr(tokenizer, f"{role}_id") for role in ROLES)

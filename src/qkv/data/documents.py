@@ -11,6 +11,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qkv.data.batches import MaskedBatch
 from qkv.data.dataset import Dataset, Ids, Sequences, fit, join, lay, special_ids, tokenise
@@ -52,8 +53,18 @@ class MaskedDataset(Dataset):
     a passage of another document; and it selects and hides other tokens.
     """
 
-    def __init__(self, documents: Sequence[str], tokenizer: Tokenizer, context: int, seed: int) -> None:
-        """documents: one sentence a line. Raises InputError if no pairs can be made of them."""
+    def __init__(
+        self,
+        documents: Sequence[str],
+        tokenizer: Tokenizer,
+        context: int,
+        seed: int,
+        whole_words: bool = False,
+    ) -> None:
+        """documents: one sentence a line. whole_words: select all tokens of a word or none.
+
+        Raises InputError if no pairs can be made of them, or if the tokens do not tell what a word is.
+        """
         self.cls, self.sep, self.mask = _tokens(tokenizer)
         if context < 5:
             raise InputError(f"model.context is {context}; pairs of segments need at least 5 tokens")
@@ -81,6 +92,10 @@ class MaskedDataset(Dataset):
         self.is_text = np.ones(tokenizer.vocab_size, dtype=bool)  # (V,)
         self.is_text[special] = False
         self.words = self.is_text.nonzero()[0]
+        self.continues: NDArray[np.bool_] | None = None  # (V,)
+        if whole_words:
+            self.continues = np.zeros(tokenizer.vocab_size, dtype=bool)
+            self.continues[self.words] = [tokenizer.continues(id) for id in self.words.tolist()]
 
     def _chunks(self, room: int) -> Iterator[_Chunk]:
         """Two or more sentences each, until they fill the room or, for one in ten, a random part of it."""
@@ -145,14 +160,30 @@ class MaskedDataset(Dataset):
 
     def _hide(self, ids: Ids, rng: np.random.Generator) -> tuple[Ids, Ids]:
         """Select tokens and replace most of them in place; their places (M,) and what they were (M,)."""
-        words = self.is_text[ids].nonzero()[0]
-        count = min(len(words), max(1, round(SELECTED * len(words))))
-        selected = np.sort(rng.choice(words, count, replace=False))
+        selected = self._select(ids, rng)
+        count = len(selected)
         labels = ids[selected]
         fate = rng.random(count)
         random = rng.choice(self.words, count)
         ids[selected] = np.where(fate < MASKED, self.mask, np.where(fate < MASKED + RANDOM, random, labels))
         return selected, labels
+
+    def _select(self, ids: Ids, rng: np.random.Generator) -> Ids:
+        """Places (M,) of the tokens to predict, in order."""
+        places = self.is_text[ids].nonzero()[0]
+        room = min(len(places), max(1, round(SELECTED * len(places))))
+        if self.continues is None:
+            return np.sort(rng.choice(places, room, replace=False))
+        # As in the authors' later code: words in random order, those that fit. (The first always does,
+        # so that there is something to predict.)
+        apart = np.diff(places, prepend=-2) > 1
+        words = np.split(places, np.flatnonzero(apart | ~self.continues[ids[places]])[1:])
+        selected: list[Ids] = []
+        for i in rng.permutation(len(words)):
+            if not selected or len(words[i]) <= room:
+                selected.append(words[i])
+                room -= len(words[i])
+        return np.sort(np.concatenate(selected))
 
 
 def _tokens(tokenizer: Tokenizer) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,39 @@ def read_lines(path: Path) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
+
+
+def read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """Sentences as words and their tags: the first and the last column, a blank line between sentences.
+
+    Raises InputError, naming the line, where the number of columns changes.
+    """
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    columns = 0
+    for number, line in enumerate(read_lines(path), start=1):
+        # Words may hold other white space than these two.
+        found = re.split("\t" if "\t" in line else " +", line.strip(" \t"))
+        if found == [""] or found[0] == "-DOCSTART-":
+            if words[-1]:
+                words.append([])
+                tags.append([])
+            continue
+        if len(found) < 2:
+            raise InputError(f"{path}: line {number} has a word, but no tag: {line!r}")
+        columns = columns or len(found)
+        if len(found) != columns:
+            raise InputError(f"{path}: line {number} has {len(found)} columns, those before it {columns}")
+        if not found[0].strip() or not found[-1].strip():
+            raise InputError(f"{path}: line {number} has an empty column: {line!r}")
+        words[-1].append(found[0])
+        tags[-1].append(found[-1])
+    if not words[-1]:
+        words.pop()
+        tags.pop()
+    if not words:
+        raise InputError(f"{path} has no sentences")
+    return words, tags
 
 
 # ---------------------------------------------------------------- tables
@@ -159,7 +193,8 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
         raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
-    class_names = {name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel"}
+    elements = {name: f.get("feature") or f for name, f in features.items()}  # of lists, their elements
+    class_names = {name: tuple(f["names"]) for name, f in elements.items() if f.get("_type") == "ClassLabel"}
     columns = {name: table[name].to_pylist() for name in table.column_names}
     return Table(path, tuple(schema.names), columns, class_names)
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qkv.data.batches import PairBatch
-from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, tokenise
+from qkv.data.bpe_dropout import BPEDropout
+from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, tokenise, word_begins
 from qkv.tokenizers import Tokenizer
 
 
@@ -27,8 +28,13 @@ class PairDataset(Dataset):
         end_id: int,
         context: int,
         truncate: bool,
+        dropout: BPEDropout | None = None,
+        seed: int = 0,
     ) -> None:
-        """start_id begins the decoder's input. Raises InputError for a text over the context, unless cut."""
+        """start_id begins the decoder's input; seed decides what dropout draws.
+
+        Raises InputError for a text over the context, unless cut.
+        """
         self.sources = Sequences(tokenise(tokenizer, sources))
         self.targets = Sequences(tokenise(tokenizer.target, targets))
         self.notes = tuple(
@@ -39,13 +45,40 @@ class PairDataset(Dataset):
         self.room = context - 1  # beside the end or start token
         self.start = np.array([start_id])
         self.end = np.array([end_id])
-        self.costs = self.sources.lengths.clip(max=self.room) + self.targets.lengths.clip(max=self.room) + 2
+        self.seed = seed
+        self.dropout = dropout
+        most = [self.sources.lengths, self.targets.lengths]
+        if dropout is not None:
+            self.begins = [Sequences(word_begins(tokenizer, texts)) for texts in (sources, targets)]
+            most = [dropout.most(self.sources), dropout.most(self.targets)]
+            times = (most[0].sum() + most[1].sum()) / (
+                self.sources.lengths.sum() + self.targets.lengths.sum()
+            )
+            self.notes += (
+                f"BPE dropout: batches have room for the most tokens that texts can have, {times:.1f} times "
+                f"those without; raise train.batch_tokens.",
+            )
+        self.costs = most[0].clip(max=self.room) + most[1].clip(max=self.room) + 2
 
     def batch(self, indices: Sequence[int], epoch: int) -> PairBatch:
-        """Sources (S,), decoder inputs (T,) and labels (T,); the same in every epoch."""
-        targets = [self.targets[i][: self.room] for i in indices]
-        sources: list[Ids] = [np.concatenate([self.sources[i][: self.room], self.end]) for i in indices]
+        """Sources (S,), decoder inputs (T,) and labels (T,); without dropout the same in every epoch."""
+        drawn = [self._sample(i, epoch) for i in indices]
+        targets = [target for _, target in drawn]
+        sources: list[Ids] = [np.concatenate([source, self.end]) for source, _ in drawn]
         inputs: list[Ids] = [np.concatenate([self.start, target]) for target in targets]
         return PairBatch(
             lay(sources), lay(inputs), join([np.concatenate([target, self.end]) for target in targets])
         )
+
+    def _sample(self, index: int, epoch: int) -> tuple[Ids, Ids]:
+        """Source and target as they are in that epoch; one that dropout makes too long stays as it was."""
+        source, target = self.sources[index], self.targets[index]
+        if self.dropout is not None:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            source = self._drop(source, self.begins[0][index], rng, self.dropout)
+            target = self._drop(target, self.begins[1][index], rng, self.dropout)
+        return source[: self.room], target[: self.room]
+
+    def _drop(self, ids: Ids, begins: Ids, rng: np.random.Generator, dropout: BPEDropout) -> Ids:
+        drawn = dropout.segment(ids, begins, rng)
+        return drawn if len(drawn) <= self.room else ids

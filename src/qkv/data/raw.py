@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from qkv.config import DataConfig, Family
-from qkv.data.files import TABLES, Table, existing, read_lines, read_table, read_text
+from qkv.config import BertHead, DataConfig, Family, Task
+from qkv.data.files import TABLES, existing, read_conll, read_lines, read_table, read_text
+from qkv.data.labels import (
+    divide,
+    guess_task,
+    index,
+    read_class_sets,
+    read_classes,
+    read_numbers,
+    read_tagged,
+)
 from qkv.data.text import pieces
 from qkv.errors import InputError
 from qkv.images import ImageProcessor
 
-Kind = Literal["text", "labelled", "pairs", "images"]
+Kind = Literal["text", "pairs", "images"] | Task
+"""Running text, sources with targets, labelled images, or what one of BERT's tasks needs."""
+
+CONLL = ".conll"
+"""A file of words with tags, one a line."""
 
 SPLIT_SEED = 0
 """Held-out samples do not depend on the run's seed, so that runs with different seeds compare."""
+
+
+def bert_head(kind: Kind) -> BertHead:
+    """The head that BERT needs to learn from such samples; contrastive learning needs none."""
+    match kind:
+        case "classification" | "multi_label" | "regression" | "tagging":
+            return kind
+        case "contrastive":
+            return "none"
+        case _:
+            return "pretraining"
 
 
 @dataclass(frozen=True)
@@ -57,23 +81,43 @@ class Samples:
 
     kind: Kind
     texts: list[str] = field(default_factory=list)
-    """Documents, texts to classify, or sources."""
+    """Documents, texts with labels, or sources."""
     pairs: list[str] = field(default_factory=list)
     """Second texts, or targets."""
     images: list[ImageFile] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     """Index of each sample's class among the labels."""
+    label_sets: list[tuple[int, ...]] = field(default_factory=list)
+    """Indices of each sample's labels, of which there may be none."""
+    values: list[float] = field(default_factory=list)
+    """What regression is to find."""
+    words: list[list[str]] = field(default_factory=list)
+    """Sentences to tag."""
+    tags: list[list[int]] = field(default_factory=list)
+    """Index of each word's tag among the labels."""
 
     def __len__(self) -> int:
-        return max(len(self.texts), len(self.images))
+        return max(len(self.texts), len(self.images), len(self.words))
+
+    @property
+    def task(self) -> Literal["auto", Task]:
+        """The value of data.task that reads such samples."""
+        match self.kind:
+            case "text" | "pairs" | "images":
+                return "auto"
+            case task:
+                return task
 
     def take(self, indices: Sequence[int]) -> Samples:
         """Some of the samples."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
+        some: dict[str, Any] = {name: [c[i] for i in indices] for name, c in columns.items() if c}
+        return replace(self, **some)
 
-        def some(column: list[Any]) -> list[Any]:
-            return [column[i] for i in indices] if column else []
-
-        return Samples(self.kind, some(self.texts), some(self.pairs), some(self.images), some(self.labels))
+    def label_counts(self) -> Counter[int]:
+        """How often each label, by its index, occurs."""
+        several = (*self.label_sets, *self.tags)
+        return Counter(self.labels) + Counter(label for labels in several for label in labels)
 
 
 @dataclass(frozen=True)
@@ -114,30 +158,60 @@ class Raw:
 
     def texts(self) -> Iterator[str]:
         """The training text, for a tokenizer to learn from."""
-        for column in (self.train.texts, self.train.pairs):
+        for column in (self.train.texts, self.train.pairs, map(" ".join, self.train.words)):
             for text in column:
                 yield from pieces(text)
 
     def describe(self) -> str:
         """What was understood of the data, for the user."""
         lines = [f"{self._count(self.train)} to train on, {self._count(self.valid)} held out ({self.split})."]
-        if self.kind == "labelled":
-            lines.append("Each has a second text." if self.train.pairs else "There is no second text.")
+        if self.kind in get_args(Task):
+            lines.append(self._describe_task())
         if self.kind == "images":
             colours = "grey" if self.channels == 1 else "RGB"
             lines.append(f"Most are {colours}, their shorter side {self.image_size} pixels.")
-        if self.labels:
-            counts = Counter(self.train.labels)
+        if self.labels and self.kind != "regression":
+            counts = self.train.label_counts()
+            noun = "tag" if self.kind == "tagging" else "label"
             shown = [f"{name} ({counts[i]:,})" for i, name in enumerate(self.labels[:20])]
             more = f" and {len(self.labels) - 20} more" if len(self.labels) > 20 else ""
-            lines.append(f"{len(self.labels)} labels: {', '.join(shown)}{more}.")
+            lines.append(f"{_plural(len(self.labels), noun)}: {', '.join(shown)}{more}.")
         return " ".join(lines)
 
     def _count(self, samples: Samples) -> str:
         if self.kind == "text":
             return f"{sum(map(len, samples.texts)):,} characters in {_plural(len(samples), 'document')}"
-        nouns = {"labelled": "labelled text", "pairs": "sentence pair", "images": "image"}
-        return _plural(len(samples), nouns[self.kind])
+        nouns = {
+            "classification": "labelled text",
+            "tagging": "sentence",
+            "pairs": "sentence pair",
+            "images": "image",
+        }
+        return _plural(len(samples), nouns.get(self.kind, "text"))
+
+    def _describe_task(self) -> str:
+        """What BERT is to learn."""
+        second = "Each has a second text." if self.train.pairs else "There is no second text."
+        if self.kind == "multi_label":
+            none = self.train.label_sets.count(())
+            return f"{second} Multi-label: each has any number of labels, {none:,} of them none."
+        if self.kind == "regression":
+            values = self.train.values
+            return (
+                f"{second} Regression: each has a number, from {min(values):g} to {max(values):g}, "
+                f"on average {sum(values) / len(values):g}."
+            )
+        if self.kind == "tagging":
+            return f"Tagging: each of {sum(map(len, self.train.words)):,} words has a tag."
+        if self.kind == "contrastive" and self.train.pairs:
+            return "Contrastive: the second text of each is to be found among those of others."
+        if self.kind == "contrastive":
+            return (
+                "Contrastive: there is no second text, so each is to be found under another dropout. "
+                "Held-out texts have no dropout: their accuracy says nothing, their loss how far apart "
+                "they are."
+            )
+        return second
 
 
 def _plural(count: int, noun: str) -> str:
@@ -154,13 +228,12 @@ def read(data: DataConfig, family: Family) -> Raw:
     """
     if not data.path:
         raise InputError("no data: name a file or folder with data.path")
+    if family != "bert" and data.task != "auto":
+        raise InputError(f"data.task is {data.task}, which is BERT's: leave it out for {family}")
     samples, labels = _read(data.path, data, family, ())
-    if len(labels) == 1:
-        raise InputError(
-            f"every sample of {data.path} has the label {labels[0]!r}; a classifier needs at least two"
-        )
+    _check_variety(samples, labels, data.path)
     if data.valid:
-        valid = read_held_out(data.valid, data, family, labels)
+        valid = read_held_out(data.valid, replace(data, task=samples.task), family, labels)
         if valid.kind != samples.kind:
             raise InputError(f"{data.path} holds {samples.kind} data, but {data.valid} {valid.kind} data")
         return Raw(samples, valid, labels, f"all of {data.valid}")
@@ -182,6 +255,18 @@ def read(data: DataConfig, family: Family) -> Raw:
     return Raw(samples.take(train_order), samples.take(valid_order), labels, f"a random {share}")
 
 
+def _check_variety(samples: Samples, labels: tuple[str, ...], location: str) -> None:
+    """Raise InputError for training samples of which nothing can be learnt: all have the same answer."""
+    if samples.kind == "regression" and len(set(samples.values)) == 1:
+        raise InputError(f"every sample of {location} has the value {samples.values[0]:g}")
+    if samples.kind == "tagging" and len(labels) == 1:
+        raise InputError(f"every word of {location} has the tag {labels[0]!r}; a tagger needs at least two")
+    if samples.kind in ("classification", "images") and len(labels) == 1:
+        raise InputError(
+            f"every sample of {location} has the label {labels[0]!r}; a classifier needs at least two"
+        )
+
+
 def read_held_out(location: str, data: DataConfig, family: Family, labels: tuple[str, ...]) -> Samples:
     """All samples at a location. Raises InputError as `read` does, and for a label not among `labels`."""
     return _read(location, data, family, labels)[0]
@@ -196,12 +281,42 @@ def _read(
     if family == "transformer":
         return _read_pairs(location, data), ()
     path = existing(location)
+    if family == "bert" and (data.task != "auto" or path.suffix.lower() in (*TABLES, CONLL)):
+        return _read_task(path, data, labels)
     if path.suffix.lower() not in TABLES:
         documents = [read_text(file) for file in _text_files(path)]
         return Samples("text", _divide_documents(documents) if family == "bert" else documents), ()
-    if family == "bert":
-        return _read_labelled(path, data, labels)
     return Samples("text", read_table(path, [data.text]).texts(data.text, "data.text")), ()
+
+
+def _read_task(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
+    """What BERT needs for data.task, or for the one that the data tell."""
+    if path.suffix.lower() == CONLL and data.task in ("auto", "tagging"):
+        words, tags = read_conll(path)
+        flat, labels = index([tag for row in tags for tag in row], labels, path, "tag")
+        return Samples("tagging", words=words, tags=divide(flat, map(len, words))), labels
+    if path.suffix.lower() not in TABLES:
+        if data.task == "contrastive":
+            lines = [line for file in _text_files(path) for line in read_lines(file) if line.strip()]
+            return Samples("contrastive", lines), ()
+        raise InputError(f"data.task {data.task} needs a table ({', '.join(TABLES)}); {path} is none")
+    table = read_table(path, [data.text, data.text_pair, data.label, data.tokens, data.tags])
+    task = guess_task(table, data) if data.task == "auto" else data.task
+    if task == "tagging":
+        words, indices, labels = read_tagged(table, data, labels)
+        return Samples(task, words=words, tags=indices), labels
+    texts = table.texts(data.text, "data.text")
+    paired = data.text_pair in table.present or data.text_pair != DataConfig.text_pair
+    pairs = table.texts(data.text_pair, "data.text_pair") if paired else []
+    if task == "contrastive":
+        return Samples(task, texts, pairs), ()
+    if task == "regression":
+        return Samples(task, texts, pairs, values=read_numbers(table, data)), (data.label,)
+    if task == "multi_label":
+        sets, labels = read_class_sets(table, data, labels)
+        return Samples(task, texts, pairs, label_sets=sets), labels
+    classes, labels = read_classes(table, data, labels)
+    return Samples(task, texts, pairs, labels=classes), labels
 
 
 def _text_files(path: Path) -> list[Path]:
@@ -240,21 +355,12 @@ def _read_pairs(location: str, data: DataConfig) -> Samples:
     return Samples("pairs", sources, targets)
 
 
-def _read_labelled(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
-    table = read_table(path, [data.text, data.text_pair, data.label])
-    texts = table.texts(data.text, "data.text")
-    paired = data.text_pair in table.present or data.text_pair != DataConfig.text_pair
-    pairs = table.texts(data.text_pair, "data.text_pair") if paired else []
-    indices, labels = _labels(table, data, labels)
-    return Samples("labelled", texts, pairs, labels=indices), labels
-
-
 def _read_images(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
     if path.is_dir():
         files = [file for file in sorted(path.glob("*/*")) if not file.name.startswith(".")]
         if not files or any(file.is_dir() for file in files):
             raise InputError(f"folder {path} must hold one folder a class with its images, as in cat/1.png")
-        indices, labels = _index([file.parent.name for file in files], labels, path)
+        indices, labels = index([file.parent.name for file in files], labels, path)
         return Samples(
             "images", images=[ImageFile(str(file), file) for file in files], labels=indices
         ), labels
@@ -267,36 +373,8 @@ def _read_images(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple
         if not isinstance(content, bytes):
             raise InputError(f"{path}: row {row} of column {data.image!r} holds no image file's bytes")
         images.append(ImageFile(f"row {row} of {path}", content))
-    indices, labels = _labels(table, data, labels)
+    indices, labels = read_classes(table, data, labels)
     return Samples("images", images=images, labels=indices), labels
-
-
-def _labels(table: Table, data: DataConfig, labels: tuple[str, ...]) -> tuple[list[int], tuple[str, ...]]:
-    """The column of labels as indices, and the labels' names."""
-    values = table.values(data.label, "data.label")
-    for row, value in enumerate(values, start=1):
-        if not isinstance(value, str | int) or value == "":
-            raise InputError(f"{table.path}: row {row} of column {data.label!r} holds {value!r}, not a class")
-    names = table.class_names.get(data.label, ())
-    if names and not all(isinstance(value, int) and 0 <= value < len(names) for value in values):
-        raise InputError(
-            f"{table.path}: column {data.label!r} has numbers outside its {len(names)} class names"
-        )
-    found = [names[value] for value in values] if names else [str(value) for value in values]
-    return _index(found, labels or names, table.path)
-
-
-def _index(found: list[str], labels: tuple[str, ...], path: Path) -> tuple[list[int], tuple[str, ...]]:
-    """Each label's index among the known ones; with none known, among those found, numbers by size."""
-    if not labels:
-        key: Callable[[str], Any] = int if all(re.fullmatch(r"-?\d{1,18}", name) for name in found) else str
-        labels = tuple(sorted(set(found), key=key))
-    places = {name: i for i, name in enumerate(labels)}
-    if strange := sorted(set(found) - places.keys()):
-        raise InputError(
-            f"{path} has the label {strange[0]!r}, which the training data lack: {', '.join(labels[:20])}"
-        )
-    return [places[name] for name in found], labels
 
 
 # ---------------------------------------------------------------- splitting running text

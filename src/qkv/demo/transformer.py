@@ -13,7 +13,7 @@ import torch
 from qkv.attention import record
 from qkv.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from qkv.demo.lab import Lab, accuracy, lot, need, recorded, sharpest, write_table
-from qkv.evaluate import translation_scores
+from qkv.metrics import translation_scores
 from qkv.pipelines import Translator, from_pretrained
 from qkv.ragged import pack
 from qkv.report import Figure, Measure, Scores, Section, heatmap, table

@@ -1,4 +1,4 @@
-"""BERT on disk: `bert`, bare or with the heads of pretraining, classification and tagging."""
+"""BERT on disk: `bert`, bare or with any of our heads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from qkv.config import BertConfig, BertHead, from_dict
 from qkv.errors import InputError
 from qkv.hub.table import Fields, Format, Row, Table, label_settings, labels_of, module
+from qkv.models.bert import LABELLED
 from qkv.tokenizers import Tokenizer
 
 ARCHITECTURES: dict[BertHead, str] = {
@@ -16,8 +17,16 @@ ARCHITECTURES: dict[BertHead, str] = {
     "pretraining": "BertForPreTraining",
     "masked_lm": "BertForMaskedLM",
     "classification": "BertForSequenceClassification",
+    "multi_label": "BertForSequenceClassification",
+    "regression": "BertForSequenceClassification",
     "tagging": "BertForTokenClassification",
 }
+PROBLEMS: dict[str, BertHead] = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
+"""What the setting `problem_type` makes of a BertForSequenceClassification."""
 
 
 class BERT(Format[BertConfig]):
@@ -44,7 +53,6 @@ class BERT(Format[BertConfig]):
             "is_decoder": (False,),
             "add_cross_attention": (False,),
             "tie_word_embeddings": (True,),
-            "problem_type": (None, "single_label_classification"),
         },
     )
     table = Table(
@@ -89,14 +97,18 @@ class BERT(Format[BertConfig]):
             supported = ", ".join(dict.fromkeys(ARCHITECTURES.values()))
             raise InputError(f"architecture {declared} is not supported; these are: {supported}")
         head = "pooler" if declared == "BertModel" and "pooler.dense.weight" in tensors else heads[0]
-        labels = labels_of(theirs) if head in ("classification", "tagging") else ()
+        labels = labels_of(theirs) if head in LABELLED else ()
+        if head == "classification":
+            head = _problem(theirs.get("problem_type"), len(labels))
         return from_dict(BertConfig, {**ours, "head": head, "labels": labels})
 
     def rest(self, config: BertConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """The architecture of the head, and the classes."""
+        """The architecture of the head, what it is for, and its labels."""
+        problems = [problem for problem, head in PROBLEMS.items() if head == config.head]
         return {
             "architectures": [ARCHITECTURES[config.head]],
             "pad_token_id": tokenizer.pad_id if tokenizer else None,
+            **({"problem_type": problems[0]} if problems else {}),
             **label_settings(config.labels),
         }
 
@@ -109,3 +121,12 @@ class BERT(Format[BertConfig]):
         return (
             "transformers' bert is post-norm: model.norm_first must be false" if config.norm_first else None
         )
+
+
+def _problem(problem_type: str | None, outputs: int) -> BertHead:
+    """The head that a problem_type means; without one, as transformers has it, one output is a value."""
+    if problem_type is None:
+        return "regression" if outputs == 1 else "classification"
+    if problem_type not in PROBLEMS:
+        raise InputError(f"problem_type is {problem_type!r}; supported are {', '.join(PROBLEMS)}")
+    return PROBLEMS[problem_type]

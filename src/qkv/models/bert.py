@@ -27,6 +27,12 @@ PRESETS: dict[str, BertConfig] = {
 }
 
 
+LABELLED: tuple[BertHead, ...] = ("classification", "multi_label", "regression", "tagging")
+"""Heads whose outputs have names."""
+SEQUENCE: tuple[BertHead, ...] = ("classification", "multi_label", "regression")
+"""Those that speak of the whole sequence."""
+
+
 @dataclass(frozen=True)
 class BertOutput:
     """What the model's heads say; a head that it does not have leaves None."""
@@ -40,7 +46,7 @@ class BertOutput:
     next_logits: Tensor | None
     """(N, 2): the second segment follows the first (0) or is random (1)."""
     class_logits: Tensor | None
-    """(N, K) of the whole sequence."""
+    """(N, K) of the whole sequence: of classes, of independent labels, or values."""
     tag_logits: Ragged | None
     """(T, K) of each token."""
 
@@ -79,13 +85,13 @@ class Bert(nn.Module):
     def reset_head(self, head: BertHead, labels: tuple[str, ...] = ()) -> None:
         """Give the encoder fresh heads; a pooler that it has is kept.
 
-        Raises InputError for a classification or tagging head without labels, and for another with them.
+        Raises InputError for a head of `LABELLED` without labels, and for another with them.
         """
-        if (head in ("classification", "tagging")) != bool(labels):
+        if (head in LABELLED) != bool(labels):
             raise InputError(f"a {head} head {'has no' if labels else 'needs'} labels")
         config = self.config = replace(self.config, head=head, labels=labels)
         dim, where = config.dim, self.tokens.weight
-        if head not in ("pooler", "pretraining", "classification"):
+        if head not in ("pooler", "pretraining", *SEQUENCE):
             self.pooler = None
         elif self.pooler is None:
             self.pooler = nn.Linear(dim, dim)
@@ -112,7 +118,7 @@ class Bert(nn.Module):
             pooled=None if self.pooler is None else self.pool(hidden),
             word_logits=hidden.like(self.word_logits(hidden.values)) if words else None,
             next_logits=self.next_logits(hidden) if head == "pretraining" else None,
-            class_logits=self.class_logits(hidden) if head == "classification" else None,
+            class_logits=self.class_logits(hidden) if head in SEQUENCE else None,
             tag_logits=hidden.like(self.tag_logits(hidden.values)) if tags else None,
         )
 
@@ -147,8 +153,11 @@ class Bert(nn.Module):
         return self.next_sentence(self.pool(hidden))  # type: ignore[no-any-return]
 
     def class_logits(self, hidden: Ragged) -> Tensor:
-        """hidden (T, D) -> logits (N, K) of each sequence's class. Raises InputError without that head."""
-        if self.config.head != "classification" or self.classifier is None:
+        """hidden (T, D) -> (N, K) of each sequence: logits of classes or of independent labels, or values.
+
+        Raises InputError without a head of `SEQUENCE`.
+        """
+        if self.config.head not in SEQUENCE or self.classifier is None:
             raise InputError("this model has no classification head")
         return self.classifier(self.dropout(self.pool(hidden)))  # type: ignore[no-any-return]
 

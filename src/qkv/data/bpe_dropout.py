@@ -1,0 +1,79 @@
+"""BPE-dropout: words cut into other pieces in every epoch (Provilkov et al. 2020, algorithm 1).
+
+The tokenizers library draws its dropout from a generator that cannot be seeded, so the procedure is here.
+It works on ids: a token is taken apart by the merges that made it, and put together by merges drawn anew.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+from qkv.data.dataset import Ids, Sequences
+from qkv.errors import InputError
+from qkv.tokenizers import Tokenizer
+
+
+class BPEDropout:
+    """Other segmentations of what a tokenizer has cut into byte pairs."""
+
+    def __init__(self, tokenizer: Tokenizer, rate: float) -> None:
+        """rate: the probability of leaving out a merge. Raises InputError for tokenizers without merges."""
+        model = json.loads(tokenizer.backend.to_str())["model"]
+        if model["type"] != "BPE" or model["ignore_merges"]:
+            raise InputError(
+                "data.bpe_dropout needs a tokenizer of byte pairs: set tokenizer.kind to bpe, or "
+                "data.bpe_dropout to 0"
+            )
+        self.rate = rate
+        vocab: dict[str, int] = model["vocab"]
+        prefix = model["continuing_subword_prefix"] or ""
+        self.merges: dict[tuple[int, int], tuple[int, int]] = {}
+        """Pair of ids -> rank, the lowest first, and the id that it becomes."""
+        self.parts: dict[int, tuple[int, int]] = {}
+        """Id -> the pair that it was made of."""
+        for rank, (left, right) in enumerate(model["merges"]):
+            pair, whole = (vocab[left], vocab[right]), vocab[left + right.removeprefix(prefix)]
+            self.merges[pair] = rank, whole
+            self.parts.setdefault(whole, pair)
+        self.symbols = cache(self._symbols)
+
+    def _symbols(self, id: int) -> tuple[int, ...]:
+        """What a token is made of before any merge."""
+        if id not in self.parts:
+            return (id,)
+        left, right = self.parts[id]
+        return self._symbols(left) + self._symbols(right)
+
+    def most(self, texts: Sequences) -> Ids:
+        """The most tokens that each text can have: as many as without any merge."""
+        return np.array([sum(len(self.symbols(id)) for id in texts[i].tolist()) for i in range(len(texts))])
+
+    def segment(self, ids: Ids, begins: Ids, rng: np.random.Generator) -> Ids:
+        """Whole words' tokens, with 1 in `begins` where one begins, in a segmentation drawn with `rng`."""
+        starts = np.flatnonzero(begins).tolist()
+        drawn: list[int] = []
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            drawn += self._word([s for id in ids[start:end].tolist() for s in self.symbols(id)], rng)
+        return np.array(drawn, dtype=np.int64)
+
+    def _word(self, symbols: list[int], rng: np.random.Generator) -> list[int]:
+        """Merge the pair of lowest rank, leftmost first, among those not left out; until none remains.
+
+        Every occurrence of a pair is drawn on its own, and anew before each merge.
+        """
+        while len(symbols) > 1:
+            kept = rng.random(len(symbols) - 1) >= self.rate
+            possible = [
+                (*self.merges[pair], place)
+                for place, pair in enumerate(pairwise(symbols))
+                if kept[place] and pair in self.merges
+            ]
+            if not possible:
+                break
+            _, whole, place = min(possible, key=lambda merge: (merge[0], merge[2]))
+            symbols[place : place + 2] = [whole]
+        return symbols

@@ -1,0 +1,97 @@
+"""Texts, each to be found by another one among those of a group.
+
+Legend: T tokens of the batch, N texts of the batch, all groups together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from qkv.data.batches import ContrastiveBatch
+from qkv.data.dataset import Dataset, Ids, Sequences, check_context, lay, slices
+from qkv.errors import InputError
+from qkv.tokenizers import Tokenizer
+
+_STRATUM = 64
+"""Groups whose texts are drawn together: of similar length, and yet every epoch has other groups."""
+
+
+class ContrastiveDataset(Dataset):
+    """Groups of texts with their pairs: within a group, other texts' pairs are the wrong answers.
+
+    In-batch negatives (Henderson et al. 2017, 4.4; Gao et al. 2021, equation 5), but that what a text is
+    compared with is a function of seed and epoch: a sample here is a group. So neither the size of the
+    batch nor how it is divided changes the loss.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        truncate: bool,
+        candidates: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        """pairs: second texts; none: each text is its own pair, which dropout makes a different vector.
+
+        candidates: size of a group, about. Raises InputError for a text over the context that may not be
+        cut, and for fewer than two different texts to be found.
+        """
+        second = pairs or texts
+        if len(set(second)) < 2:
+            raise InputError("contrastive learning needs at least two different texts to tell apart")
+        self.texts, notes = _encode(tokenizer, texts, context, truncate)
+        self.pairs, more = _encode(tokenizer, second, context, truncate) if pairs else (self.texts, ())
+        self.notes = notes + more
+        numbers: dict[str, int] = {}
+        self.identity = np.array([numbers.setdefault(text, len(numbers)) for text in second])
+        self.temperature = torch.tensor(temperature)
+        self.seed = seed
+        lengths = self.texts.lengths + self.pairs.lengths
+        self.order = np.argsort(lengths, kind="stable")
+        parts = np.array_split(np.arange(len(texts)), max(1, len(texts) // candidates))
+        self.bounds = np.array([0, *(int(part[-1]) + 1 for part in parts)])
+        self.costs = np.zeros(len(parts), dtype=np.int64)
+        for first in range(0, len(parts), _STRATUM):
+            last = min(first + _STRATUM, len(parts))
+            members = self.order[self.bounds[first] : self.bounds[last]]
+            longest = np.sort(lengths[members])[::-1].cumsum()
+            self.costs[first:last] = longest[np.diff(self.bounds[first : last + 1]) - 1]
+
+    def group(self, index: int, epoch: int) -> Ids:
+        """The texts of a group in that epoch, in which every text is in one."""
+        first = index - index % _STRATUM
+        last = min(first + _STRATUM, len(self.costs))
+        start = self.bounds[first]
+        rng = np.random.default_rng((self.seed, epoch, first))
+        drawn = rng.permutation(self.order[start : self.bounds[last]])
+        return drawn[self.bounds[index] - start : self.bounds[index + 1] - start]
+
+    def batch(self, indices: Sequence[int], epoch: int) -> ContrastiveBatch:
+        """The groups `indices`: ids (T,) of their texts and of what belongs to them, and who is compared."""
+        groups = [self.group(i, epoch) for i in indices]
+        members = np.concatenate(groups)  # (N,)
+        owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])  # (N,)
+        identity = self.identity[members]
+        wrong = (owner[:, None] == owner) & (identity[:, None] != identity)  # (N, N)
+        ids = [part[i] for part in (self.texts, self.pairs) for i in members.tolist()]
+        return ContrastiveBatch(lay(ids), torch.from_numpy(wrong), self.temperature)
+
+
+def _encode(
+    tokenizer: Tokenizer, texts: Sequence[str], context: int, truncate: bool
+) -> tuple[Sequences, tuple[str, ...]]:
+    """Each text's ids in the tokenizer's template, and notes about what was cut."""
+    ids = Sequences(e.ids for some in slices(len(texts)) for e in tokenizer.encode_batch(texts[some]))
+    notes = check_context(ids.lengths, texts, context, truncate)
+    if not notes:
+        return ids, ()
+    short = tokenizer.shortened(context)
+    return Sequences(e.ids for some in slices(len(texts)) for e in short.encode_batch(texts[some])), notes
