@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -73,3 +74,49 @@ def images(folder: Path, count: int = 40) -> str:
             image.putdata([low + rng.randrange(128) for _ in range(64)])
             image.save(folder / "images" / name / f"{n}.png")
     return str(folder / "images")
+
+
+# ---------------------------------------------------------------- BERT's other tasks
+
+
+def table(path: Path, rows: list[dict]) -> str:
+    """JSON Lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def multi_label(folder: Path, count: int = 120) -> str:
+    """Texts labelled with those of three words that are in them."""
+    rng = random.Random(0)
+    texts = [rng.choices(WORDS, k=4) for _ in range(count)]
+    rows = [{"text": " ".join(t), "label": sorted({"red", "old", "new"} & set(t))} for t in texts]
+    return table(folder / "multi_label.jsonl", rows)
+
+
+def regression(folder: Path, count: int = 120) -> str:
+    """Pairs of texts, whose value is high if the first one has a certain word and low otherwise."""
+    rng = random.Random(0)
+    rows = []
+    for n in range(count):
+        words = [*rng.choices(WORDS, k=2), "fine" if n % 2 else "awful"]
+        value = 1.5 if n % 2 else -0.5
+        rows.append({"text": " ".join(words), "text_pair": rng.choice(WORDS), "label": value})
+    return table(folder / "regression.jsonl", rows)
+
+
+def conll(folder: Path, count: int = 120) -> str:
+    """Sentences in which two words begin and go on with an entity, with a middle column of no use."""
+    rng = random.Random(0)
+    tags = {"red": "B-COL", "green": "I-COL", "old": "B-AGE"}
+    sentences = [rng.choices(WORDS, k=rng.randint(2, 6)) for _ in range(count)]
+    text = "\n".join("".join(f"{w} x {tags.get(w, 'O')}\n" for w in sentence) for sentence in sentences)
+    (folder / "entities.conll").write_text(f"-DOCSTART- -X- O\n\n{text}", encoding="utf-8")
+    return str(folder / "entities.conll")
+
+
+def contrastive(folder: Path, count: int = 120) -> str:
+    """Texts of one word, and the same word within others."""
+    rng = random.Random(0)
+    chosen = [rng.choice(WORDS) for _ in range(count)]
+    rows = [{"text": f"{w} {n % 7}", "text_pair": f"a {w} one"} for n, w in enumerate(chosen)]
+    return table(folder / "contrastive.jsonl", rows)

@@ -137,7 +137,7 @@ def test_unknown_names_and_tables_are_refused(values: dict[str, Any], message: s
 
 @given(st.sampled_from([f.name for f in fields(TrainConfig)]), st.data())
 def test_a_misspelt_setting_names_the_nearest_one(name: str, data):
-    at = data.draw(st.integers(0, len(name) - 1))
+    at = data.draw(st.integers(0, len(name) - 2))  # the last letter alone tells adam_beta1 from adam_beta2
     misspelt = name[:at] + name[at + 1 :]
     with pytest.raises(InputError, match=f"did you mean train.{name}\\?"):
         from_dict(TrainConfig, {misspelt: 1}, "train.")
@@ -189,7 +189,8 @@ TOO_LOW: dict[str, float] = {
     "max_steps": 0, "batch_tokens": 0, "gradient_accumulation_steps": 0, "logging_steps": 0,
     "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "adam_epsilon": 0.0, "max_grad_norm": 0.0,
     "warmup_steps": -1, "weight_decay": -0.1, "seed": 2**31, "adam_beta1": -0.1, "adam_beta2": -0.1,
-    "label_smoothing_factor": -0.1, "valid_fraction": 0.0,
+    "label_smoothing_factor": -0.1, "valid_fraction": 0.0, "bpe_dropout": -0.1, "candidates": 1,
+    "temperature": 0.0,
 }  # fmt: skip
 BELOW_ONE = [
     "dropout",
@@ -198,6 +199,7 @@ BELOW_ONE = [
     "adam_beta2",
     "label_smoothing_factor",
     "valid_fraction",
+    "bpe_dropout",
 ]
 
 

@@ -33,6 +33,8 @@ CONFIGS: dict[str, AnyModelConfig] = {
     "bert-tagging": replace(_BERT, head="tagging", labels=("a", "b", "c"), norm_first=True),
     "bert-pretraining": replace(_BERT, head="pretraining"),
     "bert-classification": replace(_BERT, head="classification", labels=("a", "b", "c")),
+    "bert-multi-label": replace(_BERT, head="multi_label", labels=("a", "b", "c")),
+    "bert-regression": replace(_BERT, head="regression", labels=("a",)),
     "vit-pre-norm": _VIT,
     "vit-post-norm": replace(_VIT, norm_first=False),
 }

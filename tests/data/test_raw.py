@@ -126,7 +126,7 @@ def test_labelled_texts_are_split_at_random_the_same_way_every_time(tmp_path: Pa
     data = DataConfig(path=_sentiment(tmp_path / "a.csv"), valid_fraction=0.2)
     raw = read(data, "bert")
     assert raw == read(data, "bert")
-    assert raw.kind == "labelled" and raw.labels == ("bad", "good")
+    assert raw.kind == "classification" and raw.labels == ("bad", "good")
     assert len(raw.train) == 24 and len(raw.valid) == 6
     rows = raw.train.texts + raw.valid.texts
     assert len(set(rows)) == 30 and raw.valid.texts != [f"film {i}" for i in range(24, 30)]
@@ -189,13 +189,14 @@ def test_labelled_texts_that_cannot_train_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"row 2 of column 'label' holds 0\.5, not a class"):
         read(
             DataConfig(
-                path=_write(tmp_path / "e.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "label": 0.5}')
+                path=_write(tmp_path / "e.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "label": 0.5}'),
+                task="classification",
             ),
             "bert",
         )
     with pytest.raises(InputError, match=r"row 1 of column 'label' holds '', not a class"):
         read(DataConfig(path=_write(tmp_path / "f.csv", "text,label\na,\nb,1\n")), "bert")
-    with pytest.raises(InputError, match=r"holds labelled data, but .* text data"):
+    with pytest.raises(InputError, match=r"data.task classification needs a table .* g.txt is none"):
         read(DataConfig(path=train, valid=_write(tmp_path / "g.txt", "a\nb\n\nc\nd")), "bert")
     with pytest.raises(InputError, match="has 1 sample"):
         read(DataConfig(path=_write(tmp_path / "h.csv", "source,target\na,b\n")), "transformer")

@@ -51,6 +51,12 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "bert-classification": lambda: transformers.BertForSequenceClassification(
         transformers.BertConfig(**_BERT, id2label=_LABELS)
     ),
+    "bert-multi-label": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**_BERT, id2label=_LABELS, problem_type="multi_label_classification")
+    ),
+    "bert-regression": lambda: transformers.BertForSequenceClassification(
+        transformers.BertConfig(**_BERT, num_labels=1, problem_type="regression")
+    ),
     "bert-tagging": lambda: transformers.BertForTokenClassification(
         transformers.BertConfig(**_BERT, id2label=_LABELS, hidden_act="gelu_new")
     ),

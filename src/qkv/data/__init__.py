@@ -15,7 +15,7 @@ from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
 from qkv.data.labelled import LabelledDataset, label_matrix
 from qkv.data.pairs import PairDataset
-from qkv.data.raw import SPLIT_SEED, Raw, Samples, bert_head, read, read_held_out
+from qkv.data.raw import SPLIT_SEED, Kind, Raw, Samples, bert_head, read, read_held_out
 from qkv.data.sampler import Sampler
 from qkv.data.tagged import TaggedDataset
 from qkv.data.text import LanguageDataset
@@ -43,6 +43,7 @@ def prepare(
 
     Raises InputError for samples that the model cannot take: too long, broken, or with other labels.
     """
+    _check_settings(raw.kind, config)
     known = getattr(config.model, "labels", ())
     if raw.labels != known:
         raise InputError(
@@ -50,6 +51,14 @@ def prepare(
         )
     train = build(raw.train, config, tokenizer, images, training=True)
     return train, build(raw.valid, config, tokenizer, images, training=False)
+
+
+def _check_settings(kind: Kind, config: RunConfig) -> None:
+    """Raise InputError for settings of the data that would do nothing."""
+    if config.data.whole_words and (config.model.family, kind) != ("bert", "text"):
+        raise InputError("data.whole_words is for masked language modelling: leave it out")
+    if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
+        raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
 
 
 def build(
@@ -65,16 +74,11 @@ def build(
     if isinstance(model, ViTConfig):
         if images is None:
             raise InputError("the checkpoint has no preprocessor_config.json: how are images to be prepared?")
-        if config.data.whole_words or config.data.bpe_dropout:
-            raise InputError("data.whole_words and data.bpe_dropout are for text: leave them out")
         return ImageDataset(samples.images, samples.labels, images, model.patch_size)
     if tokenizer is None:
         raise InputError("the checkpoint has no tokenizer: it cannot read text; add its tokenizer.json")
-    dropout = None
-    if training and config.data.bpe_dropout:
-        if isinstance(model, BertConfig):
-            raise InputError("data.bpe_dropout is for gpt and transformer: set it to 0")
-        dropout = BPEDropout(tokenizer, config.data.bpe_dropout)
+    rate = config.data.bpe_dropout if training else 0.0
+    dropout = BPEDropout(tokenizer, rate) if rate else None
     match model:
         case GPTConfig():
             return LanguageDataset(samples.texts, tokenizer, model.context, seed, training, dropout)
@@ -99,8 +103,6 @@ def _for_bert(
 ) -> Dataset:
     """What BERT learns each task from."""
     data, context = config.data, model.context
-    if data.whole_words and samples.kind != "text":
-        raise InputError("data.whole_words is for masked language modelling: leave it out")
     labelled = partial(
         LabelledDataset,
         samples.texts,

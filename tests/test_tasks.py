@@ -1,0 +1,200 @@
+"""BERT's tasks from raw file to score to use: what was understood, learnt, saved and said."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import samples
+import torch
+from hub import theirs
+from sentence_transformers import SentenceTransformer
+from test_train import Nobody, assert_equal_runs, run_config, step_gradient
+
+from qkv.config import DataConfig, RunConfig, TokenizerConfig
+from qkv.errors import InputError
+from qkv.evaluate import evaluate, score
+from qkv.pipelines import Encoder, from_pretrained
+from qkv.train import new_job, resumed_job, train
+
+TASKS = {
+    "multi_label": (samples.multi_label, "labels"),
+    "regression": (samples.regression, "value"),
+    "tagging": (samples.conll, "tag"),
+    "contrastive": (samples.contrastive, "pair"),
+}
+
+
+def task_config(folder: Path, task: str, **changes) -> RunConfig:
+    """Its tiny data, and data.task left to be found."""
+    folder.mkdir(exist_ok=True)
+    config = run_config(folder, "bert", **{"learning_rate": 1e-2, "max_steps": 120, **changes})
+    return dataclasses.replace(config, data=DataConfig(path=TASKS[task][0](folder), candidates=16))
+
+
+def trained(folder: Path, task: str) -> tuple[Encoder, dict[str, float]]:
+    best = train(new_job(task_config(folder, task)), folder / "run", Nobody())
+    encoder = from_pretrained(folder / "run", device="cpu")
+    assert isinstance(encoder, Encoder)
+    return encoder, best.best_scores
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_learns_scores_and_says_what_it_understood(task: str, tmp_path: Path) -> None:
+    job = new_job(task_config(tmp_path, task))
+    name = TASKS[task][1]
+    assert job.config.data.task == task
+    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in job.about
+    untrained = evaluate(job.checkpoint.model, job.valid)
+    best = train(job, tmp_path / "run", Nobody()).best_scores
+    assert best["loss"] == best[f"{name}_loss"] < 0.5 * untrained["loss"]
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best["loss"], rel=1e-4)
+    again = score(str(tmp_path / "run"), job.config.data.path)
+    assert again["samples"] == 120 and again["loss"] < untrained["loss"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_accumulation_changes_neither_loss_nor_gradient(task: str, tmp_path: Path) -> None:
+    config = task_config(tmp_path, task)
+    sizes = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
+    job = new_job(dataclasses.replace(config, model=sizes))
+    indices = list(range(min(16, len(job.train))))
+    whole, pieces = (step_gradient(job, parts) for parts in ([indices], [indices[:1], indices[1:]]))
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    for a, b in zip(whole[1], pieces[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["tagging", "contrastive"])
+def test_resume_is_exact(task: str, tmp_path: Path) -> None:
+    settings = {"max_steps": 8, "save_steps": 3, "eval_steps": 4, "logging_steps": 1, "warmup_steps": 2}
+    config = task_config(tmp_path, task, **settings)
+    train(new_job(config), tmp_path / "whole", Nobody())
+    with pytest.raises(KeyboardInterrupt):
+        train(new_job(config), tmp_path / "cut", Nobody(interrupt_at=5))
+    train(resumed_job(tmp_path / "cut"), tmp_path / "cut", Nobody(), resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "cut" / "modules.json").exists() == (task == "contrastive")
+
+
+def test_sets_of_labels(tmp_path: Path) -> None:
+    encoder, scores = trained(tmp_path, "multi_label")
+    assert scores["micro_f1"] > 0.8 and scores["macro_f1"] > 0.8 and scores["exact_match"] > 0.7
+    both, none = encoder.classify(["red square old", "blue"])
+    assert {guess.name for guess in both if guess.probability > 0.5} == {"old", "red"}
+    assert len(none) == 3 and all(guess.probability < 0.5 for guess in none)
+    assert theirs.reopen(tmp_path / "run").config.problem_type == "multi_label_classification"
+
+
+def test_values_of_pairs(tmp_path: Path) -> None:
+    encoder, scores = trained(tmp_path, "regression")
+    assert scores["pearson"] > 0.9 and scores["spearman"] > 0.8
+    assert "value_accuracy" not in scores
+    values = encoder.estimate([("red old fine", "new"), ("red old awful", "new")])
+    assert values.shape == (2, 1) and values[0, 0] - values[1, 0] > 1
+    reopened = theirs.reopen(tmp_path / "run")
+    assert reopened.config.problem_type == "regression" and reopened.config.num_labels == 1
+
+
+def test_tags_of_words(tmp_path: Path) -> None:
+    encoder, scores = trained(tmp_path, "tagging")
+    assert scores["f1"] > 0.9 and scores["tag_accuracy"] > 0.95
+    text = "  old red\tgreen  quick "
+    words = encoder.tag(text)
+    assert [(w.word, w.tag) for w in words if w.tag != "O"] == [
+        ("old", "B-AGE"),
+        ("red", "B-COL"),
+        ("green", "I-COL"),
+    ]
+    assert all(text[w.start : w.end] == w.word for w in words)
+    assert type(theirs.reopen(tmp_path / "run")).__name__ == "BertForTokenClassification"
+
+
+def test_vectors_of_sentences_are_sentence_transformers(tmp_path: Path) -> None:
+    encoder, scores = trained(tmp_path, "contrastive")
+    assert scores["pair_accuracy"] > 0.9
+    texts = ["red 3", "a red one", "a green one", "quick"]
+    ours = encoder.embed(texts)
+    assert ours[0] @ ours[1] > ours[0] @ ours[2]
+    library = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    np.testing.assert_allclose(library.encode(texts), ours, atol=1e-5)
+    assert type(library[1]).__name__ == "Pooling" and type(library[2]).__name__ == "Normalize"
+
+
+def test_texts_are_their_own_pairs_under_dropout(tmp_path: Path) -> None:
+    texts = [f"{a} {b}" for a in samples.WORDS for b in samples.WORDS]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    config = task_config(tmp_path, "contrastive")
+    config = dataclasses.replace(
+        config, data=DataConfig(path=str(tmp_path / "texts.txt"), task="contrastive")
+    )
+    job = new_job(config)
+    assert "under another dropout" in job.about
+    untrained = evaluate(job.checkpoint.model, job.valid)
+    assert train(job, tmp_path / "run", Nobody()).best_scores["loss"] < 0.7 * untrained["loss"]
+    still = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
+    with pytest.raises(InputError, match=r"set model\.dropout above 0"):
+        new_job(dataclasses.replace(config, model=still))
+
+
+def test_a_task_goes_on_from_another(tmp_path: Path) -> None:
+    first = task_config(tmp_path / "a", "contrastive", max_steps=2)
+    train(new_job(first), tmp_path / "a" / "run", Nobody())
+    for task in TASKS:
+        config = task_config(tmp_path / task, task, max_steps=1)
+        job = new_job(dataclasses.replace(config, init=str(tmp_path / "a" / "run")))
+        body = from_pretrained(tmp_path / "a" / "run").model.tokens.weight
+        assert torch.equal(job.checkpoint.model.tokens.weight, body)
+        assert (job.checkpoint.pooling == "mean") == (task == "contrastive")
+
+
+def test_a_score_needs_data_of_the_models_own_task(tmp_path: Path) -> None:
+    config = task_config(tmp_path, "regression", max_steps=1)
+    train(new_job(config), tmp_path / "run", Nobody())
+    with pytest.raises(InputError, match=r"data\.task regression needs a table"):
+        score(str(tmp_path / "run"), samples.conll(tmp_path))
+
+
+# ---------------------------------------------------------------- words hidden and cut
+
+
+@pytest.mark.parametrize("family", ["gpt", "transformer"])
+def test_bpe_dropout_trains_and_resumes(family: str, tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "logging_steps": 1, "warmup_steps": 2}
+    config = run_config(tmp_path, family, **settings)
+    config = dataclasses.replace(
+        config,
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
+        data=dataclasses.replace(config.data, bpe_dropout=0.3),
+    )
+    job = new_job(config)
+    first, second = (job.train.batch([0, 1], epoch) for epoch in (0, 1))
+    assert first.labels.tolist() != second.labels.tolist()
+    assert torch.equal(job.valid.batch([0], 0).labels, job.valid.batch([0], 1).labels)
+    train(job, tmp_path / "whole", Nobody())
+    with pytest.raises(KeyboardInterrupt):
+        train(new_job(config), tmp_path / "cut", Nobody(interrupt_at=3))
+    train(resumed_job(tmp_path / "cut"), tmp_path / "cut", Nobody(), resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("family", "setting", "message"),
+    [
+        ("bert", {"bpe_dropout": 0.1}, "bpe_dropout is for gpt and transformer"),
+        ("gpt", {"bpe_dropout": 0.1}, "needs a tokenizer of byte pairs"),
+        ("vit", {"bpe_dropout": 0.1}, "bpe_dropout is for gpt and transformer"),
+        ("bert", {"whole_words": True}, "whole_words is for masked language modelling"),
+        ("gpt", {"whole_words": True}, "whole_words is for masked language modelling"),
+        ("transformer", {"whole_words": True}, "whole_words is for masked language modelling"),
+        ("gpt", {"task": "tagging"}, r"data\.task is tagging, which is BERT's"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    family: str, setting: dict, message: str, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, family)
+    with pytest.raises(InputError, match=message):
+        new_job(dataclasses.replace(config, data=dataclasses.replace(config.data, **setting)))
