@@ -86,10 +86,13 @@ def table(path: Path, rows: list[dict]) -> str:
 
 
 def multi_label(folder: Path, count: int = 120) -> str:
-    """Texts labelled with those of three words that are in them."""
+    """Texts with a word that has two labels, one or none."""
     rng = random.Random(0)
-    texts = [rng.choices(WORDS, k=4) for _ in range(count)]
-    rows = [{"text": " ".join(t), "label": sorted({"red", "old", "new"} & set(t))} for t in texts]
+    labels = {"fine": ["good", "kind"], "awful": ["bad"], "plain": []}
+    rows = []
+    for n in range(count):
+        word = list(labels)[n % 3]
+        rows.append({"text": f"{rng.choice(WORDS)} {word} {rng.choice(WORDS)}", "label": labels[word]})
     return table(folder / "multi_label.jsonl", rows)
 
 

@@ -1,13 +1,28 @@
-"""Metrics against scikit-learn, and evaluation against a plain loop."""
+"""Metrics against scikit-learn, scipy, seqeval and sacreBLEU."""
 
+import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
+import scipy.stats
+import seqeval.metrics
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from qkv.evaluate import macro_f1, matthews, translation_scores
+from qkv.metrics import (
+    entities,
+    entity_scores,
+    is_bio,
+    label_scores,
+    macro_f1,
+    matthews,
+    pearson,
+    spearman,
+    translation_scores,
+)
 
 pairs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -31,3 +46,66 @@ def test_translation_scores_of_a_perfect_and_a_wrong_answer():
     assert right["bleu"] == pytest.approx(100.0)
     assert "tok:13a" in str(right["bleu_signature"])
     assert float(translation_scores(text[::-1], text)["bleu"]) < 5.0
+
+
+# ---------------------------------------------------------------- independent labels
+
+choices = st.tuples(st.integers(1, 12), st.integers(2, 4)).flatmap(
+    lambda shape: st.tuples(arrays(bool, shape), arrays(bool, shape))
+)
+
+
+@given(choices)
+def test_label_scores_are_scikit_learn_s(answers):
+    labels, predictions = answers
+    found = label_scores(labels, predictions)
+    for average, zero in (("micro", 0.0), ("macro", np.nan)):  # NaN: labels that never occur do not count
+        expected = f1_score(labels.astype(int), predictions.astype(int), average=average, zero_division=zero)
+        assert found[f"{average}_f1"] == pytest.approx(np.nan_to_num(expected))
+    assert found["exact_match"] == pytest.approx(np.mean([all(row) for row in labels == predictions]))
+
+
+# ---------------------------------------------------------------- values
+
+values = st.lists(st.tuples(st.integers(-9, 9), st.floats(-9, 9, width=16)), min_size=2, max_size=30)
+
+
+@given(values)
+def test_correlations_are_scipy_s(items):
+    one, other = (np.array(column, dtype=np.float32) for column in zip(*items, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scipy has no answer for constants: we say 0
+        expected = scipy.stats.pearsonr(one.astype(float), other.astype(float)).statistic
+        ranked = scipy.stats.spearmanr(one, other).statistic
+    assert pearson(one, other) == pytest.approx(np.nan_to_num(expected), abs=1e-7)
+    assert spearman(one, other) == pytest.approx(np.nan_to_num(ranked), abs=1e-7)
+
+
+# ---------------------------------------------------------------- entities
+
+tags = st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B"])
+tagged = st.lists(
+    st.integers(1, 7).flatmap(
+        lambda n: st.tuples(st.lists(tags, min_size=n, max_size=n), st.lists(tags, min_size=n, max_size=n))
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(tagged)
+def test_entity_scores_are_seqeval_s(sentences):
+    labels, predictions = (list(column) for column in zip(*sentences, strict=True))
+    found = entity_scores(labels, predictions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where nothing is divided by
+        for name in ("precision", "recall", "f1"):
+            expected = getattr(seqeval.metrics, f"{name}_score")(labels, predictions)
+            assert found[name] == pytest.approx(float(expected))
+
+
+def test_entities_by_hand():
+    sentence = ["I-A", "I-A", "B-A", "O", "B-B", "I-A", "I-A"]
+    assert list(entities(sentence)) == [(0, 2, "A"), (2, 3, "A"), (4, 5, "B"), (5, 7, "A")]
+    assert is_bio(("O", "B-A", "I-A")) and is_bio(("I-A",))
+    assert not is_bio(("NOUN", "O")) and not is_bio(("O",)) and not is_bio(("B-A", "S-A"))

@@ -52,7 +52,7 @@ def test_learns_scores_and_says_what_it_understood(task: str, tmp_path: Path) ->
     assert best["loss"] == best[f"{name}_loss"] < 0.5 * untrained["loss"]
     assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best["loss"], rel=1e-4)
     again = score(str(tmp_path / "run"), job.config.data.path)
-    assert again["samples"] == 120 and again["loss"] < untrained["loss"]
+    assert again["samples"] >= 120 and again["loss"] < untrained["loss"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -81,9 +81,9 @@ def test_resume_is_exact(task: str, tmp_path: Path) -> None:
 
 def test_sets_of_labels(tmp_path: Path) -> None:
     encoder, scores = trained(tmp_path, "multi_label")
-    assert scores["micro_f1"] > 0.8 and scores["macro_f1"] > 0.8 and scores["exact_match"] > 0.7
-    both, none = encoder.classify(["red square old", "blue"])
-    assert {guess.name for guess in both if guess.probability > 0.5} == {"old", "red"}
+    assert min(scores[name] for name in ("micro_f1", "macro_f1", "exact_match")) > 0.8
+    two, none = encoder.classify(["red fine blue", "old plain new"])
+    assert {guess.name for guess in two if guess.probability > 0.5} == {"good", "kind"}
     assert len(none) == 3 and all(guess.probability < 0.5 for guess in none)
     assert theirs.reopen(tmp_path / "run").config.problem_type == "multi_label_classification"
 

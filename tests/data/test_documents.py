@@ -209,3 +209,46 @@ def test_tiny_contexts_and_other_tokenizers_are_refused() -> None:
         MaskedDataset(texts, character_tokenizer("bert", texts), 4, 0)
     with pytest.raises(InputError, match=r"lacks \[CLS\]"):
         MaskedDataset(texts, character_tokenizer("gpt", texts), 16, 0)
+
+
+# ---------------------------------------------------------------- whole words
+
+
+@given(seed=st.integers(0, 20), epoch=st.integers(0, 3))
+def test_all_pieces_of_a_word_are_selected_or_none(seed: int, epoch: int) -> None:
+    text = [f"unbelievable {w}ness of {w}ing {w}" for w in ("kind", "dark", "sad", "mad", "glad", "odd")]
+    made = train_tokenizer(TokenizerConfig(kind="wordpiece", vocab_size=70), "bert", text)
+    dataset = MaskedDataset(["\n".join(text), "\n".join(reversed(text))], made, 60, seed, whole_words=True)
+    batch = dataset.batch(range(len(dataset)), epoch)
+    ids = batch.ids.values.clone()
+    ids[batch.selected] = batch.labels  # as they were
+    chosen = set(batch.selected.tolist())
+    special = {made.cls_id, made.sep_id, made.unk_id}
+    for place, id in enumerate(ids.tolist()):
+        if place and made.token(id).startswith("##") and ids[place - 1].item() not in special:
+            assert (place in chosen) == (place - 1 in chosen)
+    assert not chosen & {place for place, id in enumerate(ids.tolist()) if id in special}
+    start = 0
+    for pair in batch.ids.split():
+        share = sum(start <= place < start + len(pair) for place in chosen)
+        longest_word = 12  # characters of unbelievable
+        assert 1 <= share <= max(round(0.15 * len(pair)), longest_word)
+        start += len(pair)
+
+
+def test_about_as_many_tokens_are_selected_in_whole_words() -> None:
+    lines = [" ".join(f"w{chr(97 + (i * j) % 26)}" for j in range(8)) for i in range(1, 60)]
+    made = train_tokenizer(TokenizerConfig(kind="wordpiece", vocab_size=70), "bert", lines)
+    documents = ["\n".join(lines[i : i + 10]) for i in range(0, 50, 10)]
+    counts = {}
+    for whole in (False, True):
+        dataset = MaskedDataset(documents, made, 100, 0, whole_words=whole)
+        batches = [dataset.batch(range(len(dataset)), epoch) for epoch in range(5)]
+        counts[whole] = sum(len(b.labels) for b in batches) / sum(len(b.ids.values) for b in batches)
+    assert counts[True] == pytest.approx(counts[False], rel=0.1)
+
+
+def test_whole_words_need_word_pieces() -> None:
+    texts = documents([[5, 5], [5, 5]])
+    with pytest.raises(InputError, match=r"set tokenizer\.kind to wordpiece"):
+        MaskedDataset(texts, character_tokenizer("bert", texts), 20, 0, whole_words=True)

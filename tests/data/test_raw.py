@@ -196,7 +196,7 @@ def test_labelled_texts_that_cannot_train_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(InputError, match=r"row 1 of column 'label' holds '', not a class"):
         read(DataConfig(path=_write(tmp_path / "f.csv", "text,label\na,\nb,1\n")), "bert")
-    with pytest.raises(InputError, match=r"data.task classification needs a table .* g.txt is none"):
+    with pytest.raises(InputError, match=r"data.task classification needs a table .*g.txt is none"):
         read(DataConfig(path=train, valid=_write(tmp_path / "g.txt", "a\nb\n\nc\nd")), "bert")
     with pytest.raises(InputError, match="has 1 sample"):
         read(DataConfig(path=_write(tmp_path / "h.csv", "source,target\na,b\n")), "transformer")

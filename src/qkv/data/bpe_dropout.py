@@ -54,10 +54,9 @@ class BPEDropout:
 
     def segment(self, ids: Ids, begins: Ids, rng: np.random.Generator) -> Ids:
         """Whole words' tokens, with 1 in `begins` where one begins, in a segmentation drawn with `rng`."""
-        starts = np.flatnonzero(begins).tolist()
         drawn: list[int] = []
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            drawn += self._word([s for id in ids[start:end].tolist() for s in self.symbols(id)], rng)
+        for word in np.split(ids, np.flatnonzero(begins)[1:]):
+            drawn += self._word([symbol for id in word.tolist() for symbol in self.symbols(id)], rng)
         return np.array(drawn, dtype=np.int64)
 
     def _word(self, symbols: list[int], rng: np.random.Generator) -> list[int]:

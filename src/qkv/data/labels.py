@@ -79,11 +79,9 @@ def read_tagged(
     sentences = table.values(data.tokens, "data.tokens")
     tags = table.values(data.tags, "data.tags")
     for row, (words, theirs) in enumerate(zip(sentences, tags, strict=True), start=1):
-        if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        if not _is_list(words, str) or not words:
             raise InputError(f"{table.path}: row {row} of column {data.tokens!r} is not a list of words")
-        if not isinstance(theirs, list) or not all(
-            isinstance(tag, str | int) and tag != "" for tag in theirs
-        ):
+        if not _is_list(theirs, str | int):
             raise InputError(f"{table.path}: row {row} of column {data.tags!r} is not a list of tags")
         if len(words) != len(theirs):
             raise InputError(f"{table.path}: row {row} has {len(words)} words, but {len(theirs)} tags")
@@ -128,8 +126,10 @@ def _is_list(value: Any, of: type | UnionType) -> bool:
 
 def _number(value: Any) -> float | None:
     """A finite number, also one written as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
     try:
-        number = float(value) if isinstance(value, str | int | float) else math.nan
+        number = float(value)
     except ValueError:
         return None
     return number if math.isfinite(number) else None
