@@ -103,7 +103,7 @@ def test_help_needs_no_torch():
     code += " assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "eval", "generate", "translate", "fill", "classify", "embed"):
+    for command in ("demo", "train", "eval", "generate", "translate", "fill", "classify", "tag", "embed"):
         assert command in done.stdout
 
 
@@ -454,3 +454,28 @@ def test_resume_takes_nothing_else(runs):
     assert "no config file" in fail("train", "--resume", runs["gpt"].parent)
     for arguments in (["--resume", runs["gpt"]], [f"--resume={runs['gpt']}"]):
         assert json.loads(succeed("train", *arguments))["step"] == 3
+
+
+def test_tagging_and_regression_from_file_to_use(tmp_path):
+    made = {}
+    for name, data in (("tags", samples.conll(tmp_path)), ("values", samples.regression(tmp_path))):
+        made[name] = tmp_path / name
+        succeed("train", "bert", "--data", data, "--out", made[name], *TINY["bert"], *STEPS)
+    (words,) = map(json.loads, succeed("tag", made["tags"], "red  old").splitlines())
+    assert [(w["word"], w["start"], w["end"]) for w in words] == [("red", 0, 3), ("old", 5, 8)]
+    assert all({"tag", "probability"} <= w.keys() for w in words)
+    lines = succeed("classify", made["values"], "--pair", "new", text="red fine\nawful\n").splitlines()
+    assert [list(json.loads(line)) for line in lines] == [["label"], ["label"]]
+    assert "no tagging head" in fail("tag", made["values"], "text")
+    scores = json.loads(succeed("eval", made["tags"]))
+    assert {"tag_accuracy", "precision", "recall", "f1"} <= scores.keys()
+
+
+def test_what_was_understood_is_said(tmp_path):
+    data = samples.contrastive(tmp_path)
+    arguments = ["bert", "--data", data, *TINY["bert"], *STEPS]
+    _, _, said = qkv("train", *arguments, "--out", tmp_path / "run")
+    assert "Contrastive: the second text of each is to be found" in " ".join(said.split())
+    assert "data.task regression" not in said
+    complaint = fail("train", *arguments, "--data.task=regression", "--out", tmp_path / "other")
+    assert "has no column 'label'" in complaint

@@ -366,6 +366,67 @@ def test_long_texts_are_refused_or_cut(text: str | tuple[str, str]) -> None:
             assert bert.embed(["fox", text], truncate=True).shape == (2, 32)
 
 
+@pytest.mark.parametrize("head", ["multi_label", "regression"])
+def test_independent_labels_and_values_equal_transformers(
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = ("bad", "good", "so-so", "a", "b", "c")[: 6 if head == "multi_label" else 1]
+    bert = encoder(head, labels)
+    bert.save_pretrained(tmp_path)
+    theirs = transformers.pipeline("text-classification", model=str(tmp_path), top_k=None, device="cpu")
+    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 60)
+    texts = [text[:30] for text in TEXTS if text]
+    for i, wanted in enumerate(theirs(texts)):
+        if head == "regression":
+            assert bert.estimate(texts)[i, 0] == pytest.approx(wanted[0]["score"], rel=1e-4)
+            continue
+        found = bert.classify(texts[i])
+        assert [guess.name for guess in found] == [answer["label"] for answer in wanted]
+        np.testing.assert_allclose([g.probability for g in found], [a["score"] for a in wanted], rtol=1e-4)
+        assert [g.name for g in bert.classify(texts, top_k=2)[i]] == [g.name for g in found[:2]]
+
+
+def test_tags_equal_transformers_on_first_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert = encoder("tagging", ("O", "B-X", "I-X"))
+    bert.save_pretrained(tmp_path)
+    theirs = transformers.pipeline(
+        "token-classification", model=str(tmp_path), device="cpu", ignore_labels=[""]
+    )
+    texts = [text[:40] for text in TEXTS]
+    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 60)
+    together = bert.tag(texts)
+    for text, found in zip(texts, together, strict=True):
+        firsts = {answer["start"]: answer for answer in (theirs(text) if text else [])}
+        for word in found:
+            assert text[word.start : word.end] == word.word and word.word.strip() == word.word
+            assert firsts[word.start]["entity"] == word.tag
+            assert word.probability == pytest.approx(float(firsts[word.start]["score"]), rel=1e-4)
+        assert [word[:2] for word in bert.tag(text)] == [word[:2] for word in found]
+        if text and text.isascii():
+            wanted = [w for w, _ in bert.tokenizer.backend.pre_tokenizer.pre_tokenize_str(text)]
+            assert [word.word for word in found] == wanted
+    assert together[3] == []
+
+
+def test_what_a_head_cannot_say_is_named() -> None:
+    with pytest.raises(
+        InputError, match=r"no classification head but 'regression': estimate gives its values"
+    ):
+        encoder("regression", ("score",)).classify("text")
+    with pytest.raises(InputError, match="no regression head but 'pretraining'"):
+        encoder().estimate(["text"])
+    with pytest.raises(InputError, match="no tagging head but 'pretraining': fine-tune it first"):
+        encoder().tag("text")
+    with pytest.raises(InputError, match="a list of texts"):
+        encoder("regression", ("score",)).estimate("text")
+    tagger = encoder("tagging", ("O", "B-X"))
+    with pytest.raises(InputError, match=r"text 1 has \d+ tokens; the limit is 40"):
+        tagger.tag(["fox", "dog " * 60])
+    with pytest.warns(UserWarning, match="1 of 1 texts were longer than 40 tokens and were cut"):
+        cut = tagger.tag("dog " * 60, truncate=True)
+    assert 0 < len(cut) < 60 and cut[0].start == 0
+
+
 # ---------------------------------------------------------------- ViT
 
 
