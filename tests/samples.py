@@ -121,5 +121,6 @@ def contrastive(folder: Path, count: int = 120) -> str:
     """Texts of one word, and the same word within others."""
     rng = random.Random(0)
     chosen = [rng.choice(WORDS) for _ in range(count)]
-    rows = [{"text": f"{w} {n % 7}", "text_pair": f"a {w} one"} for n, w in enumerate(chosen)]
-    return table(folder / "contrastive.jsonl", rows)
+    rows = "".join(f"{w} {n % 7},a {w} one\n" for n, w in enumerate(chosen))
+    (folder / "pairs.csv").write_text(f"text,text_pair\n{rows}", encoding="utf-8")
+    return str(folder / "pairs.csv")

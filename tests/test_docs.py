@@ -54,6 +54,8 @@ def folder(tmp_path_factory) -> Path:
         source, target = map(Path, samples.pairs(folder, count).split(","))
         source.rename(folder / f"{part}.en")
         target.rename(folder / f"{part}.de")
+    samples.conll(folder)
+    samples.contrastive(folder)
     Path(samples.images(folder)).rename(folder / "photos")
     (folder / "photo.png").write_bytes((folder / "photos" / "dark" / "0.png").read_bytes())
     demo = {

@@ -29,6 +29,9 @@ from qkv.models import Model
 from qkv.objectives import Term, loss_terms
 from qkv.pipelines import Translator, from_pretrained
 
+Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
+"""Labels and predictions of a batch, or of one of its sentences."""
+
 
 @torch.inference_mode()
 def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
@@ -66,10 +69,6 @@ def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[s
     for name, parts in answers.items():
         scores |= derived(name, parts, getattr(model.config, "labels", ()))
     return scores
-
-
-Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
-"""Labels and predictions of a batch, or of one of its sentences."""
 
 
 def _answers(term: Term, batch: Batch) -> list[Answers]:

@@ -163,7 +163,7 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
     label: the class of a text or a pair (Devlin et al. 2018, 4.1) or of an image (Dosovitskiy et al.
     2021, 3.1). labels: which labels a text has. value: a number of a text or a pair.
     tag: the class of a word, by its first piece (Devlin et al. 2018, 5.3).
-    pair: which text belongs to a text, by the cosine of mean vectors (Gao et al. 2021, equations 1 and 5).
+    pair: which text belongs to a text, by the cosine of mean vectors (Gao et al. 2021, equations 1 and 4).
     """
     match model, batch:
         case GPT(), LanguageBatch():

@@ -357,7 +357,7 @@ class Encoder(Pipeline[Bert]):
         config = self.model.config
         if config.head != "tagging":
             raise InputError(f"this model has no tagging head but {config.head!r}: fine-tune it first")
-        spans = [self.tokenizer.words(text) for text in texts]
+        spans = [self.tokenizer.word_spans(text) for text in texts]
         words = [[text[a:b] for a, b in places] for text, places in zip(texts, spans, strict=True)]
         encodings = self.tokenizer.encode_words(words)
         if _check_lengths([len(e.ids) for e in encodings], config.context, truncate):

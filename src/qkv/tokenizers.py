@@ -62,7 +62,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Words:
+class WordEncoding:
     """Token ids of a text that came in words and, for each word, the place of its first token."""
 
     ids: list[int]
@@ -165,16 +165,16 @@ class Tokenizer:
         copy.encode_special_tokens = True
         return copy
 
-    def encode_words(self, texts: Sequence[Sequence[str]]) -> list[Words]:
+    def encode_words(self, texts: Sequence[Sequence[str]]) -> list[WordEncoding]:
         """Each text, given as its words, as `encode` does it. Raises InputError for broken Unicode."""
         inputs = [[str(self._split(word)) for word in words] for words in texts]
         found = self.backend.encode_batch(inputs, is_pretokenized=True)
         return [
-            Words(e.ids, _first_places(e.word_ids, len(words)))
+            WordEncoding(e.ids, _first_places(e.word_ids, len(words)))
             for e, words in zip(found, inputs, strict=True)
         ]
 
-    def words(self, text: str) -> list[tuple[int, int]]:
+    def word_spans(self, text: str) -> list[tuple[int, int]]:
         """Where the words of a text begin and end, as the pre-tokenizer splits it; white space is none."""
         encoding = self.backend.encode(self._split(text))
         spans: dict[int, tuple[int, int]] = {}

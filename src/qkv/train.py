@@ -107,7 +107,7 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     if raw.kind == "contrastive":
         checkpoint = replace(checkpoint, pooling="mean", normalize=True)
     hub.check_savable(model)
-    if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
+    if model.family == "bert" and model.segments < 2 and raw.reads_pairs:
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
     return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))

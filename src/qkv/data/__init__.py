@@ -116,9 +116,9 @@ def _for_bert(
             return MaskedDataset(samples.texts, tokenizer, context, seed, data.whole_words)
         case "multi_label":
             matrix = label_matrix(samples.label_sets, len(model.labels))
-            return labelled(matrix, batch=MultiLabelBatch)
+            return labelled(matrix, make=MultiLabelBatch)
         case "regression":
-            return labelled(np.array(samples.values, dtype=np.float32), batch=ValueBatch)
+            return labelled(np.array(samples.values, dtype=np.float32), make=ValueBatch)
         case "tagging":
             return TaggedDataset(samples.words, samples.tags, tokenizer, context, data.truncate)
         case "contrastive":

@@ -7,7 +7,6 @@ It works on ids: a token is taken apart by the merges that made it, and put toge
 from __future__ import annotations
 
 import json
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -33,30 +32,22 @@ class BPEDropout:
         prefix = model["continuing_subword_prefix"] or ""
         self.merges: dict[tuple[int, int], tuple[int, int]] = {}
         """Pair of ids -> rank, the lowest first, and the id that it becomes."""
-        self.parts: dict[int, tuple[int, int]] = {}
-        """Id -> the pair that it was made of."""
+        self.symbols: dict[int, tuple[int, ...]] = {id: (id,) for id in range(tokenizer.vocab_size)}
+        """Id -> what it is made of before any merge."""
         for rank, (left, right) in enumerate(model["merges"]):
             pair, whole = (vocab[left], vocab[right]), vocab[left + right.removeprefix(prefix)]
             self.merges[pair] = rank, whole
-            self.parts.setdefault(whole, pair)
-        self.symbols = cache(self._symbols)
-
-    def _symbols(self, id: int) -> tuple[int, ...]:
-        """What a token is made of before any merge."""
-        if id not in self.parts:
-            return (id,)
-        left, right = self.parts[id]
-        return self._symbols(left) + self._symbols(right)
+            self.symbols[whole] = self.symbols[pair[0]] + self.symbols[pair[1]]
 
     def most(self, texts: Sequences) -> Ids:
         """The most tokens that each text can have: as many as without any merge."""
-        return np.array([sum(len(self.symbols(id)) for id in texts[i].tolist()) for i in range(len(texts))])
+        return np.array([sum(len(self.symbols[id]) for id in texts[i].tolist()) for i in range(len(texts))])
 
     def segment(self, ids: Ids, begins: Ids, rng: np.random.Generator) -> Ids:
         """Whole words' tokens, with 1 in `begins` where one begins, in a segmentation drawn with `rng`."""
         drawn: list[int] = []
         for word in np.split(ids, np.flatnonzero(begins)[1:]):
-            drawn += self._word([symbol for id in word.tolist() for symbol in self.symbols(id)], rng)
+            drawn += self._word([symbol for id in word.tolist() for symbol in self.symbols[id]], rng)
         return np.array(drawn, dtype=np.int64)
 
     def _word(self, symbols: list[int], rng: np.random.Generator) -> list[int]:

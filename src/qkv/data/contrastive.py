@@ -22,7 +22,7 @@ _STRATUM = 64
 class ContrastiveDataset(Dataset):
     """Groups of texts with their pairs: within a group, other texts' pairs are the wrong answers.
 
-    In-batch negatives (Henderson et al. 2017, 4.4; Gao et al. 2021, equation 5), but that what a text is
+    In-batch negatives (Henderson et al. 2017, 4.4; Gao et al. 2021, equations 1 and 4), but that what a text is
     compared with is a function of seed and epoch: a sample here is a group. So neither the size of the
     batch nor how it is divided changes the loss.
     """
@@ -46,7 +46,10 @@ class ContrastiveDataset(Dataset):
         """
         second = pairs or texts
         if len(set(second)) < 2:
-            raise InputError("contrastive learning needs at least two different texts to tell apart")
+            raise InputError(
+                f"contrastive learning, and its score, need at least two different texts to tell apart; here "
+                f"is 1 in {len(second)} samples"
+            )
         self.texts, notes = _encode(tokenizer, texts, context, truncate)
         self.pairs, more = _encode(tokenizer, second, context, truncate) if pairs else (self.texts, ())
         self.notes = notes + more

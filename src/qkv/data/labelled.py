@@ -30,9 +30,9 @@ class LabelledDataset(Dataset):
         tokenizer: Tokenizer,
         context: int,
         truncate: bool,
-        batch: Callable[[Ragged, Tensor, Tensor], TextBatch] = LabelledBatch,
+        make: Callable[[Ragged, Tensor, Tensor], TextBatch] = LabelledBatch,
     ) -> None:
-        """pairs: second texts, or none. answers: as the last field of a batch has them.
+        """pairs: second texts, or none. answers: what `make` puts into a batch, (all, ...).
 
         Raises InputError for a text over the context that may not be cut.
         """
@@ -44,7 +44,7 @@ class LabelledDataset(Dataset):
         self.ids = Sequences(e.ids for e in encodings)
         self.segments = Sequences(e.segments for e in encodings)
         self.answers = np.asarray(answers)  # (all, ...)
-        self.make = batch
+        self.make = make
         self.costs = self.ids.lengths
 
     def batch(self, indices: Sequence[int], epoch: int) -> TextBatch:

@@ -136,6 +136,11 @@ class Raw:
         """What the samples are."""
         return self.train.kind
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether BERT reads two texts at once."""
+        return self.kind == "text" or (self.kind != "contrastive" and bool(self.train.pairs))
+
     @cached_property
     def image_size(self) -> int:
         """The most common shorter side of the training images; 0 if there are none."""
@@ -299,7 +304,8 @@ def _read_task(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[S
         if data.task == "contrastive":
             lines = [line for file in _text_files(path) for line in read_lines(file) if line.strip()]
             return Samples("contrastive", lines), ()
-        raise InputError(f"data.task {data.task} needs a table ({', '.join(TABLES)}); {path} is none")
+        formats = ", ".join((*TABLES, CONLL) if data.task == "tagging" else TABLES)
+        raise InputError(f"data.task {data.task} needs a table ({formats}); {path} is none")
     table = read_table(path, [data.text, data.text_pair, data.label, data.tokens, data.tags])
     task = guess_task(table, data) if data.task == "auto" else data.task
     if task == "tagging":

@@ -12,7 +12,7 @@ import numpy as np
 from qkv.data.batches import TaggedBatch
 from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, slices
 from qkv.errors import InputError
-from qkv.tokenizers import Tokenizer, Words
+from qkv.tokenizers import Tokenizer, WordEncoding
 
 
 class TaggedDataset(Dataset):
@@ -27,7 +27,7 @@ class TaggedDataset(Dataset):
         truncate: bool,
     ) -> None:
         """tags: of each word. Raises InputError for a sentence over the context that may not be cut."""
-        if len(tokenizer.words("aa")) > 1:
+        if len(tokenizer.word_spans("aa")) > 1:
             raise InputError("tagging needs words of several characters: set tokenizer.kind to wordpiece")
         encodings = _encode(tokenizer, sentences)
         lengths = np.array([len(e.ids) for e in encodings])
@@ -58,5 +58,5 @@ class TaggedDataset(Dataset):
         return TaggedBatch(lay(ids), join(first), lay([self.tags[i] for i in indices]))
 
 
-def _encode(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> list[Words]:
+def _encode(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> list[WordEncoding]:
     return [words for some in slices(len(sentences)) for words in tokenizer.encode_words(sentences[some])]

@@ -136,7 +136,7 @@ def _asked(declared: AnyModelConfig, head: BertHead | None, labels: tuple[str, .
 def _classes(config: AnyModelConfig) -> tuple[str, tuple[str, ...]] | None:
     """What a classifier's weights mean: they fit no other head and no other classes."""
     if isinstance(config, BertConfig):
-        # A single class means nothing, and the name of a value changes nothing.
+        # What a value is called says nothing of what it means.
         labels = ("",) * len(config.labels) if config.head == "regression" else config.labels
         return config.head, labels
     return (config.family, config.labels) if isinstance(config, ViTConfig) else None
