@@ -17,7 +17,7 @@ from qkv.config import DataConfig, RunConfig, TokenizerConfig
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
 from qkv.pipelines import Encoder, from_pretrained
-from qkv.train import new_job, resumed_job, train
+from qkv.train import Job, new_job, resumed_job, train
 
 TASKS = {
     "multi_label": (samples.multi_label, "labels"),
@@ -34,25 +34,44 @@ def task_config(folder: Path, task: str, **changes) -> RunConfig:
     return dataclasses.replace(config, data=DataConfig(path=TASKS[task][0](folder), candidates=16))
 
 
-def trained(folder: Path, task: str) -> tuple[Encoder, dict[str, float]]:
-    best = train(new_job(task_config(folder, task)), folder / "run", Nobody())
-    encoder = from_pretrained(folder / "run", device="cpu")
-    assert isinstance(encoder, Encoder)
-    return encoder, best.best_scores
+@dataclasses.dataclass
+class Trained:
+    """A finished run, and how it began."""
+
+    job: Job
+    folder: Path
+    untrained: dict[str, float]
+    best: dict[str, float]
+
+    @property
+    def encoder(self) -> Encoder:
+        found = from_pretrained(self.folder, device="cpu")
+        assert isinstance(found, Encoder)
+        return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    made = {}
+    for task in TASKS:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(task)
+        job = new_job(task_config(folder, task))
+        untrained = evaluate(job.checkpoint.model, job.valid)
+        best = train(job, folder / "run", Nobody()).best_scores
+        made[task] = Trained(job, folder / "run", untrained, best)
+    return made
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_learns_scores_and_says_what_it_understood(task: str, tmp_path: Path) -> None:
-    job = new_job(task_config(tmp_path, task))
-    name = TASKS[task][1]
-    assert job.config.data.task == task
-    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in job.about
-    untrained = evaluate(job.checkpoint.model, job.valid)
-    best = train(job, tmp_path / "run", Nobody()).best_scores
-    assert best["loss"] == best[f"{name}_loss"] < 0.5 * untrained["loss"]
-    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best["loss"], rel=1e-4)
-    again = score(str(tmp_path / "run"), job.config.data.path)
-    assert again["samples"] >= 120 and again["loss"] < untrained["loss"]
+def test_learns_scores_and_says_what_it_understood(task: str, runs: dict[str, Trained]) -> None:
+    run, name = runs[task], TASKS[task][1]
+    assert run.job.config.data.task == task
+    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in run.job.about
+    assert run.best["loss"] == run.best[f"{name}_loss"] < 0.5 * run.untrained["loss"]
+    assert score(str(run.folder))["loss"] == pytest.approx(run.best["loss"], rel=1e-4)
+    again = score(str(run.folder), run.job.config.data.path)
+    assert again["samples"] == 120 and again["loss"] < run.untrained["loss"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -79,27 +98,30 @@ def test_resume_is_exact(task: str, tmp_path: Path) -> None:
     assert (tmp_path / "cut" / "modules.json").exists() == (task == "contrastive")
 
 
-def test_sets_of_labels(tmp_path: Path) -> None:
-    encoder, scores = trained(tmp_path, "multi_label")
+def test_sets_of_labels(runs: dict[str, Trained]) -> None:
+    run = runs["multi_label"]
+    encoder, scores = run.encoder, run.best
     assert min(scores[name] for name in ("micro_f1", "macro_f1", "exact_match")) > 0.8
     two, none = encoder.classify(["red fine blue", "old plain new"])
     assert {guess.name for guess in two if guess.probability > 0.5} == {"good", "kind"}
     assert len(none) == 3 and all(guess.probability < 0.5 for guess in none)
-    assert theirs.reopen(tmp_path / "run").config.problem_type == "multi_label_classification"
+    assert theirs.reopen(run.folder).config.problem_type == "multi_label_classification"
 
 
-def test_values_of_pairs(tmp_path: Path) -> None:
-    encoder, scores = trained(tmp_path, "regression")
+def test_values_of_pairs(runs: dict[str, Trained]) -> None:
+    run = runs["regression"]
+    encoder, scores = run.encoder, run.best
     assert scores["pearson"] > 0.9 and scores["spearman"] > 0.8
     assert "value_accuracy" not in scores
     values = encoder.estimate([("red old fine", "new"), ("red old awful", "new")])
     assert values.shape == (2, 1) and values[0, 0] - values[1, 0] > 1
-    reopened = theirs.reopen(tmp_path / "run")
+    reopened = theirs.reopen(run.folder)
     assert reopened.config.problem_type == "regression" and reopened.config.num_labels == 1
 
 
-def test_tags_of_words(tmp_path: Path) -> None:
-    encoder, scores = trained(tmp_path, "tagging")
+def test_tags_of_words(runs: dict[str, Trained]) -> None:
+    run = runs["tagging"]
+    encoder, scores = run.encoder, run.best
     assert scores["f1"] > 0.9 and scores["tag_accuracy"] > 0.95
     text = "  old red\tgreen  quick "
     words = encoder.tag(text)
@@ -109,16 +131,17 @@ def test_tags_of_words(tmp_path: Path) -> None:
         ("green", "I-COL"),
     ]
     assert all(text[w.start : w.end] == w.word for w in words)
-    assert type(theirs.reopen(tmp_path / "run")).__name__ == "BertForTokenClassification"
+    assert type(theirs.reopen(run.folder)).__name__ == "BertForTokenClassification"
 
 
-def test_vectors_of_sentences_are_sentence_transformers(tmp_path: Path) -> None:
-    encoder, scores = trained(tmp_path, "contrastive")
+def test_vectors_of_sentences_are_sentence_transformers(runs: dict[str, Trained]) -> None:
+    run = runs["contrastive"]
+    encoder, scores = run.encoder, run.best
     assert scores["pair_accuracy"] > 0.9
     texts = ["red 3", "a red one", "a green one", "quick"]
     ours = encoder.embed(texts)
     assert ours[0] @ ours[1] > ours[0] @ ours[2]
-    library = SentenceTransformer(str(tmp_path / "run"), device="cpu")
+    library = SentenceTransformer(str(run.folder), device="cpu")
     np.testing.assert_allclose(library.encode(texts), ours, atol=1e-5)
     assert type(library[1]).__name__ == "Pooling" and type(library[2]).__name__ == "Normalize"
 
@@ -148,6 +171,13 @@ def test_a_task_goes_on_from_another(tmp_path: Path) -> None:
         body = from_pretrained(tmp_path / "a" / "run").model.tokens.weight
         assert torch.equal(job.checkpoint.model.tokens.weight, body)
         assert (job.checkpoint.pooling == "mean") == (task == "contrastive")
+
+
+def test_a_checkpoint_s_head_says_how_data_are_read(runs: dict[str, Trained], tmp_path: Path) -> None:
+    runs["regression"].encoder.save_pretrained(tmp_path / "bare")
+    rows = [{"text": "red old fine", "text_pair": "new", "label": label} for label in (1, 2)]
+    found = score(str(tmp_path / "bare"), samples.table(tmp_path / "whole.jsonl", rows))
+    assert found["samples"] == 2 and "pearson" in found
 
 
 def test_a_score_needs_data_of_the_models_own_task(tmp_path: Path) -> None:
@@ -189,12 +219,13 @@ def test_bpe_dropout_trains_and_resumes(family: str, tmp_path: Path) -> None:
         ("bert", {"whole_words": True}, "whole_words is for masked language modelling"),
         ("gpt", {"whole_words": True}, "whole_words is for masked language modelling"),
         ("transformer", {"whole_words": True}, "whole_words is for masked language modelling"),
+        ("bert", {"task": "contrastive"}, "label_smoothing_factor is for classes, not for contrastive"),
         ("gpt", {"task": "tagging"}, r"data\.task is tagging, which is BERT's"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(
     family: str, setting: dict, message: str, tmp_path: Path
 ) -> None:
-    config = run_config(tmp_path, family)
+    config = run_config(tmp_path, family, label_smoothing_factor=0.1)
     with pytest.raises(InputError, match=message):
         new_job(dataclasses.replace(config, data=dataclasses.replace(config.data, **setting)))

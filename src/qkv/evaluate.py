@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qkv.checkpoint import CONFIG
-from qkv.config import BertConfig, DataConfig, RunConfig, read_toml
+from qkv.config import BertConfig, DataConfig, RunConfig, Task, read_toml
 from qkv.data import Dataset, Sampler, bert_head, build, read, read_held_out
 from qkv.data.batches import Batch, TaggedBatch
 from qkv.errors import InputError
@@ -98,6 +100,15 @@ def derived(name: str, parts: list[Answers], names: tuple[str, ...]) -> dict[str
     return {"macro_f1": macro_f1(confusion)} | ({} if name == "tag" else {"matthews": matthews(confusion)})
 
 
+def _task(model: Model, data: DataConfig) -> Literal["auto", Task]:
+    """What a model's head says about how data are to be read; otherwise what the run says."""
+    match model.config:
+        case BertConfig(head="classification" | "multi_label" | "regression" | "tagging" as task):
+            return task
+        case _:
+            return data.task
+
+
 def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | str]:
     """Scores of a run folder or checkpoint on all of `data`; "" takes the run's own held-out data.
 
@@ -114,7 +125,8 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
     family = model.config.family
     if not data and not run.data.path:
         raise InputError(f"{source} is not a run folder: say with --data what to score it on")
-    samples = read_held_out(data, run.data, family, labels) if data else read(run.data, family).valid
+    asked = replace(run.data, task=_task(model, run.data))
+    samples = read_held_out(data, asked, family, labels) if data else read(asked, family).valid
     if isinstance(model.config, BertConfig):
         head = bert_head(samples.kind)
         if head != "none" and model.config.head != head:

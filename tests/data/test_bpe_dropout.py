@@ -93,6 +93,20 @@ def test_segmentations_are_as_frequent_as_the_algorithm_makes_them() -> None:
     assert counts.keys() == expected.keys()
 
 
+def test_segmentations_are_as_frequent_as_the_library_s() -> None:
+    made, count = tokenizer(), 8000
+    ids, begins = parts(made, "that")
+    dropout, rng = BPEDropout(made, 0.3), np.random.default_rng(0)
+    ours = Counter(tuple(dropout.segment(ids, begins, rng).tolist()) for _ in range(count))
+    library = Backend.from_str(made.backend.to_str())
+    library.model.dropout = 0.3
+    theirs = Counter(tuple(e.ids) for e in library.encode_batch(["that"] * count))
+    assert len(ours) > 3
+    for pieces in ours | theirs:
+        # Their draws cannot be seeded: the bound is seven standard deviations of the difference.
+        assert abs(ours[pieces] - theirs[pieces]) / count < 0.055
+
+
 def test_tokenizers_without_merges_are_refused() -> None:
     for kind in ("char", "wordpiece"):
         with pytest.raises(InputError, match=r"set tokenizer\.kind to bpe"):

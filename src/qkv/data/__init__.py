@@ -54,11 +54,13 @@ def prepare(
 
 
 def _check_settings(kind: Kind, config: RunConfig) -> None:
-    """Raise InputError for settings of the data that would do nothing."""
+    """Raise InputError for settings that would do nothing for such data."""
     if config.data.whole_words and (config.model.family, kind) != ("bert", "text"):
         raise InputError("data.whole_words is for masked language modelling: leave it out")
     if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
         raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
+    if config.train.label_smoothing_factor and kind in ("regression", "contrastive"):
+        raise InputError(f"train.label_smoothing_factor is for classes, not for {kind}: leave it out")
 
 
 def build(

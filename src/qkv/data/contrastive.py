@@ -22,9 +22,9 @@ _STRATUM = 64
 class ContrastiveDataset(Dataset):
     """Groups of texts with their pairs: within a group, other texts' pairs are the wrong answers.
 
-    In-batch negatives (Henderson et al. 2017, 4.4; Gao et al. 2021, equations 1 and 4), but that what a text is
-    compared with is a function of seed and epoch: a sample here is a group. So neither the size of the
-    batch nor how it is divided changes the loss.
+    In-batch negatives (Henderson et al. 2017, 4.4; Gao et al. 2021, equations 1 and 4), but that what a
+    text is compared with is a function of seed and epoch: a sample here is a group. So neither the size of
+    the batch nor how it is divided changes the loss.
     """
 
     def __init__(

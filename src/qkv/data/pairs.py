@@ -47,18 +47,20 @@ class PairDataset(Dataset):
         self.end = np.array([end_id])
         self.seed = seed
         self.dropout = dropout
-        most = [self.sources.lengths, self.targets.lengths]
+        self.costs = self._tokens(self.sources.lengths, self.targets.lengths)
         if dropout is not None:
             self.begins = [Sequences(word_begins(tokenizer, texts)) for texts in (sources, targets)]
-            most = [dropout.most(self.sources), dropout.most(self.targets)]
-            times = (most[0].sum() + most[1].sum()) / (
-                self.sources.lengths.sum() + self.targets.lengths.sum()
-            )
+            plain = self.costs.sum()
+            self.costs = self._tokens(dropout.most(self.sources), dropout.most(self.targets))
             self.notes += (
-                f"BPE dropout: batches have room for the most tokens that texts can have, {times:.1f} times "
-                f"those without; raise train.batch_tokens.",
+                f"BPE dropout: batches have room for the most tokens that texts can have, "
+                f"{self.costs.sum() / plain:.1f} times those without; raise train.batch_tokens.",
             )
-        self.costs = most[0].clip(max=self.room) + most[1].clip(max=self.room) + 2
+
+    def _tokens(self, sources: Ids, targets: Ids) -> Ids:
+        """Tokens of each sample, given those of its texts."""
+        tokens: Ids = sources.clip(max=self.room) + targets.clip(max=self.room) + 2
+        return tokens
 
     def batch(self, indices: Sequence[int], epoch: int) -> PairBatch:
         """Sources (S,), decoder inputs (T,) and labels (T,); without dropout the same in every epoch."""
