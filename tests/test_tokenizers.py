@@ -3,6 +3,7 @@
 import json
 import random
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -342,3 +343,33 @@ def test_a_second_marian_vocabulary_is_refused(marian: Path, tmp_path: Path) -> 
     (tmp_path / "target_vocab.json").write_text("{}")
     with pytest.raises(InputError, match=r"target_vocab\.json"):
         Tokenizer.load(tmp_path)
+
+
+# ---------------------------------------------------------------- words
+
+
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    kind=st.sampled_from(["wordpiece", "bpe"]),
+)
+def test_words_are_spans_of_the_text_without_white_space(text: str, kind: str):
+    tokenizer = train_tokenizer(
+        TokenizerConfig(kind=kind, vocab_size=400), "bert", ["some words, and don't"] * 3
+    )
+    spans = tokenizer.word_spans(text)
+    assert all(text[a:b] and text[a:b] == text[a:b].strip() for a, b in spans)
+    assert all(before[1] <= after[0] for before, after in pairwise(spans))
+
+
+def test_words_and_their_first_tokens():
+    tokenizer = train_tokenizer(
+        TokenizerConfig(kind="wordpiece", vocab_size=400), "bert", ["don't see it"] * 3
+    )
+    text = "  don't\tsee, it"
+    assert [text[a:b] for a, b in tokenizer.word_spans(text)] == ["don", "'", "t", "see", ",", "it"]
+    (found,) = tokenizer.encode_words([["don't", "\x00", "see"]])
+    assert found.ids == tokenizer.encode("don't see").ids
+    assert [None if i is None else tokenizer.token(found.ids[i]) for i in found.first] == ["don", None, "see"]
+    assert tokenizer.word_begins(["don't see"]) == [[True, True, True, True]]
+    assert tokenizer.continues(tokenizer.backend.token_to_id("##o"))
+    assert not tokenizer.continues(tokenizer.cls_id)

@@ -180,10 +180,8 @@ class Tokenizer:
         spans: dict[int, tuple[int, int]] = {}
         for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
             if word is not None:
-                begin, last = spans.get(word, (start, end))
-                spans[word] = min(begin, start), max(last, end)
-        trimmed = ((end - len(text[start:end].lstrip()), end) for start, end in spans.values())
-        trimmed = ((start, start + len(text[start:end].rstrip())) for start, end in trimmed)
+                spans[word] = spans.get(word, (start, end))[0], end
+        trimmed = (_trim(text, start, end) for start, end in spans.values())
         return [(start, end) for start, end in trimmed if start < end]
 
     def continues(self, id: int) -> bool:
@@ -299,6 +297,12 @@ class Tokenizer:
             raise
         except Exception as error:  # the libraries' readers raise plain Exception
             raise InputError(f"the tokenizer in {folder} cannot be read: {_one_line(error)}") from None
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    """A part of a text without white space at its ends."""
+    part = text[start:end]
+    return end - len(part.lstrip()), start + len(part.rstrip())
 
 
 def _first_places(words: Sequence[int | None], count: int) -> list[int | None]:

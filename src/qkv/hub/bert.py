@@ -21,12 +21,12 @@ ARCHITECTURES: dict[BertHead, str] = {
     "regression": "BertForSequenceClassification",
     "tagging": "BertForTokenClassification",
 }
-PROBLEMS: dict[str, BertHead] = {
-    "single_label_classification": "classification",
-    "multi_label_classification": "multi_label",
+PROBLEMS: dict[BertHead, str] = {
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
     "regression": "regression",
 }
-"""What the setting `problem_type` makes of a BertForSequenceClassification."""
+"""The setting `problem_type` of a BertForSequenceClassification."""
 
 
 class BERT(Format[BertConfig]):
@@ -104,11 +104,10 @@ class BERT(Format[BertConfig]):
 
     def rest(self, config: BertConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """The architecture of the head, what it is for, and its labels."""
-        problems = [problem for problem, head in PROBLEMS.items() if head == config.head]
         return {
             "architectures": [ARCHITECTURES[config.head]],
             "pad_token_id": tokenizer.pad_id if tokenizer else None,
-            **({"problem_type": problems[0]} if problems else {}),
+            "problem_type": PROBLEMS.get(config.head),
             **label_settings(config.labels),
         }
 
@@ -127,6 +126,7 @@ def _problem(problem_type: str | None, outputs: int) -> BertHead:
     """The head that a problem_type means; without one, as transformers has it, one output is a value."""
     if problem_type is None:
         return "regression" if outputs == 1 else "classification"
-    if problem_type not in PROBLEMS:
-        raise InputError(f"problem_type is {problem_type!r}; supported are {', '.join(PROBLEMS)}")
-    return PROBLEMS[problem_type]
+    heads = {problem: head for head, problem in PROBLEMS.items()}
+    if problem_type not in heads:
+        raise InputError(f"problem_type is {problem_type!r}; supported are {', '.join(heads)}")
+    return heads[problem_type]

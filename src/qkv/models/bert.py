@@ -27,10 +27,10 @@ PRESETS: dict[str, BertConfig] = {
 }
 
 
-LABELLED: tuple[BertHead, ...] = ("classification", "multi_label", "regression", "tagging")
-"""Heads whose outputs have names."""
 SEQUENCE: tuple[BertHead, ...] = ("classification", "multi_label", "regression")
-"""Those that speak of the whole sequence."""
+"""Heads that speak of the whole sequence."""
+LABELLED: tuple[BertHead, ...] = (*SEQUENCE, "tagging")
+"""Heads whose outputs have names."""
 
 
 @dataclass(frozen=True)
