@@ -58,8 +58,11 @@ def _margins(confusion: Counter[tuple[int, int]]) -> tuple[Counter[int], Counter
 
 
 def label_scores(labels: NDArray[np.bool_], predictions: NDArray[np.bool_]) -> dict[str, float]:
-    """labels, predictions (N, K) -> micro_f1 over all, macro_f1 as the mean over labels that occur in either,
-    and exact_match, the share of texts with all labels right."""
+    """labels, predictions (N, K) -> three scores.
+
+    micro_f1: over all decisions. macro_f1: the mean over labels that occur in either. exact_match: the
+    share of texts with all labels right.
+    """
     right = (labels & predictions).sum(0)  # (K,)
     said, true = predictions.sum(0), labels.sum(0)
     each = [f1(*counts) for counts in zip(right.tolist(), said.tolist(), true.tolist(), strict=True)]
@@ -76,11 +79,10 @@ def label_scores(labels: NDArray[np.bool_], predictions: NDArray[np.bool_]) -> d
 
 def pearson(one: NDArray[Any], other: NDArray[Any]) -> float:
     """The correlation of values (M,); 0 where either is constant."""
-    a, b = (
-        np.asarray(values, dtype=np.float64) - np.mean(values, dtype=np.float64) for values in (one, other)
-    )
-    spread = math.sqrt(a @ a) * math.sqrt(b @ b)
-    return float(a @ b / spread) if spread else 0.0
+    if not (np.ptp(one) and np.ptp(other)):
+        return 0.0
+    a, b = (values - values.mean(dtype=np.float64) for values in (one, other))
+    return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
 def spearman(one: NDArray[Any], other: NDArray[Any]) -> float:

@@ -43,9 +43,10 @@ def test_the_first_piece_of_a_word_has_its_tag(rows: list[list[str]]) -> None:
 
 def test_words_that_are_not_read_are_counted() -> None:
     words = ["abc", "\x00", "cab", "bca"]
-    dataset = TaggedDataset([words], [[0, 1, 2, 3]], TOKENIZER, 64, truncate=False)
+    dataset = TaggedDataset([["\x00"], words], [[4], [0, 1, 2, 3]], TOKENIZER, 64, truncate=False)
+    assert len(dataset) == 1
     assert dataset.batch([0], 0).labels.values.tolist() == [0, 2, 3]
-    assert dataset.notes == ("1 of 4 words are left out: no token of theirs is read.",)
+    assert dataset.notes == ("2 of 5 words are left out: no token of theirs is read.",)
     with pytest.raises(InputError, match="no word has a token"):
         TaggedDataset([["\x00"]], [[0]], TOKENIZER, 64, truncate=False)
 

@@ -16,7 +16,7 @@ from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
 _STRATUM = 64
-"""Groups whose texts are drawn together: of similar length, and yet every epoch has other groups."""
+"""Groups whose texts are shuffled together: of similar length, and yet every epoch has other groups."""
 
 
 class ContrastiveDataset(Dataset):
@@ -59,11 +59,11 @@ class ContrastiveDataset(Dataset):
         self.seed = seed
         lengths = self.texts.lengths + self.pairs.lengths
         self.order = np.argsort(lengths, kind="stable")
-        parts = np.array_split(np.arange(len(texts)), max(1, len(texts) // candidates))
-        self.bounds = np.array([0, *(int(part[-1]) + 1 for part in parts)])
-        self.costs = np.zeros(len(parts), dtype=np.int64)
-        for first in range(0, len(parts), _STRATUM):
-            last = min(first + _STRATUM, len(parts))
+        count = max(1, len(texts) // candidates)
+        self.bounds = np.arange(count + 1) * len(texts) // count  # group i: places bounds[i:i+2] of the order
+        self.costs = np.zeros(count, dtype=np.int64)
+        for first in range(0, count, _STRATUM):
+            last = min(first + _STRATUM, count)
             members = self.order[self.bounds[first] : self.bounds[last]]
             longest = np.sort(lengths[members])[::-1].cumsum()
             self.costs[first:last] = longest[np.diff(self.bounds[first : last + 1]) - 1]

@@ -34,13 +34,13 @@ class TaggedDataset(Dataset):
         self.notes = check_context(lengths, [" ".join(words) for words in sentences], context, truncate)
         if self.notes:
             encodings = _encode(tokenizer.shortened(context), sentences)
-        self.ids = Sequences(e.ids for e in encodings)
-        kept = [
+        read = [
             [(place, tag) for place, tag in zip(e.first, row, strict=True) if place is not None]
             for e, row in zip(encodings, tags, strict=True)
         ]
-        self.first = Sequences([place for place, _ in row] for row in kept)
-        self.tags = Sequences([tag for _, tag in row] for row in kept)
+        self.ids = Sequences(e.ids for e, row in zip(encodings, read, strict=True) if row)
+        self.first = Sequences([place for place, _ in row] for row in read if row)
+        self.tags = Sequences([tag for _, tag in row] for row in read if row)
         self.costs = self.ids.lengths
         words, tagged = sum(map(len, tags)), int(self.tags.lengths.sum())
         if not tagged:
