@@ -15,7 +15,7 @@ from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 
 from qkv.config import DataConfig, RunConfig, TokenizerConfig
 from qkv.errors import InputError
-from qkv.evaluate import evaluate, score
+from qkv.evaluate import derived, evaluate, score
 from qkv.pipelines import Encoder, from_pretrained
 from qkv.train import Job, new_job, resumed_job, train
 
@@ -72,6 +72,18 @@ def test_learns_scores_and_says_what_it_understood(task: str, runs: dict[str, Tr
     assert score(str(run.folder))["loss"] == pytest.approx(run.best["loss"], rel=1e-4)
     again = score(str(run.folder), run.job.config.data.path)
     assert again["samples"] == 120 and again["loss"] < run.untrained["loss"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_do_not_depend_on_the_size_of_batches(task: str, runs: dict[str, Trained]) -> None:
+    model, dataset = runs[task].job.checkpoint.model, runs[task].job.train
+    assert evaluate(model, dataset, batch_tokens=30) == pytest.approx(evaluate(model, dataset), rel=1e-4)
+
+
+def test_tags_that_mark_no_entities_have_a_macro_f1() -> None:
+    answers = [(np.array([0, 1]), np.array([0, 1])), (np.array([1]), np.array([0]))]
+    assert derived("tag", answers, ("NOUN", "VERB")) == {"macro_f1": pytest.approx(2 / 3)}
+    assert derived("tag", answers, ("O", "B-X"))["recall"] == 0.5
 
 
 @pytest.mark.parametrize("task", TASKS)
