@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from qkv.checkpoint import STATE, read_metrics
+from qkv.checkpoint import read_metrics, saved_states
 from qkv.config import (
     BertConfig,
     DataConfig,
@@ -31,9 +31,9 @@ from qkv.config import (
 )
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
-from qkv.objectives import item_counts
+from qkv.objectives import Objective, item_counts
 from qkv.pipelines import from_pretrained
-from qkv.train import Job, _loss, new_job, resumed_job, train
+from qkv.train import Job, new_job, resumed_job, train
 
 SIZES = {"dim": 32, "depth": 1, "heads": 2, "mlp_dim": 64, "dropout": 0.1}
 MODELS = {
@@ -88,7 +88,9 @@ def run_config(folder: Path, family: str, **changes) -> RunConfig:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return {
-        name: t for name, t in load_file(run / STATE).items() if name.startswith(("model.", "optimizer."))
+        name: t
+        for name, t in load_file(next(saved_states(run)[-1].glob("*.safetensors"))).items()
+        if name.startswith(("model.", "optimizer."))
     }
 
 
@@ -104,7 +106,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_learns_from_files_and_scores_itself(family, tmp_path):
     run = tmp_path / "run"
     job = new_job(run_config(tmp_path, family))
-    untrained = evaluate(job.checkpoint.model, job.valid)
+    untrained = evaluate(Objective(job.checkpoint.model), job.valid)
     best = train(job, run, Nobody())
     losses = [r["loss"] for r in read_metrics(run) if "loss" in r]
     assert losses[-1] < 0.7 * losses[0]
@@ -121,7 +123,7 @@ def test_masked_words_and_next_sentence_from_documents(tmp_path):
     config = run_config(tmp_path, "bert", batch_tokens=512)
     config = dataclasses.replace(config, data=DataConfig(path=samples.documents(tmp_path)))
     job = new_job(config)
-    untrained = evaluate(job.checkpoint.model, job.valid)
+    untrained = evaluate(Objective(job.checkpoint.model), job.valid)
     best = train(job, tmp_path / "run", Nobody())
     assert job.config.model.head == "pretraining"
     assert best.best_scores["masked_word_loss"] < 0.6 * untrained["masked_word_loss"]
@@ -160,7 +162,8 @@ def step_gradient(job: Job, parts: list[list[int]]):
     model.zero_grad()
     batches = [job.train.batch(part, 0) for part in parts]
     counts = {name: sum(item_counts(b)[name] for b in batches) for name in item_counts(batches[0])}
-    losses = [_loss(job, batch, counts) for batch in batches]
+    objective = Objective(model)
+    losses = [objective(batch, counts) for batch in batches]
     for loss in losses:
         loss.backward()
     return sum(loss.item() for loss in losses), [
@@ -202,7 +205,7 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     arguments = [str(tmp_path / "recipe.toml"), "--out", str(cut)]
     for wanted in (0, 1, 3):  # at 0, before any step is saved
         process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.DEVNULL)
-        while (not (cut / STATE).exists() or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
+        while (not saved_states(cut) or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -55,22 +55,28 @@ def train(
         resume: Run folder to continue; takes no other argument.
     """
     from qkv.console import TrainingBar
-    from qkv.train import new_job, resumed_job
+    from qkv.distributed import process_group
+    from qkv.train import begin, new_job, resumed_job
     from qkv.train import train as run_training
 
-    if resume is not None:
-        job, run = resumed_job(resume), resume
-    else:
-        if not config.data.path:
-            raise InputError("nothing to train on: give --data PATH")
-        job, run = new_job(config), out or Path("runs") / Path(recipe).stem
-    with TrainingBar(_stderr()) as bar:
+    run = resume or out or Path("runs") / Path(recipe).stem
+    with process_group() as ranks, TrainingBar(_stderr(), quiet=not ranks.first) as bar:
+        job = None
+        if resume is None and ranks.first:
+            if not config.data.path:
+                raise InputError("nothing to train on: give --data PATH")
+            job = new_job(config)
+            begin(job, run)
+        ranks.barrier()
         try:
-            done = run_training(job, run, bar, resume=resume is not None)
+            done = run_training(job or resumed_job(run), run, bar, resume=True, ranks=ranks)
         except KeyboardInterrupt:
             bar.say(f"Stopped; continue with: qkv train --resume {run}")
             raise
-    print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
+        if not done.finished:
+            bar.say(f"Stopped at step {done.step}; continue with: qkv train --resume {run}")
+        elif ranks.first:
+            print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 
 def _train_command(arguments: list[str]) -> Callable[[], None]:

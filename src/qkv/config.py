@@ -263,6 +263,15 @@ class TrainConfig:
     """Parts that a step's batch is computed in: more need less memory."""
     label_smoothing_factor: float = 0.0
     """Share of probability that targets give to all classes (Szegedy et al. 2016)."""
+    r_drop: float = 0.0
+    """Weight of R-Drop: two passes under different dropout should agree (Liang et al. 2021). 0: one pass."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer relative to the one above it, for fine-tuning (Clark et al. 2020, A.2)."""
+    ema_decay: float = 0.0
+    """Above 0, what is scored and kept is an exponential moving average of the weights with this decay."""
+    average_checkpoints: int = 1
+    """What is scored and kept is the mean of the present weights and those of the last saved states, so many
+    in all (Vaswani et al. 2017, 6.1)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: matrix products in bfloat16 (autocast), weights and optimiser in float32. auto: where the
     processor has instructions for it; the run's config.toml says which it was."""
@@ -272,16 +281,29 @@ class TrainConfig:
     """Steps between scores of the held-out data."""
     save_steps: int = 200
     """Steps between saved states, from which a run can be resumed."""
+    save_total_limit: int = 1
+    """How many of the last states stay."""
+    early_stopping_patience: int = 0
+    """Stop after so many scores in a row without a new best; 0: never."""
+    gradient_checkpointing: bool = False
+    """Compute blocks anew in the backward pass instead of keeping what is in them: less memory, more time."""
+    shard_ranks: int = 1
+    """Of several processes (torchrun), how many share one copy of the weights. 1: each has its own."""
     seed: int = 0
     """Decides the initial weights, the order of samples and all that is random."""
 
     def __post_init__(self) -> None:
         _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
-        _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps")
+        _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+        _check("train", self, *_COUNT, "average_checkpoints", "shard_ranks")
         _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm")
-        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay")
+        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay", "r_drop")
+        _check("train", self, *_NOT_NEGATIVE, "early_stopping_patience")
         _check("train", self, *_SEED, "seed")
-        _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor")
+        _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay")
+        _check("train", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "layer_decay")
+        if self.ema_decay and self.average_checkpoints > 1:
+            raise InputError("set train.ema_decay or train.average_checkpoints, not both")
 
 
 @dataclass(frozen=True, kw_only=True)

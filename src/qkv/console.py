@@ -12,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 class TrainingBar:
     """An observer of `qkv.train.train`, used as a context manager."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        """quiet: show nothing, as all ranks do but the first."""
         self.console = console
+        self.console.quiet = quiet
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

@@ -13,35 +13,34 @@ from qkv.checkpoint import CONFIG
 from qkv.config import BertConfig, DataConfig, RunConfig, read_toml
 from qkv.data import Dataset, Sampler, build, read, read_held_out
 from qkv.errors import InputError
-from qkv.models import Model
-from qkv.objectives import Term, loss_terms
+from qkv.objectives import Objective, Term
 from qkv.pipelines import Translator, from_pretrained
 
 
-@torch.inference_mode()
-def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
+@torch.no_grad()
+def evaluate(objective: Objective, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
     """Scores of a model on every sample of a dataset, in evaluation mode.
 
     For each loss term `<term>_loss` (nats) and `<term>_accuracy`; `loss`, their sum; for language
     models `perplexity` and `bits_per_byte`; for classifiers `macro_f1` and `matthews`. The answer
     does not depend on batch_tokens.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    device = next(objective.parameters()).device
+    was_training = objective.training
+    objective.eval()
     losses: dict[str, float] = defaultdict(float)
     correct: dict[str, int] = defaultdict(int)
     counts: Counter[str] = Counter()
     confusion: Counter[tuple[int, int]] = Counter()
     for indices in Sampler(dataset.costs, batch_tokens, seed=0).epoch(0):
         batch = dataset.batch(indices, epoch=0).to(device)
-        for name, term in loss_terms(model, batch).items():
+        for name, term in objective.terms(batch).items():
             losses[name] += term.loss_sum().item()
             correct[name] += int(term.correct())
             counts[name] += len(term.labels)
             if name == "label":
                 confusion += _confusion(term)
-    model.train(was_training)
+    objective.train(was_training)
     scores = {"loss": sum(losses[name] / counts[name] for name in losses)}
     for name, count in counts.items():
         scores |= {f"{name}_loss": losses[name] / count, f"{name}_accuracy": correct[name] / count}
@@ -132,7 +131,7 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
                 f"{samples.kind} data score a {head} head, but {source} has the head {model.config.head!r}"
             )
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
-    scores: dict[str, float | str] = {"samples": len(samples), **evaluate(model, dataset)}
+    scores: dict[str, float | str] = {"samples": len(samples), **evaluate(Objective(model), dataset)}
     if isinstance(pipeline, Translator):
         translations = pipeline.translate(samples.texts, num_beams=num_beams, truncate=run.data.truncate)
         scores |= {"num_beams": num_beams, **translation_scores(translations, samples.pairs)}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qkv.attention import Attention, KeyValue, LayerCache, Pattern
 from qkv.config import Activation, ModelConfig
@@ -79,6 +80,7 @@ class Block(nn.Module):
             return nn.LayerNorm(config.dim, eps=config.norm_eps)
 
         self.norm_first = config.norm_first
+        self.recompute = False  # gradient checkpointing: forward anew in the backward pass
         self.dropout = nn.Dropout(config.dropout)
         self.attention = Attention(config.dim, config.heads, config.attention_dropout)
         self.attention_norm = norm()
@@ -98,6 +100,22 @@ class Block(nn.Module):
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
         """x (T, D) -> (T, D); the other arguments as for `Attention`."""
+        if self.recompute and torch.is_grad_enabled():
+            answer: Tensor = checkpoint(
+                self._forward, x, pattern, rotation, cache, memory, memory_pattern, use_reentrant=False
+            )
+            return answer
+        return self._forward(x, pattern, rotation, cache, memory, memory_pattern)
+
+    def _forward(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        rotation: KeyValue | None,
+        cache: LayerCache | None,
+        memory: KeyValue | None,
+        memory_pattern: Pattern | None,
+    ) -> Tensor:
         x = self._add(
             x, self.attention_norm, lambda y: self.attention(y, pattern, rotation=rotation, cache=cache)
         )

@@ -8,10 +8,12 @@ Legend: T tokens of the batch, N sequences, M items of one term, K classes (or v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkv.data.batches import Batch, ImageBatch, LabelledBatch, LanguageBatch, MaskedBatch, PairBatch
 from qkv.models import GPT, Bert, Model, Transformer, ViT
@@ -31,6 +33,11 @@ class Term:
     def correct(self) -> Tensor:
         """How many labels have the largest logit."""
         return (self.logits.argmax(-1) == self.labels).sum()
+
+    def divergence_sum(self, other: Term) -> Tensor:
+        """Sum of KL(p||q) + KL(q||p), p and q the distributions of this term and of `other`, in nats."""
+        p, q = (term.logits.float().log_softmax(-1) for term in (self, other))  # (M, K)
+        return ((p.exp() - q.exp()) * (p - q)).sum()
 
 
 def item_counts(batch: Batch) -> dict[str, int]:
@@ -78,3 +85,32 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
             return {"label": Term(model.head(model.features(batch.images)), batch.labels)}
         case _:
             raise TypeError(f"a {type(model).__name__} does not learn from a {type(batch).__name__}")
+
+
+class Objective(nn.Module):
+    """A model with what it learns: the one module that training runs, compiles, and spreads over ranks."""
+
+    def __init__(self, model: Model, smoothing: float = 0.0, r_drop: float = 0.0) -> None:
+        """smoothing: of labels. r_drop: weight of the divergence between two passes under dropout."""
+        super().__init__()
+        self.model = model
+        self.smoothing = smoothing
+        self.r_drop = r_drop
+
+    def forward(self, batch: Batch, counts: Mapping[str, int]) -> Tensor:
+        """The batch's share of a step's loss: each term's sum over the step's number of items.
+
+        With r_drop half of equation 4 of Liang et al. 2021, so that the loss keeps its scale: the mean of
+        two passes, plus r_drop / 4 times their divergence in both directions.
+        """
+        terms = self.terms(batch)
+        sums = {name: term.loss_sum(self.smoothing) for name, term in terms.items()}
+        if self.r_drop:
+            for name, again in self.terms(batch).items():
+                mean = (sums[name] + again.loss_sum(self.smoothing)) / 2
+                sums[name] = mean + self.r_drop / 4 * terms[name].divergence_sum(again)
+        return torch.stack([total / counts[name] for name, total in sums.items()]).sum()
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The loss terms of a batch, for scoring."""
+        return loss_terms(self.model, batch)

@@ -1,7 +1,7 @@
-"""The one training loop, for every family and objective.
+"""The one training loop, for every family and objective, in one process or many.
 
-Everything random is a function of the seed and the step, so a run that was cut off and resumed
-ends with the weights of one that was not.
+Everything random is a function of the seed, the step and the rank, so a run that was cut off and
+resumed ends with the weights of one that was not.
 """
 
 from __future__ import annotations
@@ -11,30 +11,32 @@ import math
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from qkv import hub
-from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
+from qkv.average import Average, average_of, replaced
+from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
 from qkv.data import Dataset, Raw, Sampler, prepare, read
 from qkv.data.batches import Batch
+from qkv.distributed import ALONE, Ranks, spread, whole
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
-from qkv.models import build
-from qkv.objectives import item_counts, loss_terms
+from qkv.layers import Block
+from qkv.models import Model, build
+from qkv.objectives import Objective, item_counts
 from qkv.optim import learning_rate, optimizers
-from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
+from qkv.runtime import keep_freed_memory, multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer, train_tokenizer
 
 
@@ -173,146 +175,238 @@ def _fingerprint(dataset: Dataset) -> str:
     return hashlib.sha256(dataset.costs.tobytes()).hexdigest()[:16]
 
 
-def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Progress:
-    """Train a job into a run folder, which then holds its best model; returns its step and scores.
+# ---------------------------------------------------------------- the loop
 
-    SIGINT and SIGTERM end the loop behind the step in progress with its state saved; then
-    KeyboardInterrupt is raised. Raises InputError if the folder holds another run, has no state to
-    resume, or cannot be written, and if the loss stops being a number.
+
+def begin(job: Job, run: Path) -> None:
+    """Make the run folder, with the state before the first step.
+
+    Raises InputError if the folder holds a run already or cannot be written.
     """
-    config = job.config.train
-    device = pick_device()
-    model = job.checkpoint.model.to(device)
-    steppers = optimizers(model, config)
-    if resume:
-        progress = load_state(run, model, steppers)
-        if progress.data != _fingerprint(job.train):
-            raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
-    elif (run / CONFIG).exists():
+    if (run / CONFIG).exists():
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
-    else:
-        progress = Progress(_fingerprint(job.train))
-        write_text(run / CONFIG, write_toml(job.config))
-        for part in (job.checkpoint.tokenizer, job.checkpoint.images):
-            if part is not None:
-                part.save(run)
-        save_state(run, model, steppers, progress)
-    metrics = Metrics(run, progress.step)
-    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
-    observer.say(job.about)
-    observer.begin(progress.step, config.max_steps)
-    started = time.monotonic() - progress.seconds
-    with _interruptible() as interrupted:
-        for epoch, indices in sampler.batches(progress.step):
-            if progress.step == config.max_steps:
-                break
-            step = progress.step + 1
-            rate = learning_rate(step, config)
-            record = _step(job, model, steppers, epoch, indices, step, rate)
-            progress.step = step
-            progress.seconds = time.monotonic() - started
-            observer.step(step, record["loss"], record["tokens"])
-            last = step == config.max_steps
-            if step % config.logging_steps == 0 or last or step == 1:
-                record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
-                metrics.add(record)
-            if step % config.eval_steps == 0 or last:
-                scores = evaluate(model, job.valid)
-                if scores["loss"] < progress.best_scores.get("loss", math.inf):
-                    progress.best_step, progress.best_scores = step, scores
-                    hub.save(run, job.checkpoint)
-                progress.seconds = time.monotonic() - started
-                valid = {f"valid_{name}": score for name, score in scores.items()}
-                metrics.add({"step": step, "seconds": progress.seconds} | valid)
-                observer.evaluated(step, scores)
-            if step % config.save_steps == 0 or last or interrupted.is_set():
-                save_state(run, model, steppers, progress)
-            if interrupted.is_set() and not last:
-                raise KeyboardInterrupt
-    if progress.best_step != config.max_steps:
+    write_text(run / CONFIG, write_toml(job.config))
+    for part in (job.checkpoint.tokenizer, job.checkpoint.images):
+        if part is not None:
+            part.save(run)
+    model = job.checkpoint.model
+    save_state(run, model, [], average_of(model, job.config.train).state, Progress(_fingerprint(job.train)))
+
+
+def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> Progress:
+    """Train a job into a run folder, which then holds its best model; returns its step and scores.
+
+    resume: go on from the folder's last state; otherwise the folder is made. Of several ranks the first
+    one makes it with `begin`, and all resume. SIGTERM and SIGINT end the loop behind the step in progress
+    with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder
+    holds another run, has no state to resume, or cannot be written, if the loss stops being a number, and
+    if another rank is lost.
+    """
+    keep_freed_memory()
+    if not resume:
+        begin(job, run)
+    trainer = Trainer(job, ranks)
+    progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
+    if progress.data != _fingerprint(job.train):
+        raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
+    try:
+        _loop(trainer, run, observer, progress)
+    except RuntimeError as error:
+        if ranks.count > 1:
+            raise InputError(
+                f"rank {ranks.rank} failed, or lost another rank, behind step {progress.step} "
+                f"({_first_line(error)}): mend the cause, then continue with --resume {run}"
+            ) from error
+        raise
+    if progress.finished and progress.best_step != progress.step:
         observer.say(
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
     return progress
 
 
-def _step(
-    job: Job,
-    model: torch.nn.Module,
-    steppers: list[torch.optim.Optimizer],
-    epoch: int,
-    indices: list[int],
-    step: int,
-    rate: float,
-) -> dict[str, float]:
-    """One optimiser step over the samples `indices`; returns its loss, gradient norm and number of tokens."""
-    config = job.config.train
-    device = next(model.parameters()).device
-    seed_all(_step_seed(config.seed, step))
-    model.train()
-    pieces = [job.train.batch(part, epoch) for part in _divide(indices, config.gradient_accumulation_steps)]
-    counts: Counter[str] = sum((Counter(item_counts(piece)) for piece in pieces), Counter())
-    loss = torch.zeros((), device=device)
-    for piece in pieces:
-        piece_loss = _loss(job, piece.to(device), counts)
-        piece_loss.backward()  # type: ignore[no-untyped-call]
-        loss += piece_loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not math.isfinite(loss.item() + norm.item()):
-        raise InputError(
-            f"the loss or its gradient is no longer a number at step {step}: "
-            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, "
-            f"and train into another --out"
-        )
-    for optimizer in steppers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": float(job.train.costs[indices].sum())}
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _loss(job: Job, batch: Batch, counts: Mapping[str, int]) -> Tensor:
-    """The batch's share of the step's loss: each term's sum over the step's number of items."""
-    config = job.config.train
-    model = job.checkpoint.model
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        terms = loss_terms(model, batch)
-    smoothing = config.label_smoothing_factor
-    return torch.stack([term.loss_sum(smoothing) / counts[name] for name, term in terms.items()]).sum()
+class Trainer:
+    """A job's model with what trains it, on this rank's device and spread over the ranks."""
+
+    def __init__(self, job: Job, ranks: Ranks = ALONE) -> None:
+        config = job.config.train
+        self.job, self.config, self.ranks = job, config, ranks
+        self.device = ranks.device()
+        self.model: Model = job.checkpoint.model.to(self.device)
+        for module in self.model.modules():
+            if isinstance(module, Block):
+                module.recompute = config.gradient_checkpointing
+        self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
+        self.bf16 = config.precision == "bf16"
+        if ranks.count > 1:
+            spread(self.objective, ranks, config.shard_ranks, self.bf16)
+        self.optimizers = optimizers(self.model, config)
+        self.average: Average = average_of(self.model, config)
+
+    def batches(self, epoch: int, indices: Sequence[int]) -> list[tuple[Batch, bool]]:
+        """This rank's parts of a step's samples, and whether each counts.
+
+        The ranks and the accumulation divide the samples alike whatever their numbers are. Every rank
+        gets equally many parts: where there is none for it, one sample that does not count.
+        """
+        parts = _divide(indices, self.config.gradient_accumulation_steps * self.ranks.count)
+        passes = math.ceil(len(parts) / self.ranks.count)
+        mine = parts[self.ranks.rank :: self.ranks.count]
+        counted = [(self.job.train.batch(part, epoch), True) for part in mine]
+        spare = passes - len(mine)
+        return counted + [(self.job.train.batch(indices[:1], epoch), False)] * spare
+
+    def step(self, batches: Sequence[tuple[Batch, bool]], step: int) -> dict[str, float]:
+        """One optimiser step over the batches of all ranks; its loss, gradient norm and learning rate."""
+        seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
+        self.objective.train()
+        loss = self._accumulate(batches)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        (total,) = self.ranks.sum([loss])
+        if not math.isfinite(total + norm.item()):
+            raise InputError(
+                f"the loss or its gradient is no longer a number at step {step}: "
+                f"lower train.learning_rate (now {self.config.learning_rate}) or raise train.warmup_steps, "
+                f"and train into another --out"
+            )
+        rate = learning_rate(step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.model)
+        return {"loss": total, "grad_norm": norm.item(), "learning_rate": rate}
+
+    def _accumulate(self, batches: Sequence[tuple[Batch, bool]]) -> float:
+        """Add the gradients of a step's loss to the parameters'; this rank's share of the loss."""
+        names = list(item_counts(batches[0][0]))
+        own = [sum(item_counts(batch)[name] for batch, counts in batches if counts) for name in names]
+        totals = dict(zip(names, map(int, self.ranks.sum(own)), strict=True))
+        loss = torch.zeros((), device=self.device)
+        for number, (batch, counts) in enumerate(batches, start=1):
+            if self.ranks.count > 1:
+                self.objective.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                part = self.objective(batch.to(self.device), totals) * float(counts)
+            part.backward()
+            loss += part.detach()
+        return loss.item()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores of the weights that the model has now."""
+        return evaluate(self.objective, self.job.valid)
+
+    def save_model(self, run: Path) -> None:
+        """Put the model with the weights that it has now into the run folder."""
+        checkpoint = self.job.checkpoint
+        if self.ranks.count > 1:
+            weights = {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
+            if not self.ranks.first:
+                return
+            model = build(self.model.config)
+            model.load_state_dict(weights)
+            checkpoint = replace(checkpoint, model=model)
+        hub.save(run, checkpoint)
 
 
-def _divide(indices: list[int], parts: int) -> list[list[int]]:
+def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
+    """Steps, scores and saved states from where `progress` is to the end."""
+    job, config, ranks = trainer.job, trainer.config, trainer.ranks
+    metrics = Metrics(run, progress.step) if ranks.first else None
+    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
+    observer.say(job.about)
+    observer.begin(progress.step, config.max_steps)
+    started = time.monotonic() - progress.seconds
+    with _interruptible() as interruption:
+        stream = sampler.batches(progress.step)
+        while not progress.finished:
+            epoch, indices = next(stream)
+            step = progress.step + 1
+            record = trainer.step(trainer.batches(epoch, indices), step)
+            record["tokens"] = float(job.train.costs[indices].sum())
+            progress.step = step
+            progress.seconds = time.monotonic() - started
+            observer.step(step, record["loss"], record["tokens"])
+            progress.finished = step == config.max_steps
+            if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
+                metrics.add({"step": step, "epoch": epoch, "seconds": progress.seconds, **record})
+            if step % config.eval_steps == 0 or progress.finished:
+                scores = _score(trainer, run, progress)
+                progress.seconds = time.monotonic() - started
+                if metrics:
+                    valid = {f"valid_{name}": score for name, score in scores.items()}
+                    metrics.add({"step": step, "seconds": progress.seconds} | valid)
+                observer.evaluated(step, scores)
+                waited = (step - progress.best_step) // config.eval_steps
+                if 0 < config.early_stopping_patience <= waited and not progress.finished:
+                    progress.finished = True
+                    observer.say(f"Stopped at step {step}: no better score since {progress.best_step}.")
+            # Any rank's signal stops all of them behind the same step.
+            number = ranks.max(interruption.number)
+            if step % config.save_steps == 0 or progress.finished or number:
+                save_state(run, trainer.model, trainer.optimizers, trainer.average.state, progress, ranks)
+                if ranks.first:
+                    drop_states(
+                        run, max(config.save_total_limit, config.average_checkpoints), config.save_steps
+                    )
+            if number and not progress.finished:
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                return
+
+
+def _score(trainer: Trainer, run: Path, progress: Progress) -> dict[str, float]:
+    """Score the averaged weights; if they are the best so far, they go into the run folder."""
+    with replaced(trainer.model, trainer.average.weights(trainer.model, run)):
+        scores = trainer.evaluate()
+        if scores["loss"] < progress.best_scores.get("loss", math.inf):
+            progress.best_step, progress.best_scores = progress.step, scores
+            trainer.save_model(run)
+    return scores
+
+
+def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
     """Contiguous parts of nearly equal size, none empty."""
     size = math.ceil(len(indices) / parts)
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """The seed of one step: distinct for distinct (seed, step), both below 2^31."""
-    return (seed << 31) | step
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step on one rank: a hash of 63 bits."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass
+class _Interruption:
+    """The signal that asked the run to stop; 0: none."""
+
+    number: int = 0
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set in the main thread; a second signal acts as usual."""
-    interrupted = threading.Event()
+def _interruptible() -> Iterator[_Interruption]:
+    """Remember SIGINT and SIGTERM in the main thread; a second signal acts as usual."""
+    interruption = _Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield interruption
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
+        interruption.number = number
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, handle)
     try:
-        yield interrupted
+        yield interruption
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
