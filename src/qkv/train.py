@@ -75,7 +75,7 @@ def new_job(config: RunConfig) -> Job:
 
     The resolved config has the vocabulary, labels and image size that the data decided, the precision
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
-    dropout and attention_dropout. Raises InputError for anything that cannot work, before any training.
+    its dropouts. Raises InputError for anything that cannot work, before any training.
     """
     precision = config.train.precision
     if precision == "auto":
@@ -112,7 +112,7 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
-    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropout."""
+    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
     head = _bert_head(raw) if config.model.family == "bert" else None
     loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
     theirs = loaded.model.config
@@ -122,14 +122,14 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
         if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
-                f"checkpoint's; only {' and '.join(_DROPOUTS)} can be set"
+                f"checkpoint's; only {', '.join(_DROPOUTS)} can be set"
             )
     model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
     model.load_state_dict(loaded.model.state_dict())
     return Checkpoint(model, loaded.tokenizer, loaded.images)
 
 
-_DROPOUTS = ("dropout", "attention_dropout")
+_DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
 def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
