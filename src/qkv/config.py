@@ -248,7 +248,7 @@ class AugmentConfig:
     flip: bool = False
     """Mirror half of the images left to right."""
     randaugment: int = 0
-    """Operations on each image, drawn from RandAugment's fourteen (Cubuk et al. 2020); needs kornia."""
+    """Operations on each image, 2 as a rule, drawn from RandAugment's fourteen (Cubuk et al. 2020)."""
     magnitude: float = 9.0
     """Strength of these operations, up to 10."""
     erasing: float = 0.0

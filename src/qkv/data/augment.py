@@ -35,7 +35,7 @@ Operation = tuple[str, float]
 CROP_RATIOS = 3 / 4, 4 / 3
 """Width / height of the parts of photos (Szegedy et al. 2015, 6)."""
 ERASED_AREAS, ERASED_RATIOS = (0.02, 0.4), (0.3, 1 / 0.3)
-"""Share of the image, and width / height, of what is erased (Zhong et al. 2020, 4)."""
+"""Share of the image, and width / height, of what is erased (Zhong et al. 2020)."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Look:
     shift: tuple[int, int]
     """Where in the padded image its new left and top edges are."""
     mirrored: bool
+    """Whether left and right change places."""
     operations: tuple[Operation, ...]
     """R of RandAugment's, first to last."""
     erased: Box
+    """What is erased of it; without an area if nothing is."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,11 @@ class Augmentation:
         return [self._look(np.random.default_rng((self.seed, epoch, i))) for i in indices]
 
     def mixes(self, indices: Sequence[int], epoch: int, samples: int) -> list[Mix]:
-        """What each sample is mixed with, of a data set of that many; none if nothing is mixed."""
+        """What each sample is mixed with, of a data set of that many; none if nothing is mixed.
+
+        A partner is drawn from all samples, as Zhang et al. 2018 define it, and not from the batch, as their
+        code does: so batches of any division agree, at the price of twice as many images to prepare.
+        """
         if not self.config.mixup and not self.config.cutmix:
             return []
         return [self._mix(np.random.default_rng((self.seed, epoch, i, 1)), samples) for i in indices]
@@ -230,10 +236,10 @@ COLOURS: Mapping[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "sharpness": lambda enhance, x, s: enhance.sharpness(x, 1 + 0.9 * s),
 }
 """By kornia.enhance, from values from 0 to 1 (m, C, S, S) and strengths from -1 to 1 (m,) to such values.
-Strengths of what has no two ways count without their sign."""
+The sign of a strength means nothing to operations that go one way only."""
 
 OPERATIONS: tuple[str, ...] = (*COLOURS, *AFFINE)
-"""The fourteen of Cubuk et al. 2020, figure 2, by their names there."""
+"""The fourteen of Cubuk et al. 2020, figure 2."""
 
 _TRANSLATION = 2 * 150 / 331
 """AutoAugment's 150 of 331 pixels; an image is 2 wide."""
@@ -261,7 +267,7 @@ def rand_augment(
     Images whose operations have the same name are worked on together, and all affine ones are one warp, which
     shows the colour (C values from 0 to 1) outside an image.
 
-    uint8 (M, C, S, S) -> float32 (M, C, S, S) from 0 to 255.
+    Values from 0 to 255 (M, C, S, S) -> float32 of that shape and range.
     """
     enhance = kornia_enhance()
     outside = torch.tensor(colour, device=pixels.device).view(-1, 1, 1)  # (C, 1, 1)
