@@ -95,8 +95,9 @@ def test_a_sample_looks_the_same_whatever_is_beside_it(indices: list[int], epoch
         assert torch.equal(together.labels[row], alone.labels[0])
 
 
-def test_seed_and_epoch_decide_how_a_sample_looks():
-    looks = [batch(data(ALL, seed=seed), [3], epoch).images for seed in (0, 1) for epoch in (0, 1)]
+@pytest.mark.parametrize("config", [replace(ALL, mixup=0, cutmix=0), AugmentConfig(mixup=1.0)])
+def test_seed_and_epoch_decide_how_a_sample_looks(config: AugmentConfig):
+    looks = [batch(data(config, seed=seed), [3], epoch).images for seed in (0, 1) for epoch in (0, 1)]
     for i, look in enumerate(looks):
         assert not any(torch.equal(look, other) for other in looks[:i])
 
