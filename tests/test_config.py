@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from qkv.config import (
     FAMILIES,
     MODEL_CONFIGS,
+    AugmentConfig,
     BertConfig,
     DataConfig,
     GPTConfig,
@@ -49,7 +50,7 @@ MODELS = st.one_of(
     changed(GPTConfig(), dropout=FRACTION, norm_eps=POSITIVE, norm_first=st.booleans(), depth=COUNT),
     changed(BertConfig(), labels=st.lists(TEXT).map(tuple), head=st.sampled_from(["tagging", "masked_lm"])),
     changed(TransformerConfig(), context=COUNT, activation=st.sampled_from(["relu", "silu"])),
-    changed(ViTConfig(), labels=st.lists(TEXT).map(tuple), channels=COUNT, norm_eps=POSITIVE),
+    changed(ViTConfig(), labels=st.lists(TEXT).map(tuple), channels=COUNT, drop_path=FRACTION),
 )
 RUNS = st.builds(
     RunConfig,
@@ -60,6 +61,10 @@ RUNS = st.builds(
     data=changed(DataConfig(), path=TEXT, text=TEXT, label=TEXT, truncate=st.booleans()),
     train=changed(TrainConfig(), learning_rate=POSITIVE, adam_beta2=FRACTION, seed=st.integers(0, 2**31 - 1)),
     init=TEXT,
+) | st.builds(
+    RunConfig,
+    model=st.just(ViTConfig()),
+    augment=changed(AugmentConfig(), crop_padding=COUNT, flip=st.booleans(), mixup=POSITIVE),
 )
 
 
@@ -80,7 +85,7 @@ def test_a_file_keeps_every_character(tmp_path_factory, config: RunConfig):
 
 def test_every_setting_is_written():
     written = tomllib.loads(write_toml(RunConfig(model=BertConfig(labels=('tab\t"quote"', "é\x7f\u2028")))))
-    assert set(written) == {"init", "model", "tokenizer", "data", "train"}
+    assert set(written) == {"init", "model", "tokenizer", "data", "augment", "train"}
     assert set(written["model"]) == {field.name for field in fields(BertConfig)}
     assert set(written["train"]) == {field.name for field in fields(TrainConfig)}
     assert written["model"]["labels"] == ['tab\t"quote"', "é\x7f\u2028"]
@@ -143,6 +148,8 @@ def test_a_misspelt_setting_names_the_nearest_one(name: str, data):
         from_dict(TrainConfig, {misspelt: 1}, "train.")
 
 
+SECTIONS = [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, AugmentConfig, TrainConfig]
+
 WRONG: dict[Any, list[Any]] = {
     int: [1.5, "1", True, [], {}, None],
     float: ["1", True, [], {}, None],
@@ -152,7 +159,7 @@ WRONG: dict[Any, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_a_value_of_the_wrong_type_is_refused(section: type):
     for name, hint in get_type_hints(section).items():
         wrong = WRONG.get(hint, ["no such choice", 1, True, [], None])
@@ -182,18 +189,20 @@ def test_configs_cannot_be_changed():
 
 # ---------------------------------------------------------------- values
 
-TOO_LOW: dict[str, float] = {
+REFUSED: dict[str, float] = {
     "dim": 0, "depth": 0, "heads": 0, "mlp_dim": 0, "vocab_size": 0, "context": 0, "segments": 0,
     "patch_size": 0, "channels": 0, "image_size": -1, "norm_eps": 0.0, "dropout": -0.1,
     "attention_dropout": -0.1, "pad_id": -1, "eos_id": -1,
     "max_steps": 0, "batch_tokens": 0, "gradient_accumulation_steps": 0, "logging_steps": 0,
     "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "adam_epsilon": 0.0, "max_grad_norm": 0.0,
     "warmup_steps": -1, "weight_decay": -0.1, "seed": 2**31, "adam_beta1": -0.1, "adam_beta2": -0.1,
-    "label_smoothing_factor": -0.1, "valid_fraction": 0.0,
+    "label_smoothing_factor": -0.1, "valid_fraction": 0.0, "drop_path": -0.1, "crop_area": 0.0,
+    "crop_padding": -1, "randaugment": -1, "magnitude": 10.1, "erasing": 1.1, "mixup": -0.1, "cutmix": -0.1,
 }  # fmt: skip
 BELOW_ONE = [
     "dropout",
     "attention_dropout",
+    "drop_path",
     "adam_beta1",
     "adam_beta2",
     "label_smoothing_factor",
@@ -201,13 +210,13 @@ BELOW_ONE = [
 ]
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_numbers_out_of_range_are_named(section: type):
     for name, hint in get_type_hints(section).items():
         if hint not in (int, float):
             continue
         bad = (
-            [TOO_LOW[name]] + ([1.0] if name in BELOW_ONE else []) + ([float("nan")] if hint is float else [])
+            [REFUSED[name]] + ([1.0] if name in BELOW_ONE else []) + ([float("nan")] if hint is float else [])
         )
         for value in bad:
             with pytest.raises(InputError, match=rf"\.{name} is {value}; it must be "):
@@ -221,6 +230,10 @@ def test_numbers_out_of_range_are_named(section: type):
         (lambda: ViTConfig(image_size=30), "model.image_size 30 is not divisible by model.patch_size 16"),
         (lambda: TransformerConfig(vocab_size=5, eos_id=5), "model.eos_id is 5; it must be an id below"),
         (lambda: GPTConfig(dim=12, heads=4, position="rotary"), "model.dim / model.heads is 3; rotary"),
+        (
+            lambda: RunConfig(model=GPTConfig(), augment=AugmentConfig(flip=True)),
+            "augment varies images, but a gpt reads text: leave it out",
+        ),
         (
             lambda: TrainConfig(learning_rate=float("inf")),
             "train.learning_rate is inf; it must be a positive",

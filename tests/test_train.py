@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from qkv.checkpoint import read_metrics, saved_states
 from qkv.config import (
+    AugmentConfig,
     BertConfig,
     DataConfig,
     GPTConfig,
@@ -157,10 +158,27 @@ def test_accumulation_changes_neither_loss_nor_gradient(family, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulation_changes_nothing_of_augmented_images(tmp_path):
+    job = new_job(augmented(run_config(tmp_path, "vit"), dropout=0.0))
+    whole = step_gradient(job, [list(range(16))])
+    pieces = step_gradient(job, [[0], [1, 2, 3, 4, 5], list(range(6, 16))])
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    for a, b in zip(whole[1], pieces[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def augmented(config: RunConfig, **model) -> RunConfig:
+    """With all augmentations."""
+    everything = AugmentConfig(
+        crop_area=0.3, crop_padding=1, flip=True, randaugment=2, erasing=0.5, mixup=0.8, cutmix=1.0
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model), augment=everything)
+
+
 def step_gradient(job: Job, parts: list[list[int]]):
     model = job.checkpoint.model
     model.zero_grad()
-    batches = [job.train.batch(part, 0) for part in parts]
+    batches = [job.train.batch(part, 0).to("cpu") for part in parts]
     counts = {name: sum(item_counts(b)[name] for b in batches) for name in item_counts(batches[0])}
     objective = Objective(model)
     losses = [objective(batch, counts) for batch in batches]
@@ -191,6 +209,24 @@ def test_resume_after_an_interrupt_is_exact(family, tmp_path):
     train(resumed_job(tmp_path / "cut"), tmp_path / "cut", rest, resume=True)
     assert rest.first == 7
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_with_all_augmentations_and_drop_path_is_exact(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=9, save_steps=4, eval_steps=3, logging_steps=1)
+    config = augmented(config, drop_path=0.3, depth=2)
+    train(new_job(config), tmp_path / "whole", Nobody())
+    with pytest.raises(KeyboardInterrupt):
+        train(new_job(config), tmp_path / "cut", Nobody(interrupt_at=5))
+    train(resumed_job(tmp_path / "cut"), tmp_path / "cut", Nobody(), resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_model_learns_from_varied_images(tmp_path):
+    config = augmented(run_config(tmp_path, "vit"))
+    gentle = AugmentConfig(crop_padding=1, flip=True, erasing=0.5, mixup=0.2, cutmix=1.0)
+    best = train(new_job(dataclasses.replace(config, augment=gentle)), tmp_path / "run", Nobody())
+    assert best.best_scores["label_accuracy"] > 0.9
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best.best_scores["loss"], rel=1e-4)
 
 
 def test_resume_after_kill_9_is_exact(tmp_path):
@@ -253,8 +289,9 @@ def test_settings_that_a_checkpoint_decides_are_refused_but_dropout_is_taken(tmp
     config = run_config(tmp_path, "bert", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())
     again = dataclasses.replace(config, init=str(tmp_path / "run"))
-    job = new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, dropout=0.37)))
-    assert job.config.model.dropout == 0.37
+    rates = {"dropout": 0.37, "drop_path": 0.2}
+    job = new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, **rates)))
+    assert (job.config.model.dropout, job.config.model.drop_path) == (0.37, 0.2)
     assert [m.p for m in job.checkpoint.model.modules() if isinstance(m, torch.nn.Dropout)] == [0.37] * 2
     with pytest.raises(InputError, match=r"model.depth is 5, but .* has 1"):
         new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, depth=5)))

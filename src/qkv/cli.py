@@ -101,7 +101,9 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
         raise InputError(f"name what to train: a recipe file or one of {', '.join(FAMILIES)}")
     if named in FAMILIES and "--init" in options:  # the model is the checkpoint's, not the recipe's
         made = config.model
-        chosen = type(made)(dropout=made.dropout, attention_dropout=made.attention_dropout)
+        chosen = type(made)(
+            dropout=made.dropout, attention_dropout=made.attention_dropout, drop_path=made.drop_path
+        )
         config = replace(config, model=chosen)
     command = partial(_deferred(train), config=config)
     return tyro.cli(

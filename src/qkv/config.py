@@ -64,11 +64,14 @@ class ModelConfig:
     """After embeddings and after every sub-layer, before it joins the residual stream."""
     attention_dropout: float = 0.0
     """On attention probabilities."""
+    drop_path: float = 0.0
+    """Share of sequences that skip a sub-layer in training (stochastic depth): 0 in the first block, rising
+    linearly to this in the last."""
 
     def __post_init__(self) -> None:
         _check("model", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
         _check("model", self, *_POSITIVE, "norm_eps")
-        _check("model", self, *_FRACTION, "dropout", "attention_dropout")
+        _check("model", self, *_FRACTION, "dropout", "attention_dropout", "drop_path")
         if self.dim % self.heads:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
 
@@ -234,6 +237,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are varied at random; as it is, not at all. Held-out images never are."""
+
+    crop_area: float = 1.0
+    """Below 1: take a random part of the file's image, of this share of its area or more, and resize it
+    (Szegedy et al. 2015). Photos: 0.08 from scratch."""
+    crop_padding: int = 0
+    """Pad images by so many pixels and cut a random square of their own size (32 pixels a side: 4)."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    randaugment: int = 0
+    """Operations on each image, 2 as a rule, drawn from RandAugment's fourteen (Cubuk et al. 2020)."""
+    magnitude: float = 9.0
+    """Strength of these operations, up to 10."""
+    erasing: float = 0.0
+    """Share of images in which a random rectangle is erased (Zhong et al. 2020)."""
+    mixup: float = 0.0
+    """Above 0: blend each image and its label with another's, by a share from Beta(mixup, mixup)
+    (Zhang et al. 2018)."""
+    cutmix: float = 0.0
+    """Above 0: replace a rectangle by another image's, of a share from Beta(cutmix, cutmix) (Yun et al.
+    2019). With mixup, each image takes one of the two."""
+
+    def __post_init__(self) -> None:
+        _check("augment", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "crop_area")
+        _check("augment", self, *_NOT_NEGATIVE, "crop_padding", "randaugment", "mixup", "cutmix")
+        _check("augment", self, lambda value: 0.0 <= value <= 10.0, "from 0 to 10", "magnitude")
+        _check("augment", self, lambda value: 0.0 <= value <= 1.0, "from 0 to 1", "erasing")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop. Names are those of transformers' TrainingArguments where one exists."""
 
@@ -313,9 +347,14 @@ class RunConfig:
     model: AnyModelConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     init: str = ""
     """A run folder or hub id to start from (fine-tuning); empty: fresh weights."""
+
+    def __post_init__(self) -> None:
+        if self.model.family != "vit" and self.augment != AugmentConfig():
+            raise InputError(f"augment varies images, but a {self.model.family} reads text: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,11 +459,11 @@ def model_config(values: dict[str, Any]) -> AnyModelConfig:
     return from_dict(MODEL_CONFIGS[family], values, "model.")
 
 
-_TABLES = ("model", "tokenizer", "data", "train")
+_TABLES = ("model", "tokenizer", "data", "augment", "train")
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
-    """A whole run from nested plain values: tables `model`, `tokenizer`, `data`, `train`, and `init`."""
+    """A whole run from nested plain values: the tables of `_TABLES`, and `init`."""
     for key, value in values.items():
         if key not in (*_TABLES, "init"):
             raise InputError(f"unknown setting {key}; a recipe has init and the tables {', '.join(_TABLES)}")
@@ -434,6 +473,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         model=model_config(values.get("model", {})),
         tokenizer=from_dict(TokenizerConfig, values.get("tokenizer", {}), "tokenizer."),
         data=from_dict(DataConfig, values.get("data", {}), "data."),
+        augment=from_dict(AugmentConfig, values.get("augment", {}), "augment."),
         train=from_dict(TrainConfig, values.get("train", {}), "train."),
         init=values.get("init", ""),
     )

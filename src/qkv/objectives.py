@@ -15,13 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.data.batches import Batch, ImageBatch, LabelledBatch, LanguageBatch, MaskedBatch, PairBatch
+from qkv.data.batches import (
+    Batch,
+    ImageBatch,
+    LabelledBatch,
+    LanguageBatch,
+    MaskedBatch,
+    PairBatch,
+    RawImageBatch,
+)
 from qkv.models import GPT, Bert, Model, Transformer, ViT
 
 
 @dataclass(frozen=True)
 class Term:
-    """One loss: logits (M, K) against labels (M,)."""
+    """One loss: logits (M, K) against labels (M,), or against probabilities of classes (M, K)."""
 
     logits: Tensor
     labels: Tensor
@@ -31,8 +39,9 @@ class Term:
         return F.cross_entropy(self.logits.float(), self.labels, reduction="sum", label_smoothing=smoothing)
 
     def correct(self) -> Tensor:
-        """How many labels have the largest logit."""
-        return (self.logits.argmax(-1) == self.labels).sum()
+        """How many labels, the likeliest where they are probabilities, have the largest logit."""
+        labels = self.labels if self.labels.dim() == 1 else self.labels.argmax(-1)
+        return (self.logits.argmax(-1) == labels).sum()
 
     def divergence_sum(self, other: Term) -> Tensor:
         """Sum of KL(p||q) + KL(q||p), p and q the distributions of this term and of `other`, in nats."""
@@ -49,7 +58,7 @@ def item_counts(batch: Batch) -> dict[str, int]:
             return {"masked_word": len(batch.labels), "next_sentence": len(batch.next_labels)}
         case PairBatch():
             return {"target_token": len(batch.labels)}
-        case LabelledBatch() | ImageBatch():
+        case LabelledBatch() | ImageBatch() | RawImageBatch():
             return {"label": len(batch.labels)}
         case _:
             raise TypeError(f"no objective learns from a {type(batch).__name__}")

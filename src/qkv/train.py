@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -77,7 +78,7 @@ def new_job(config: RunConfig) -> Job:
 
     The resolved config has the vocabulary, labels and image size that the data decided, the precision
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
-    dropout and attention_dropout. Raises InputError for anything that cannot work, before any training.
+    its dropouts. Raises InputError for anything that cannot work, before any training.
     """
     precision = config.train.precision
     if precision == "auto":
@@ -114,7 +115,7 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
-    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropout."""
+    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
     head = _bert_head(raw) if config.model.family == "bert" else None
     loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
     theirs = loaded.model.config
@@ -124,14 +125,14 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
         if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
-                f"checkpoint's; only {' and '.join(_DROPOUTS)} can be set"
+                f"checkpoint's; only {', '.join(_DROPOUTS)} can be set"
             )
     model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
     model.load_state_dict(loaded.model.state_dict())
     return Checkpoint(model, loaded.tokenizer, loaded.images)
 
 
-_DROPOUTS = ("dropout", "attention_dropout")
+_DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
 def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
@@ -240,8 +241,9 @@ class Trainer:
         self.device = ranks.device()
         self.model: Model = job.checkpoint.model.to(self.device)
         for module in self.model.modules():
-            if isinstance(module, Block):
-                module.recompute = config.gradient_checkpointing
+            if isinstance(module, Block) and config.gradient_checkpointing:
+                recomputed = partial(checkpoint, module.forward, use_reentrant=False)
+                module.forward = recomputed  # type: ignore[method-assign]
         self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
         self.bf16 = config.precision == "bf16"
         if ranks.count > 1:

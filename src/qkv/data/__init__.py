@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qkv.config import BertConfig, GPTConfig, RunConfig, TransformerConfig, ViTConfig
+from qkv.config import AugmentConfig, BertConfig, GPTConfig, RunConfig, TransformerConfig, ViTConfig
+from qkv.data.augment import Augmentation
 from qkv.data.dataset import Dataset
 from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
@@ -47,7 +48,9 @@ def build(
     if isinstance(model, ViTConfig):
         if images is None:
             raise InputError("the checkpoint has no preprocessor_config.json: how are images to be prepared?")
-        return ImageDataset(samples.images, samples.labels, images, model.patch_size)
+        varied = training and config.augment != AugmentConfig()
+        augmentation = Augmentation(config.augment, images, len(model.labels), seed) if varied else None
+        return ImageDataset(samples.images, samples.labels, images, model.patch_size, augmentation)
     if tokenizer is None:
         raise InputError("the checkpoint has no tokenizer: it cannot read text; add its tokenizer.json")
     match model:

@@ -19,7 +19,7 @@ from qkv.config import DataConfig, Family
 from qkv.data.files import TABLES, Table, existing, read_lines, read_table, read_text
 from qkv.data.text import pieces
 from qkv.errors import InputError
-from qkv.images import ImageProcessor
+from qkv.images import ImageProcessor, Region
 
 Kind = Literal["text", "labelled", "pairs", "images"]
 
@@ -34,10 +34,10 @@ class ImageFile:
     name: str
     source: Path | bytes
 
-    def pixels(self, processor: ImageProcessor) -> Tensor:
-        """uint8 (C, S, S). Raises InputError, naming the image, if it is broken."""
+    def pixels(self, processor: ImageProcessor, region: Region | None = None) -> Tensor:
+        """uint8 (C, S, S), of a region only if there is one. Raises InputError, naming a broken image."""
         try:
-            return processor.pixels(self.source)
+            return processor.pixels(self.source, region)
         except InputError as error:
             message = str(error)
             raise InputError(message if self.name in message else f"{self.name}: {message}") from None
