@@ -237,6 +237,18 @@ def embed(
         np.save(output, vectors)
 
 
+def merge(model: Positional[Model], out: Positional[Path]) -> None:
+    """Write the whole model of a run that trained adapters (--lora.rank), as a plain checkpoint.
+
+    Args:
+        model: Run folder, or folder or hub id of an adapter in peft's format.
+        out: Folder to write.
+    """
+    from qkv import hub
+
+    hub.merge(model, out)
+
+
 def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> None:
     """Train all four families on data that this Python installation already holds, in about six minutes.
 
@@ -297,6 +309,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fill": fill,
     "classify": classify,
     "embed": embed,
+    "merge": merge,
 }
 
 

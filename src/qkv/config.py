@@ -284,6 +284,31 @@ class TrainConfig:
         _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 
+LoraTarget = Literal["qkv", "out", "up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside the frozen matrices of a checkpoint (Hu et al. 2021), in peft's format."""
+
+    rank: int = 0
+    """Rank r of what is learned for each matrix; 0: no adapters, all weights are trained."""
+    alpha: int = 16
+    """What is learned counts alpha / r times."""
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """Matrices of every block: queries, keys and values; the output of attention; the two of the
+    feed-forward network."""
+    dropout: float = 0.0
+    """On the input of the adapters."""
+
+    def __post_init__(self) -> None:
+        _check("lora", self, *_NOT_NEGATIVE, "rank")
+        _check("lora", self, *_COUNT, "alpha")
+        _check("lora", self, *_FRACTION, "dropout")
+        if not self.targets:
+            raise InputError(f"lora.targets is empty; choose some of {', '.join(get_args(LoraTarget))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that determines a run; a recipe file holds it as TOML."""
@@ -292,8 +317,15 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     init: str = ""
     """A run folder or hub id to start from (fine-tuning); empty: fresh weights."""
+
+    def __post_init__(self) -> None:
+        if self.lora.rank and not self.init:
+            raise InputError("lora.rank adapts a trained model: name it with init, or leave out lora.rank")
+        if self.lora.rank and self.train.optimizer == "muon":
+            raise InputError("train.optimizer muon is for whole matrices; with lora.rank take adamw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,11 +430,11 @@ def model_config(values: dict[str, Any]) -> AnyModelConfig:
     return from_dict(MODEL_CONFIGS[family], values, "model.")
 
 
-_TABLES = ("model", "tokenizer", "data", "train")
+_TABLES = ("model", "tokenizer", "data", "train", "lora")
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
-    """A whole run from nested plain values: tables `model`, `tokenizer`, `data`, `train`, and `init`."""
+    """A whole run from nested plain values: `init` and the tables of a recipe."""
     for key, value in values.items():
         if key not in (*_TABLES, "init"):
             raise InputError(f"unknown setting {key}; a recipe has init and the tables {', '.join(_TABLES)}")
@@ -413,6 +445,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         tokenizer=from_dict(TokenizerConfig, values.get("tokenizer", {}), "tokenizer."),
         data=from_dict(DataConfig, values.get("data", {}), "data."),
         train=from_dict(TrainConfig, values.get("train", {}), "train."),
+        lora=from_dict(LoraConfig, values.get("lora", {}), "lora."),
         init=values.get("init", ""),
     )
 

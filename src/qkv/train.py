@@ -81,7 +81,9 @@ def new_job(config: RunConfig) -> Job:
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
     data = replace(config.data, path=_absolute(config.data.path), valid=_absolute(config.data.valid))
-    config = replace(config, data=data, train=replace(config.train, precision=precision))
+    folder = Path(config.init).expanduser()
+    init = str(folder.absolute()) if config.init and folder.is_dir() else config.init
+    config = replace(config, data=data, train=replace(config.train, precision=precision), init=init)
     raw = read(config.data, config.model.family)
     seed_all(config.train.seed)
     return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
@@ -107,6 +109,8 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     hub.check_savable(model)
     if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
+    if config.lora.rank:
+        hub.adapt(checkpoint, config.lora, config.init)
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
     return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
 
@@ -115,6 +119,8 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
     """The checkpoint `init`, with a fresh head for this data's labels and this run's dropout."""
     head = _bert_head(raw) if config.model.family == "bert" else None
     loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
+    if config.lora.rank:
+        hub.check_base(config.init, fresh=loaded.fresh)
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():

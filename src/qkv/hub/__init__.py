@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,20 @@ import torch
 from safetensors.torch import save_file
 
 from qkv import files, images
-from qkv.config import AnyModelConfig, BertConfig, BertHead, Family, GPTConfig, TransformerConfig, ViTConfig
+from qkv.config import (
+    AnyModelConfig,
+    BertConfig,
+    BertHead,
+    Family,
+    GPTConfig,
+    LoraConfig,
+    TransformerConfig,
+    ViTConfig,
+)
 from qkv.errors import InputError
+from qkv.hub import adapters, sentence
 from qkv.hub import folder as folders
-from qkv.hub import sentence
+from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2
 from qkv.hub.marian import Marian
@@ -28,6 +39,8 @@ from qkv.hub.table import Format
 from qkv.hub.vit import VIT
 from qkv.images import ImageProcessor
 from qkv.layers import sinusoidal
+from qkv.lora import HEAD
+from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
@@ -51,6 +64,9 @@ class Checkpoint:
     """How many tokens of a text such a vector is of; None: as many as the model reads."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
+    base: str = ""
+    """Folder or Hub id of the checkpoint that the model's adapters belong to; such a model's folder has only
+    what it learned."""
 
 
 def load(
@@ -70,12 +86,13 @@ def load(
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported.
     """
-    folder, pooling, normalize, max_tokens = sentence.read(folders.locate(source, revision))
+    found = folders.locate(source, revision)
+    if (adapter := adapters.read(found)) is not None:
+        return _load_adapted(found, adapter, family, head, labels)
+    folder, pooling, normalize, max_tokens = sentence.read(found)
     theirs = files.read_json(folder / folders.CONFIG)
     with files.blame(folder / folders.CONFIG):
-        if (model_type := theirs.get("model_type")) not in _FORMATS:
-            raise InputError(f"model_type is {model_type!r}; supported are {', '.join(_FORMATS)}")
-        format = _FORMATS[model_type]
+        format = _format_named(theirs)
         settings = format.fields.read(theirs)
     with folders.open_tensors(folder) as tensors:
         with files.blame(folder):
@@ -105,6 +122,48 @@ def load(
         max_tokens=max_tokens,
         fresh=fresh,
     )
+
+
+def _load_adapted(
+    folder: Path,
+    adapter: Adapter,
+    family: Family | None,
+    head: BertHead | None,
+    labels: tuple[str, ...],
+) -> Checkpoint:
+    """The checkpoint that a folder's adapters belong to, with them in its weights.
+
+    peft does not write down the head and its classes; we do, in a config.json.
+    """
+    if (folder / folders.CONFIG).is_file():
+        theirs = files.read_json(folder / folders.CONFIG)
+        with files.blame(folder / folders.CONFIG):
+            format = _format_named(theirs)
+            declared: AnyModelConfig = format.config(format.fields.read(theirs), theirs, ())
+        head = head or getattr(declared, "head", None)
+        labels = labels or getattr(declared, "labels", ())
+    with files.blame(folder / folders.ADAPTER):
+        check_base(adapter.base, adapter.revision)
+        base = load(adapter.base, family=family, head=head, labels=labels, revision=adapter.revision)
+    config: AnyModelConfig = base.model.config
+    try:
+        adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)
+    except InputError as error:
+        raise InputError(f"the adapter in {folder} does not fit {adapter.base}: {error}") from None
+    has_images = (folder / images.FILE).is_file()
+    return replace(
+        base,
+        tokenizer=_tokenizer(folder, config) or base.tokenizer,
+        images=ImageProcessor.load(folder) if has_images else base.images,
+        fresh=(),
+    )
+
+
+def _format_named(theirs: dict[str, Any]) -> Format[Any]:
+    """The format of a config.json. Raises InputError if it is not supported."""
+    if (model_type := theirs.get("model_type")) not in _FORMATS:
+        raise InputError(f"model_type is {model_type!r}; supported are {', '.join(_FORMATS)}")
+    return _FORMATS[model_type]
 
 
 def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
@@ -159,6 +218,36 @@ def _unfilled(config: AnyModelConfig) -> Model:
     return model
 
 
+# ---------------------------------------------------------------- adapting
+
+
+def check_base(source: str, revision: str | None = None, fresh: Collection[str] = ()) -> None:
+    """Raise InputError if adapters cannot belong to this checkpoint.
+
+    It must not be an adapter itself, nor lack more (`fresh`, as in `Checkpoint`) than a classifier.
+    """
+    if adapters.read(folders.locate(source, revision)) is not None:
+        raise InputError(
+            f"{source} is itself an adapter: write its whole model with `qkv merge {source} FOLDER` first"
+        )
+    if untrained := [name for name in fresh if not name.startswith(HEAD)]:
+        raise InputError(
+            f"{source} has no {untrained[0].partition('.')[0]} head, and adapters alone cannot make one: "
+            "train without lora.rank"
+        )
+
+
+def adapt(checkpoint: Checkpoint, config: LoraConfig, base: str) -> None:
+    """Put fresh adapters into the model of a checkpoint that was loaded from `base`; only they and its
+    classifier are trained from then on, and only they are saved.
+    """
+    model: AnyModelConfig = checkpoint.model.config
+    rows = _format_of(model).table.layers(model.depth)
+    parts = {row.ours.removesuffix(".weight"): len(row.theirs) for row in rows}
+    add_adapters(checkpoint.model, config, parts)
+    checkpoint.base = base
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -180,6 +269,8 @@ def check_savable(config: AnyModelConfig) -> None:
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
 
+    Of a model with adapters it holds only what was learned, in peft's format, beside the same files.
+
     It is written beside and moved into place, so a failure leaves what was there before; what a kill -9
     leaves, `folder.replace` says. Raises InputError if the config cannot be expressed, the disk is full,
     or the folder cannot be written.
@@ -196,19 +287,21 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
         **format.rest(config, tokenizer),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
-    tensors = format.table.save(model, config, format.bare(config))
+    texts = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
+    if checkpoint.base:
+        weights = folders.ADAPTER_WEIGHTS
+        texts[folders.ADAPTER], tensors = adapters.write(model, config, format, checkpoint.base)
+    else:
+        weights, tensors = folders.WEIGHTS, format.table.save(model, config, format.bare(config))
 
     def write(staging: Path) -> None:
-        save_file(tensors, staging / folders.WEIGHTS, metadata={"format": "pt"})
-        for name, values in (
-            (folders.CONFIG, settings),
-            (folders.GENERATION, format.generation(config)),
-        ):
+        save_file(tensors, staging / weights, metadata={"format": "pt"})
+        for name, values in texts.items():
             if values:
                 text = json.dumps(values, indent=2, ensure_ascii=False)
                 (staging / name).write_text(text + "\n", encoding="utf-8")
         # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
-        shutil.copymode(staging / folders.CONFIG, staging / folders.WEIGHTS)
+        shutil.copymode(staging / folders.CONFIG, staging / weights)
         if tokenizer is not None and not isinstance(config, ViTConfig):
             tokenizer.save(staging, context=config.context)
         if checkpoint.images is not None:
@@ -218,3 +311,13 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
             sentence.write(staging, config.dim, checkpoint.pooling, checkpoint.normalize, max_tokens)
 
     folders.replace(Path(folder), write)
+
+
+def merge(source: str | Path, folder: str | Path) -> None:
+    """Write the whole model of an adapter, a folder or a Hub id, to a folder.
+
+    Raises InputError if it is none, and like `load` and `save`.
+    """
+    if adapters.read(folders.locate(source)) is None:
+        raise InputError(f"{source} is not an adapter: it is a whole model already")
+    save(folder, load(source))
