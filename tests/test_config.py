@@ -20,6 +20,8 @@ from qkv.config import (
     BertConfig,
     DataConfig,
     GPTConfig,
+    LoraConfig,
+    LoraTarget,
     ModelConfig,
     RunConfig,
     TokenizerConfig,
@@ -59,6 +61,7 @@ RUNS = st.builds(
     ),
     data=changed(DataConfig(), path=TEXT, text=TEXT, label=TEXT, truncate=st.booleans()),
     train=changed(TrainConfig(), learning_rate=POSITIVE, adam_beta2=FRACTION, seed=st.integers(0, 2**31 - 1)),
+    lora=changed(LoraConfig(), alpha=COUNT, dropout=FRACTION, targets=st.just(("up", "out"))),
     init=TEXT,
 )
 
@@ -80,7 +83,7 @@ def test_a_file_keeps_every_character(tmp_path_factory, config: RunConfig):
 
 def test_every_setting_is_written():
     written = tomllib.loads(write_toml(RunConfig(model=BertConfig(labels=('tab\t"quote"', "é\x7f\u2028")))))
-    assert set(written) == {"init", "model", "tokenizer", "data", "train"}
+    assert set(written) == {"init", "model", "tokenizer", "data", "train", "lora"}
     assert set(written["model"]) == {field.name for field in fields(BertConfig)}
     assert set(written["train"]) == {field.name for field in fields(TrainConfig)}
     assert written["model"]["labels"] == ['tab\t"quote"', "é\x7f\u2028"]
@@ -149,10 +152,14 @@ WRONG: dict[Any, list[Any]] = {
     str: [1, 1.0, True, [], {}, None],
     bool: [1, 0.0, "true", [], {}, None],
     tuple[str, ...]: ["ab", 1, [1], [["a"]], {}, None],
+    tuple[LoraTarget, ...]: ["qkv", 1, ["no such choice"], {}, None],
 }
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
+SECTIONS = [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig, LoraConfig]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_a_value_of_the_wrong_type_is_refused(section: type):
     for name, hint in get_type_hints(section).items():
         wrong = WRONG.get(hint, ["no such choice", 1, True, [], None])
@@ -190,6 +197,7 @@ TOO_LOW: dict[str, float] = {
     "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "adam_epsilon": 0.0, "max_grad_norm": 0.0,
     "warmup_steps": -1, "weight_decay": -0.1, "seed": 2**31, "adam_beta1": -0.1, "adam_beta2": -0.1,
     "label_smoothing_factor": -0.1, "valid_fraction": 0.0,
+    "rank": -1, "alpha": 0,
 }  # fmt: skip
 BELOW_ONE = [
     "dropout",
@@ -201,7 +209,7 @@ BELOW_ONE = [
 ]
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_numbers_out_of_range_are_named(section: type):
     for name, hint in get_type_hints(section).items():
         if hint not in (int, float):
@@ -224,6 +232,14 @@ def test_numbers_out_of_range_are_named(section: type):
         (
             lambda: TrainConfig(learning_rate=float("inf")),
             "train.learning_rate is inf; it must be a positive",
+        ),
+        (lambda: LoraConfig(targets=()), "lora.targets is empty; choose some of qkv, out, up, down"),
+        (lambda: RunConfig(model=GPTConfig(), lora=LoraConfig(rank=8)), "lora.rank adapts a trained model"),
+        (
+            lambda: RunConfig(
+                model=GPTConfig(), lora=LoraConfig(rank=8), train=TrainConfig(optimizer="muon"), init="x"
+            ),
+            "train.optimizer muon is for whole matrices",
         ),
     ],
 )

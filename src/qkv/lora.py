@@ -25,8 +25,7 @@ class Adapted(Packed):
     """A frozen linear layer and what is learned beside it: W x + (alpha / r) B A x (equation 3).
 
     A layer that packs P equal ones has an A and a B for each, because each is a matrix of its own on
-    disk. The two paths are never added up into one matrix: its gradient would cost as much as training
-    it, and bfloat16 would round small adapters away.
+    disk. The two paths are not added up into one matrix: its gradient would cost as much as training it.
     """
 
     def __init__(self, linear: nn.Linear, parts: int, config: LoraConfig) -> None:

@@ -140,8 +140,9 @@ def _load_adapted(
         with files.blame(folder / folders.CONFIG):
             format = _format_named(theirs)
             declared: AnyModelConfig = format.config(format.fields.read(theirs), theirs, ())
-        head = head or getattr(declared, "head", None)
-        labels = labels or getattr(declared, "labels", ())
+        if isinstance(declared, BertConfig | ViTConfig) and declared.labels and not (head or labels):
+            labels = declared.labels
+            head = declared.head if isinstance(declared, BertConfig) else None
     with files.blame(folder / folders.ADAPTER):
         check_base(adapter.base, adapter.revision)
         base = load(adapter.base, family=family, head=head, labels=labels, revision=adapter.revision)

@@ -3,8 +3,9 @@
 adapter_config.json          the checkpoint that it belongs to, rank, scale, and which modules are adapted
 adapter_model.safetensors    A and B of each, and modules that were trained whole, such as a classifier
 
-peft calls modules as transformers does, so the tables of the families say what is whose. Several matrices
-on disk that are one of ours have an A and a B each.
+peft names modules as transformers' models do in memory, which for all but ViT is as in their files; so the
+tables of the families say what is whose. Several matrices of theirs that are one of ours have an A and a B
+each.
 
 Legend: I inputs and O outputs of a matrix on disk, r rank.
 """
@@ -12,7 +13,7 @@ Legend: I inputs and O outputs of a matrix on disk, r rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,12 +102,14 @@ def read(folder: Path) -> Adapter | None:
                 raise InputError(f"{name} is {value!r}; adapters with that setting are not supported")
         if not theirs.get("base_model_name_or_path"):
             raise InputError("base_model_name_or_path must name the checkpoint that was adapted")
+        if not (isinstance(theirs["r"], int) and theirs["r"] > 0):
+            raise InputError(f"r is {theirs['r']!r}; it must be a whole number above 0")
         targets = theirs["target_modules"]
         return Adapter(
             base=theirs["base_model_name_or_path"],
             revision=theirs.get("revision"),
             rank=theirs["r"],
-            alpha=theirs["lora_alpha"],
+            alpha=float(theirs["lora_alpha"]),
             targets=targets if isinstance(targets, str) else tuple(targets),
             whole=tuple(theirs.get("modules_to_save") or ()),
         )
@@ -180,7 +183,7 @@ def write(
     targets, whole = set(), set()
     for name, layer in layers.items():
         for theirs, A, B in zip(rows[f"{name}.weight"].theirs, layer.A, layer.B, strict=True):
-            module = theirs.removesuffix(".weight")
+            module = table.in_memory(theirs.removesuffix(".weight"))
             targets.add(module)
             on_disk = _ROOT + table.on_disk(module, bare)
             disk |= {f"{on_disk}.lora_A.weight": A, f"{on_disk}.lora_B.weight": B}
@@ -209,15 +212,11 @@ def write(
 
 
 def _endings(modules: set[str], table: Table, depth: int) -> list[str]:
-    """Endings of the names of these modules and of no others, on disk and in transformers' models."""
-
-    def names(chosen: Iterable[str]) -> set[str]:
-        return {alias for name in chosen for alias in (name, table.in_memory(name))}
-
-    weights = (name for row in table.layers(depth) for name in row.theirs if name.endswith(".weight"))
-    others = names({name.removesuffix(".weight") for name in weights} - modules)
+    """Endings of the names of these modules of transformers' models, which no others have."""
+    names = (name for row in table.layers(depth) for name in row.theirs if name.endswith(".weight"))
+    others = {table.in_memory(name.removesuffix(".weight")) for name in names} - modules
     endings = set()
-    for name in names(modules):
-        ending = re.split(r"\.\d+\.", name)[-1]  # behind the number of the layer
-        endings.add(name if any(other.endswith(f".{ending}") for other in others) else ending)
+    for module in modules:
+        ending = re.split(r"\.\d+\.", module)[-1]  # behind the number of the layer
+        endings.add(module if any(other.endswith(f".{ending}") for other in others) else ending)
     return sorted(endings)
