@@ -238,7 +238,7 @@ def embed(
 
 
 def merge(model: Positional[Model], out: Positional[Path]) -> None:
-    """Write the whole model of a run that trained adapters (--lora.rank), as a plain checkpoint.
+    """Write the whole model of an adapter, such as a run with --lora.rank makes, as a plain checkpoint.
 
     Args:
         model: Run folder, or folder or hub id of an adapter in peft's format.
@@ -247,6 +247,7 @@ def merge(model: Positional[Model], out: Positional[Path]) -> None:
     from qkv import hub
 
     hub.merge(model, out)
+    print(json.dumps({"folder": str(out)}))
 
 
 def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> None:

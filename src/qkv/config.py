@@ -294,10 +294,10 @@ class LoraConfig:
     rank: int = 0
     """Rank r of what is learned for each matrix; 0: no adapters, all weights are trained."""
     alpha: int = 16
-    """What is learned counts alpha / r times."""
+    """What is learned is multiplied by alpha / r."""
     targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
-    """Matrices of every block: queries, keys and values; the output of attention; the two of the
-    feed-forward network."""
+    """Which matrices of every block: those of queries, keys and values (qkv), of attention's output (out),
+    and the two of the feed-forward network (up, down)."""
     dropout: float = 0.0
     """On the input of the adapters."""
 
@@ -320,12 +320,6 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     init: str = ""
     """A run folder or hub id to start from (fine-tuning); empty: fresh weights."""
-
-    def __post_init__(self) -> None:
-        if self.lora.rank and not self.init:
-            raise InputError("lora.rank adapts a trained model: name it with init, or leave out lora.rank")
-        if self.lora.rank and self.train.optimizer == "muon":
-            raise InputError("train.optimizer muon is for whole matrices; with lora.rank take adamw")
 
 
 @dataclass(frozen=True, kw_only=True)

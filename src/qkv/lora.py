@@ -15,10 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.attention import Packed
-from qkv.config import LoraConfig
+from qkv.config import LoraConfig, RunConfig
+from qkv.errors import InputError
 
 HEAD = ("pooler", "classifier")
 """Modules of a classifier that are trained whole, as peft's `modules_to_save`."""
+
+
+def check(config: RunConfig) -> None:
+    """Raise InputError if a run is to train adapters of nothing, or with an optimiser not for them."""
+    if config.lora.rank and not config.init:
+        raise InputError("lora.rank adapts a trained model: name it with init, or leave out lora.rank")
+    if config.lora.rank and config.train.optimizer == "muon":
+        raise InputError("train.optimizer muon is for whole matrices; with lora.rank take adamw")
 
 
 class Adapted(Packed):

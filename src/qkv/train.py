@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qkv import hub
+from qkv import hub, lora
 from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
 from qkv.data import Dataset, Raw, Sampler, prepare, read
@@ -77,6 +77,7 @@ def new_job(config: RunConfig) -> Job:
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
     dropout and attention_dropout. Raises InputError for anything that cannot work, before any training.
     """
+    lora.check(config)
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"

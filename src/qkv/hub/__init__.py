@@ -1,7 +1,8 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
 `load` reads a folder or a Hub id, strictly; `save` writes a folder whole. The formats are `gpt2`,
-`openai-gpt`, `bert`, `vit` and `marian`, one table each in the files beside this one.
+`openai-gpt`, `bert`, `vit` and `marian`, one table each in the files beside this one, and peft's adapters
+of them.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def load(
 ) -> Checkpoint:
     """A checkpoint from a folder or a Hub id, which huggingface_hub downloads and keeps in its cache.
 
+    Where that is an adapter in peft's format, the checkpoint is its base with the adapter in the weights.
+
     family: the only one that will do. head, labels: ask for this head of BERT, or classes of BERT or ViT;
     what of it the checkpoint does not have gets fresh weights. Without them the head that the checkpoint
     declares must be there.
@@ -92,7 +95,9 @@ def load(
     folder, pooling, normalize, max_tokens = sentence.read(found)
     theirs = files.read_json(folder / folders.CONFIG)
     with files.blame(folder / folders.CONFIG):
-        format = _format_named(theirs)
+        if (model_type := theirs.get("model_type")) not in _FORMATS:
+            raise InputError(f"model_type is {model_type!r}; supported are {', '.join(_FORMATS)}")
+        format = _FORMATS[model_type]
         settings = format.fields.read(theirs)
     with folders.open_tensors(folder) as tensors:
         with files.blame(folder):
@@ -131,21 +136,11 @@ def _load_adapted(
     head: BertHead | None,
     labels: tuple[str, ...],
 ) -> Checkpoint:
-    """The checkpoint that a folder's adapters belong to, with them in its weights.
-
-    peft does not write down the head and its classes; we do, in a config.json.
-    """
-    if (folder / folders.CONFIG).is_file():
-        theirs = files.read_json(folder / folders.CONFIG)
-        with files.blame(folder / folders.CONFIG):
-            format = _format_named(theirs)
-            declared: AnyModelConfig = format.config(format.fields.read(theirs), theirs, ())
-        if isinstance(declared, BertConfig | ViTConfig) and declared.labels and not (head or labels):
-            labels = declared.labels
-            head = declared.head if isinstance(declared, BertConfig) else None
+    """The checkpoint that a folder's adapters belong to, with them in its weights."""
     with files.blame(folder / folders.ADAPTER):
-        check_base(adapter.base, adapter.revision)
-        base = load(adapter.base, family=family, head=head, labels=labels, revision=adapter.revision)
+        base_folder = folders.locate(adapter.base, adapter.revision)
+        check_base(base_folder)
+        base = load(base_folder, family=family, head=head or adapter.head, labels=labels or adapter.labels)
     config: AnyModelConfig = base.model.config
     try:
         adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)
@@ -158,13 +153,6 @@ def _load_adapted(
         images=ImageProcessor.load(folder) if has_images else base.images,
         fresh=(),
     )
-
-
-def _format_named(theirs: dict[str, Any]) -> Format[Any]:
-    """The format of a config.json. Raises InputError if it is not supported."""
-    if (model_type := theirs.get("model_type")) not in _FORMATS:
-        raise InputError(f"model_type is {model_type!r}; supported are {', '.join(_FORMATS)}")
-    return _FORMATS[model_type]
 
 
 def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
@@ -222,12 +210,12 @@ def _unfilled(config: AnyModelConfig) -> Model:
 # ---------------------------------------------------------------- adapting
 
 
-def check_base(source: str, revision: str | None = None, fresh: Collection[str] = ()) -> None:
+def check_base(source: str | Path, fresh: Collection[str] = ()) -> None:
     """Raise InputError if adapters cannot belong to this checkpoint.
 
     It must not be an adapter itself, nor lack more (`fresh`, as in `Checkpoint`) than a classifier.
     """
-    if adapters.read(folders.locate(source, revision)) is not None:
+    if adapters.read(folders.locate(source)) is not None:
         raise InputError(
             f"{source} is itself an adapter: write its whole model with `qkv merge {source} FOLDER` first"
         )
@@ -282,18 +270,18 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     if checkpoint.pooling is not None and not isinstance(config, BertConfig):
         raise InputError(f"sentence-transformers' pooling is for bert, not {config.family}")
     format = _format_of(config)
-    settings = {
-        "model_type": format.model_type,
-        **format.fields.write(config),
-        **format.rest(config, tokenizer),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-    texts = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
     if checkpoint.base:
         weights = folders.ADAPTER_WEIGHTS
-        texts[folders.ADAPTER], tensors = adapters.write(model, config, format, checkpoint.base)
+        texts, tensors = adapters.write(model, config, format, checkpoint.base)
     else:
         weights, tensors = folders.WEIGHTS, format.table.save(model, config, format.bare(config))
+        settings = {
+            "model_type": format.model_type,
+            **format.fields.write(config),
+            **format.rest(config, tokenizer),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        }
+        texts = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
 
     def write(staging: Path) -> None:
         save_file(tensors, staging / weights, metadata={"format": "pt"})
@@ -302,7 +290,7 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
                 text = json.dumps(values, indent=2, ensure_ascii=False)
                 (staging / name).write_text(text + "\n", encoding="utf-8")
         # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
-        shutil.copymode(staging / folders.CONFIG, staging / weights)
+        shutil.copymode(staging / next(iter(texts)), staging / weights)
         if tokenizer is not None and not isinstance(config, ViTConfig):
             tokenizer.save(staging, context=config.context)
         if checkpoint.images is not None:

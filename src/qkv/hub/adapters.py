@@ -2,6 +2,7 @@
 
 adapter_config.json          the checkpoint that it belongs to, rank, scale, and which modules are adapted
 adapter_model.safetensors    A and B of each, and modules that were trained whole, such as a classifier
+labels.json                  names of the classes, which peft does not keep: a list, only here
 
 peft names modules as transformers' models do in memory, which for all but ViT is as in their files; so the
 tables of the families say what is whose. Several matrices of theirs that are one of ours have an A and a B
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from qkv import files
-from qkv.config import AnyModelConfig
+from qkv.config import AnyModelConfig, BertHead
 from qkv.errors import InputError
-from qkv.hub.folder import ADAPTER, ADAPTER_WEIGHTS, open_tensors
+from qkv.hub.folder import ADAPTER, ADAPTER_WEIGHTS, LABELS, open_tensors
 from qkv.hub.table import Format, Table, refuse
 from qkv.lora import adapted, head
 
@@ -38,7 +39,6 @@ _NO_EFFECT = (
     "megatron_core",
     "peft_version",
     "qalora_group_size",
-    "task_type",
 )
 """Settings that say nothing about what a trained adapter computes on this base."""
 _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -54,7 +54,16 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
 }
 """Endings of transformers' architectures, and what peft calls their task; a ViT's has no name there."""
-_READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules", "modules_to_save")
+_HEADS: Mapping[str | None, BertHead] = {"SEQ_CLS": "classification", "TOKEN_CLS": "tagging"}
+_READ = (
+    "base_model_name_or_path",
+    "revision",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "modules_to_save",
+    "task_type",
+)
 
 
 class Adapter(NamedTuple):
@@ -69,6 +78,10 @@ class Adapter(NamedTuple):
     """Adapted modules: endings of their names, or a regular expression for whole names."""
     whole: tuple[str, ...]
     """Modules that were trained whole: parts of their names."""
+    head: BertHead | None
+    """The head that its task needs; None: the one of the base."""
+    labels: tuple[str, ...]
+    """Its classes, in a folder that was written here."""
 
     def targeted(self, module: str) -> bool:
         """Whether a module of that name is adapted."""
@@ -112,6 +125,8 @@ def read(folder: Path) -> Adapter | None:
             alpha=float(theirs["lora_alpha"]),
             targets=targets if isinstance(targets, str) else tuple(targets),
             whole=tuple(theirs.get("modules_to_save") or ()),
+            head=_HEADS.get(theirs.get("task_type")),
+            labels=tuple(files.read_json(folder / LABELS)) if (folder / LABELS).is_file() else (),
         )
 
 
@@ -175,12 +190,12 @@ def merge(
 def write(
     model: nn.Module, config: AnyModelConfig, format: Format[Any], base: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and the tensors of a model whose adapters belong to `base`."""
+    """The settings by file, and the tensors, of a model whose adapters belong to `base`."""
     table, bare = format.table, format.bare(config)
     rows = {row.ours: row for row in table.layers(config.depth)}
     layers, state = adapted(model), model.state_dict()
     disk: dict[str, Tensor] = {}
-    targets, whole = set(), set()
+    targets, whole, trained_whole = set(), set(), head(model)
     for name, layer in layers.items():
         for theirs, A, B in zip(rows[f"{name}.weight"].theirs, layer.A, layer.B, strict=True):
             module = table.in_memory(theirs.removesuffix(".weight"))
@@ -188,7 +203,7 @@ def write(
             on_disk = _ROOT + table.on_disk(module, bare)
             disk |= {f"{on_disk}.lora_A.weight": A, f"{on_disk}.lora_B.weight": B}
     for name in state:
-        if name.partition(".")[0] in head(model):
+        if name.partition(".")[0] in trained_whole:
             for theirs, part in zip(rows[name].theirs, rows[name].write(state[name], config), strict=True):
                 whole.add(theirs.rpartition(".")[0])
                 disk[_ROOT + table.on_disk(theirs, bare)] = part
@@ -208,7 +223,8 @@ def write(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    return settings, {name: tensor.detach().cpu().clone() for name, tensor in disk.items()}
+    texts = {ADAPTER: settings, LABELS: list(getattr(config, "labels", ()))}
+    return texts, {name: tensor.detach().cpu().clone() for name, tensor in disk.items()}
 
 
 def _endings(modules: set[str], table: Table, depth: int) -> list[str]:

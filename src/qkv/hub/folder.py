@@ -24,11 +24,12 @@ INDEX = "model.safetensors.index.json"
 SHARDS = "model-*.safetensors"
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LABELS = "labels.json"
 MODULES = "modules.json"
 SENTENCE = "sentence_bert_config.json"
 
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
-_FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS)
+_FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS, LABELS)
 """What a checkpoint may consist of, as patterns, but for the modules of sentence-transformers."""
 _WEIGHTS = (Path(WEIGHTS), Path(ADAPTER_WEIGHTS))
 _STAGING = ".saving-"
