@@ -28,12 +28,8 @@ def tuning(folder: Path, family: str, **changes) -> RunConfig:
     """Settings of a run with adapters on a model of that family, which is trained first."""
     config = run_config(folder, family, max_steps=2)
     train(new_job(config), folder / "base", Nobody())
-    settings = run_config_train(config, learning_rate=2e-2, **changes)
-    return replace(config, train=settings, init=str(folder / "base"), lora=LORA)
-
-
-def run_config_train(config: RunConfig, **changes):
-    return replace(config.train, **{"max_steps": 60, "eval_steps": 30, **changes})
+    settings = {"max_steps": 60, "learning_rate": 2e-2, **changes}
+    return replace(config, train=replace(config.train, **settings), init=str(folder / "base"), lora=LORA)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,7 +66,8 @@ def test_a_masked_language_model_becomes_a_classifier(tmp_path: Path):
     config = run_config(tmp_path, "bert", max_steps=2)
     documents = replace(config, data=DataConfig(path=samples.documents(tmp_path)))
     train(new_job(documents), tmp_path / "mlm", Nobody())
-    tuned = replace(config, init=str(tmp_path / "mlm"), lora=LORA, train=run_config_train(config))
+    longer = replace(config.train, max_steps=60)
+    tuned = replace(config, init=str(tmp_path / "mlm"), lora=LORA, train=longer)
     best = train(new_job(tuned), tmp_path / "run", Nobody())
     assert best.best_scores["label_accuracy"] > 0.9
     [guess] = from_pretrained(tmp_path / "run").classify(["red green fine"], top_k=1)[0]

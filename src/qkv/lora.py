@@ -23,7 +23,7 @@ HEAD = ("pooler", "classifier")
 
 
 def check(config: RunConfig) -> None:
-    """Raise InputError if a run is to train adapters of nothing, or with an optimiser not for them."""
+    """Raise InputError if a run is to train adapters without a base, or by Muon."""
     if config.lora.rank and not config.init:
         raise InputError("lora.rank adapts a trained model: name it with init, or leave out lora.rank")
     if config.lora.rank and config.train.optimizer == "muon":

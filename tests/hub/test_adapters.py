@@ -230,6 +230,8 @@ def test_tensors_that_do_not_fit_the_base_are_named(tmp_path: Path) -> None:
         ({"base_model_name_or_path": None}, "base_model_name_or_path must name"),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "no folder /nowhere/at/all"),
         ({"r": "many"}, "r is 'many'"),
+        ({"target_modules": "(c_attn"}, "target_modules is '.c_attn', no regular expression"),
+        ({"target_modules": 3}, "malformed"),
         ({"lora_alpha": "much"}, "malformed"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

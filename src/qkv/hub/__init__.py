@@ -258,7 +258,8 @@ def check_savable(config: AnyModelConfig) -> None:
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
 
-    Of a model with adapters it holds only what was learned, in peft's format, beside the same files.
+    Of a model with adapters only what was learned: adapter_config.json, adapter_model.safetensors and
+    labels.json instead of the first two.
 
     It is written beside and moved into place, so a failure leaves what was there before; what a kill -9
     leaves, `folder.replace` says. Raises InputError if the config cannot be expressed, the disk is full,

@@ -74,8 +74,8 @@ class Adapter(NamedTuple):
     revision: str | None
     rank: int
     alpha: float
-    targets: str | tuple[str, ...]
-    """Adapted modules: endings of their names, or a regular expression for whole names."""
+    targets: re.Pattern[str] | tuple[str, ...]
+    """Adapted modules: an expression for their whole names, or endings of them."""
     whole: tuple[str, ...]
     """Modules that were trained whole: parts of their names."""
     head: BertHead | None
@@ -85,8 +85,8 @@ class Adapter(NamedTuple):
 
     def targeted(self, module: str) -> bool:
         """Whether a module of that name is adapted."""
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
+        if isinstance(self.targets, re.Pattern):
+            return self.targets.fullmatch(module) is not None
         return any(f".{module}".endswith(f".{target}") for target in self.targets)
 
     def replaced(self, tensor: str) -> bool:
@@ -118,12 +118,16 @@ def read(folder: Path) -> Adapter | None:
         if not (isinstance(theirs["r"], int) and theirs["r"] > 0):
             raise InputError(f"r is {theirs['r']!r}; it must be a whole number above 0")
         targets = theirs["target_modules"]
+        try:
+            targets = re.compile(targets) if isinstance(targets, str) else tuple(targets)
+        except re.error as error:
+            raise InputError(f"target_modules is {targets!r}, no regular expression: {error}") from None
         return Adapter(
             base=theirs["base_model_name_or_path"],
             revision=theirs.get("revision"),
             rank=theirs["r"],
             alpha=float(theirs["lora_alpha"]),
-            targets=targets if isinstance(targets, str) else tuple(targets),
+            targets=targets,
             whole=tuple(theirs.get("modules_to_save") or ()),
             head=_HEADS.get(theirs.get("task_type")),
             labels=tuple(files.read_json(folder / LABELS)) if (folder / LABELS).is_file() else (),
