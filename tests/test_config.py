@@ -21,6 +21,8 @@ from qkv.config import (
     BertConfig,
     DataConfig,
     GPTConfig,
+    LoraConfig,
+    LoraTarget,
     ModelConfig,
     RunConfig,
     TokenizerConfig,
@@ -60,6 +62,7 @@ RUNS = st.builds(
     ),
     data=changed(DataConfig(), path=TEXT, text=TEXT, label=TEXT, truncate=st.booleans()),
     train=changed(TrainConfig(), learning_rate=POSITIVE, adam_beta2=FRACTION, seed=st.integers(0, 2**31 - 1)),
+    lora=changed(LoraConfig(), rank=COUNT, alpha=COUNT, dropout=FRACTION, targets=st.just(("up", "out"))),
     init=TEXT,
 ) | st.builds(
     RunConfig,
@@ -85,7 +88,7 @@ def test_a_file_keeps_every_character(tmp_path_factory, config: RunConfig):
 
 def test_every_setting_is_written():
     written = tomllib.loads(write_toml(RunConfig(model=BertConfig(labels=('tab\t"quote"', "é\x7f\u2028")))))
-    assert set(written) == {"init", "model", "tokenizer", "data", "augment", "train"}
+    assert set(written) == {"init", "model", "tokenizer", "data", "augment", "train", "lora"}
     assert set(written["model"]) == {field.name for field in fields(BertConfig)}
     assert set(written["train"]) == {field.name for field in fields(TrainConfig)}
     assert written["model"]["labels"] == ['tab\t"quote"', "é\x7f\u2028"]
@@ -148,7 +151,7 @@ def test_a_misspelt_setting_names_the_nearest_one(name: str, data):
         from_dict(TrainConfig, {misspelt: 1}, "train.")
 
 
-SECTIONS = [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, AugmentConfig, TrainConfig]
+SECTIONS = [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, AugmentConfig, TrainConfig, LoraConfig]
 
 WRONG: dict[Any, list[Any]] = {
     int: [1.5, "1", True, [], {}, None],
@@ -156,6 +159,7 @@ WRONG: dict[Any, list[Any]] = {
     str: [1, 1.0, True, [], {}, None],
     bool: [1, 0.0, "true", [], {}, None],
     tuple[str, ...]: ["ab", 1, [1], [["a"]], {}, None],
+    tuple[LoraTarget, ...]: ["qkv", 1, ["no such choice"], {}, None],
 }
 
 
@@ -198,6 +202,8 @@ REFUSED: dict[str, float] = {
     "warmup_steps": -1, "weight_decay": -0.1, "seed": 2**31, "adam_beta1": -0.1, "adam_beta2": -0.1,
     "label_smoothing_factor": -0.1, "valid_fraction": 0.0, "drop_path": -0.1, "crop_area": 0.0,
     "crop_padding": -1, "randaugment": -1, "magnitude": 10.1, "erasing": 1.1, "mixup": -0.1, "cutmix": -0.1,
+    "rank": -1, "alpha": 0, "r_drop": -0.1, "layer_decay": 0.0, "ema_decay": -0.1,
+    "average_checkpoints": 0, "save_total_limit": 0, "early_stopping_patience": -1, "shard_ranks": 0,
 }  # fmt: skip
 BELOW_ONE = [
     "dropout",
@@ -238,6 +244,7 @@ def test_numbers_out_of_range_are_named(section: type):
             lambda: TrainConfig(learning_rate=float("inf")),
             "train.learning_rate is inf; it must be a positive",
         ),
+        (lambda: LoraConfig(targets=()), "lora.targets is empty; choose some of qkv, out, up, down"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(make, message: str):

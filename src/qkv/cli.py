@@ -245,6 +245,19 @@ def embed(
         np.save(output, vectors)
 
 
+def merge(model: Positional[Model], out: Positional[Path]) -> None:
+    """Write the whole model of an adapter, such as a run with --lora.rank makes, as a plain checkpoint.
+
+    Args:
+        model: Run folder, or folder or hub id of an adapter in peft's format.
+        out: Folder to write.
+    """
+    from qkv import hub
+
+    hub.merge(model, out)
+    print(json.dumps({"folder": str(out)}))
+
+
 def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> None:
     """Train all four families on data that this Python installation already holds, in about six minutes.
 
@@ -305,6 +318,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fill": fill,
     "classify": classify,
     "embed": embed,
+    "merge": merge,
 }
 
 

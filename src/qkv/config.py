@@ -340,6 +340,31 @@ class TrainConfig:
             raise InputError("set train.ema_decay or train.average_checkpoints, not both")
 
 
+LoraTarget = Literal["qkv", "out", "up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside the frozen matrices of a checkpoint (Hu et al. 2021), in peft's format."""
+
+    rank: int = 0
+    """Rank r of what is learned for each matrix; 0: no adapters, all weights are trained."""
+    alpha: int = 16
+    """What is learned is multiplied by alpha / r."""
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """Which matrices of every block: those of queries, keys and values (qkv), of attention's output (out),
+    and the two of the feed-forward network (up, down)."""
+    dropout: float = 0.0
+    """On the input of the adapters."""
+
+    def __post_init__(self) -> None:
+        _check("lora", self, *_NOT_NEGATIVE, "rank")
+        _check("lora", self, *_COUNT, "alpha")
+        _check("lora", self, *_FRACTION, "dropout")
+        if not self.targets:
+            raise InputError(f"lora.targets is empty; choose some of {', '.join(get_args(LoraTarget))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that determines a run; a recipe file holds it as TOML."""
@@ -349,6 +374,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     init: str = ""
     """A run folder or hub id to start from (fine-tuning); empty: fresh weights."""
 
@@ -459,11 +485,11 @@ def model_config(values: dict[str, Any]) -> AnyModelConfig:
     return from_dict(MODEL_CONFIGS[family], values, "model.")
 
 
-_TABLES = ("model", "tokenizer", "data", "augment", "train")
+_TABLES = ("model", "tokenizer", "data", "augment", "train", "lora")
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
-    """A whole run from nested plain values: the tables of `_TABLES`, and `init`."""
+    """A whole run from nested plain values: `init` and the tables of a recipe."""
     for key, value in values.items():
         if key not in (*_TABLES, "init"):
             raise InputError(f"unknown setting {key}; a recipe has init and the tables {', '.join(_TABLES)}")
@@ -475,6 +501,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         data=from_dict(DataConfig, values.get("data", {}), "data."),
         augment=from_dict(AugmentConfig, values.get("augment", {}), "augment."),
         train=from_dict(TrainConfig, values.get("train", {}), "train."),
+        lora=from_dict(LoraConfig, values.get("lora", {}), "lora."),
         init=values.get("init", ""),
     )
 

@@ -6,6 +6,7 @@ resumed ends with the weights of one that was not.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import signal
@@ -21,8 +22,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from qkv import hub
+from qkv import hub, lora
 from qkv.average import Average, average_of, replaced
 from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
@@ -80,11 +82,14 @@ def new_job(config: RunConfig) -> Job:
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
     its dropouts. Raises InputError for anything that cannot work, before any training.
     """
+    lora.check(config)
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
     data = replace(config.data, path=_absolute(config.data.path), valid=_absolute(config.data.valid))
-    config = replace(config, data=data, train=replace(config.train, precision=precision))
+    folder = Path(config.init).expanduser()
+    init = str(folder.absolute()) if config.init and folder.is_dir() else config.init
+    config = replace(config, data=data, train=replace(config.train, precision=precision), init=init)
     raw = read(config.data, config.model.family)
     seed_all(config.train.seed)
     return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
@@ -110,6 +115,8 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     hub.check_savable(model)
     if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
+    if config.lora.rank:
+        hub.adapt(checkpoint, config.lora, config.init)
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
     return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
 
@@ -118,6 +125,8 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
     """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
     head = _bert_head(raw) if config.model.family == "bert" else None
     loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
+    if config.lora.rank:
+        hub.check_base(config.init, fresh=loaded.fresh)
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
@@ -246,6 +255,8 @@ class Trainer:
                 module.forward = recomputed  # type: ignore[method-assign]
         self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
         self.bf16 = config.precision == "bf16"
+        # The model to save: the first rank's whole copy of one that is spread.
+        self.saved = copy.deepcopy(self.model).cpu() if ranks.count > 1 and ranks.first else self.model
         if ranks.count > 1:
             spread(self.objective, ranks, config.shard_ranks, self.bf16)
         self.optimizers = optimizers(self.model, config)
@@ -307,15 +318,12 @@ class Trainer:
 
     def save_model(self, run: Path) -> None:
         """Put the model with the weights that it has now into the run folder."""
-        checkpoint = self.job.checkpoint
         if self.ranks.count > 1:
             weights = {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
             if not self.ranks.first:
                 return
-            model = build(self.model.config)
-            model.load_state_dict(weights)
-            checkpoint = replace(checkpoint, model=model)
-        hub.save(run, checkpoint)
+            self.saved.load_state_dict(weights)
+        hub.save(run, replace(self.job.checkpoint, model=self.saved))
 
 
 def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
