@@ -32,18 +32,9 @@ def recipe(folder: Path, family: str, **changes) -> RunConfig:
 
 
 def launch(ranks: int, *arguments: object) -> subprocess.Popen[str]:
-    """`qkv train` in so many processes; alone without torchrun."""
-    code = "from qkv.cli import main; main()"
-    torchrun = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(ranks),
-        "--master-port",
-        str(free_port()),
-    ]
-    script = Path(__file__).with_name("run_qkv.py")
-    command = [sys.executable, *(torchrun + [str(script)] if ranks > 1 else ["-c", code])]
+    """`qkv train` in so many processes; one is without torchrun."""
+    torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}", "-m"]
+    command = [sys.executable, "-m", *(torchrun if ranks > 1 else ()), "qkv"]
     return subprocess.Popen(
         [*command, "train", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -74,7 +65,7 @@ def run(ranks: int, folder: Path, config: RunConfig, out: Path) -> Path:
 
 def assert_close_runs(one: Path, other: Path) -> None:
     """The same losses and gradient norms at every step, and the same weights behind the last one."""
-    kinds = [[r for r in read_metrics(path)] for path in (one, other)]
+    kinds = [read_metrics(path) for path in (one, other)]
     assert len(kinds[0]) == len(kinds[1]) > STEPS
     for a, b in zip(*kinds, strict=True):
         assert a.keys() == b.keys()
