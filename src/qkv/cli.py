@@ -54,16 +54,15 @@ def train(
         out: Run folder to make; default runs/NAME of the recipe.
         resume: Run folder to continue; takes no other argument.
     """
-    from qkv.console import TrainingBar
+    from qkv.console import PreparationBar, TrainingBar
     from qkv.train import new_job, resumed_job
     from qkv.train import train as run_training
 
-    if resume is not None:
-        job, run = resumed_job(resume), resume
-    else:
-        if not config.data.path:
-            raise InputError("nothing to train on: give --data PATH")
-        job, run = new_job(config), out or Path("runs") / Path(recipe).stem
+    if resume is None and not config.data.path:
+        raise InputError("nothing to train on: give --data PATH")
+    with PreparationBar(_stderr()) as watch:
+        job = new_job(config, watch) if resume is None else resumed_job(resume, watch)
+    run = resume or out or Path("runs") / Path(recipe).stem
     with TrainingBar(_stderr()) as bar:
         try:
             done = run_training(job, run, bar, resume=resume is not None)

@@ -6,7 +6,6 @@ ends with the weights of one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import threading
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -25,8 +25,19 @@ from torch import Tensor
 from qkv import hub
 from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
-from qkv.data import Dataset, Raw, Sampler, prepare, read
+from qkv.data import (
+    Cache,
+    Dataset,
+    Raw,
+    Sampler,
+    cache_folder,
+    prefetch,
+    prepare,
+    read,
+    trained_tokenizer,
+)
 from qkv.data.batches import Batch
+from qkv.data.cache import Watch, unwatched
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
 from qkv.hub import Checkpoint
@@ -35,7 +46,7 @@ from qkv.models import build
 from qkv.objectives import item_counts, loss_terms
 from qkv.optim import learning_rate, optimizers
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
-from qkv.tokenizers import Tokenizer, train_tokenizer
+from qkv.tokenizers import Tokenizer
 
 
 class Observer(Protocol):
@@ -70,12 +81,13 @@ class Job:
     """What was understood of the data."""
 
 
-def new_job(config: RunConfig) -> Job:
+def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     """Read the data, then make or load what turns it into a model's input, and the model.
 
     The resolved config has the vocabulary, labels and image size that the data decided, the precision
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
-    dropout and attention_dropout. Raises InputError for anything that cannot work, before any training.
+    dropout and attention_dropout. watch: told how far the preparation of the data is. Raises InputError
+    for anything that cannot work, before any training.
     """
     precision = config.train.precision
     if precision == "auto":
@@ -84,16 +96,17 @@ def new_job(config: RunConfig) -> Job:
     config = replace(config, data=data, train=replace(config.train, precision=precision))
     raw = read(config.data, config.model.family)
     seed_all(config.train.seed)
-    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
+    cache = Cache(cache_folder(), watch)
+    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw, cache), cache)
 
 
-def resumed_job(run: Path) -> Job:
+def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     """The job of a run folder, for `train(..., resume=True)`. Raises InputError if it is not one."""
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
     raw = read(config.data, config.model.family)
-    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images))
+    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images), Cache(cache_folder(), watch))
 
 
 def _absolute(location: str) -> str:
@@ -101,13 +114,13 @@ def _absolute(location: str) -> str:
     return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
 
 
-def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
+def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
     config = replace(config, model=model)
     hub.check_savable(model)
     if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
-    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
+    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
     return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
 
 
@@ -132,7 +145,7 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
 _DROPOUTS = ("dropout", "attention_dropout")
 
 
-def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
+def _fresh(config: RunConfig, raw: Raw, cache: Cache) -> Checkpoint:
     """A new model, and the tokenizer or image processor that fits the data."""
     model = config.model
     if model.family == "vit":
@@ -140,7 +153,7 @@ def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
         model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
         images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
         return Checkpoint(build(model), images=images)
-    tokenizer = train_tokenizer(config.tokenizer, model.family, raw.texts())
+    tokenizer = trained_tokenizer(config.tokenizer, model.family, raw, cache)
     model = replace(model, vocab_size=tokenizer.vocab_size)
     if model.family == "transformer":
         model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
@@ -168,11 +181,6 @@ def _need(token_id: int | None) -> int:
     return token_id
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    """Changes, as good as always, if the data or the tokenizer do: a hash of all samples' lengths."""
-    return hashlib.sha256(dataset.costs.tobytes()).hexdigest()[:16]
-
-
 def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Progress:
     """Train a job into a run folder, which then holds its best model; returns its step and scores.
 
@@ -186,14 +194,14 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
     steppers = optimizers(model, config)
     if resume:
         progress = load_state(run, model, steppers)
-        if progress.data != _fingerprint(job.train):
+        if progress.data != job.train.fingerprint:
             raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
     elif (run / CONFIG).exists():
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
     else:
-        progress = Progress(_fingerprint(job.train))
+        progress = Progress(job.train.fingerprint)
         write_text(run / CONFIG, write_toml(job.config))
         for part in (job.checkpoint.tokenizer, job.checkpoint.images):
             if part is not None:
@@ -204,19 +212,26 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
     observer.say(job.about)
     observer.begin(progress.step, config.max_steps)
     started = time.monotonic() - progress.seconds
-    with _interruptible() as interrupted:
-        for epoch, indices in sampler.batches(progress.step):
-            if progress.step == config.max_steps:
-                break
+    todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
+    with (
+        _interruptible() as interrupted,
+        prefetch(lambda item: _step_data(job, *item), todo) as steps,
+    ):
+        for data in steps:
             step = progress.step + 1
             rate = learning_rate(step, config)
-            record = _step(job, model, steppers, epoch, indices, step, rate)
+            record = _step(job, model, steppers, data, step, rate)
             progress.step = step
             progress.seconds = time.monotonic() - started
             observer.step(step, record["loss"], record["tokens"])
             last = step == config.max_steps
             if step % config.logging_steps == 0 or last or step == 1:
-                record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
+                record |= {
+                    "step": step,
+                    "epoch": data.epoch,
+                    "learning_rate": rate,
+                    "seconds": progress.seconds,
+                }
                 metrics.add(record)
             if step % config.eval_steps == 0 or last:
                 scores = evaluate(model, job.valid)
@@ -238,24 +253,38 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
     return progress
 
 
+@dataclass(frozen=True)
+class _StepData:
+    """What one optimiser step computes on."""
+
+    epoch: int
+    parts: list[Batch]
+    """As many as the gradient is accumulated over."""
+    tokens: float
+
+
+def _step_data(job: Job, epoch: int, indices: list[int]) -> _StepData:
+    parts = _divide(indices, job.config.train.gradient_accumulation_steps)
+    batches = [job.train.batch(part, epoch) for part in parts]
+    return _StepData(epoch, batches, float(job.train.costs[indices].sum()))
+
+
 def _step(
     job: Job,
     model: torch.nn.Module,
     steppers: list[torch.optim.Optimizer],
-    epoch: int,
-    indices: list[int],
+    data: _StepData,
     step: int,
     rate: float,
 ) -> dict[str, float]:
-    """One optimiser step over the samples `indices`; returns its loss, gradient norm and number of tokens."""
+    """One optimiser step; returns its loss, gradient norm and number of tokens."""
     config = job.config.train
     device = next(model.parameters()).device
     seed_all(_step_seed(config.seed, step))
     model.train()
-    pieces = [job.train.batch(part, epoch) for part in _divide(indices, config.gradient_accumulation_steps)]
-    counts: Counter[str] = sum((Counter(item_counts(piece)) for piece in pieces), Counter())
+    counts: Counter[str] = sum((Counter(item_counts(piece)) for piece in data.parts), Counter())
     loss = torch.zeros((), device=device)
-    for piece in pieces:
+    for piece in data.parts:
         piece_loss = _loss(job, piece.to(device), counts)
         piece_loss.backward()  # type: ignore[no-untyped-call]
         loss += piece_loss.detach()
@@ -271,7 +300,7 @@ def _step(
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": float(job.train.costs[indices].sum())}
+    return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": data.tokens}
 
 
 def _loss(job: Job, batch: Batch, counts: Mapping[str, int]) -> Tensor:
