@@ -1,4 +1,4 @@
-"""How fast data become batches: start-up with an empty and a filled cache, batches a second, and the step.
+"""How fast data become batches: start-up with an empty and a filled cache, batch making, and the step.
 
 usage: python benchmarks/data.py FAMILY DATA   (DATA as for `qkv train FAMILY --data DATA`)
 
@@ -8,6 +8,7 @@ made between the steps or prefetched, in turns; medians.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
@@ -19,31 +20,13 @@ from pathlib import Path
 import torch
 
 from qkv.config import Family
-from qkv.data import Cache, Dataset, Sampler, prefetch, read
+from qkv.data import Dataset, Sampler, prefetch
 from qkv.data.batches import Batch
 from qkv.objectives import item_counts, loss_terms
 from qkv.recipes import default_recipe
-from qkv.train import Job, _fresh, _job  # the parts of `new_job` that read and write the cache
+from qkv.train import Job, new_job
 
 BATCHES, STEPS, ROUNDS = 200, 10, 4
-
-
-def start(family: Family, data: str, cache: Cache) -> tuple[Job, dict[str, float]]:
-    """A job, and the seconds that its parts took."""
-    config = default_recipe(family)
-    config = replace(config, data=replace(config.data, path=data))
-    began = time.perf_counter()
-    raw = read(config.data, family)
-    was_read = time.perf_counter()
-    checkpoint = _fresh(config, raw, cache)
-    trained = time.perf_counter()
-    job = _job(config, raw, checkpoint, cache)
-    done = time.perf_counter()
-    return job, {
-        "files": was_read - began,
-        "tokenizer and model": trained - was_read,
-        "data sets": done - trained,
-    }
 
 
 def batches(dataset: Dataset, tokens: int) -> Iterator[tuple[int, list[int]]]:
@@ -52,11 +35,16 @@ def batches(dataset: Dataset, tokens: int) -> Iterator[tuple[int, list[int]]]:
 
 def main(family: Family, data: str) -> None:
     print(f"{family} {data}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    config = default_recipe(family)
+    config = replace(config, data=replace(config.data, path=data))
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("empty cache", "filled cache"):
-            job, seconds = start(family, data, Cache(Path(folder)))
-            parts = ", ".join(f"{part} {took:.2f}" for part, took in seconds.items())
-            print(f"start with {name}: {sum(seconds.values()):.2f} s ({parts})")
+        os.environ["QKV_CACHE"] = folder
+        for name in ("an empty", "a filled"):
+            began = time.perf_counter()
+            job = new_job(config)
+            print(f"ready to train with {name} cache: {time.perf_counter() - began:.2f} s")
+        size = sum(file.stat().st_size for file in Path(folder).rglob("*"))
+        print(f"the cache has {size / 2**20:.1f} MiB")
         measure(job)
 
 

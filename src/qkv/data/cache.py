@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -34,7 +34,6 @@ LIMIT_BYTES = 64 << 30
 """Entries that were not used for longest are dropped until the rest is no larger than this."""
 
 _FORMAT = "1"
-_INDEX = "index.json"
 
 
 def cache_folder() -> Path:
@@ -85,9 +84,9 @@ class Cache:
         """As `get`, but None where nothing can be kept; if that is because of the disk, `problem` says so."""
         if self.folder is None or self.problem:
             return None
-        key = fingerprint(_FORMAT, made_from, made_by)
+        entry = _Entry(self.folder, fingerprint(_FORMAT, made_from, made_by))
         try:
-            return self._find(key) or self._make(key, self._watched(chunks(), doing, total))
+            return entry.read() or entry.make(self._watched(chunks(), doing, total))
         except (OSError, NotImplementedError) as error:  # NotImplementedError: there are no locks
             why = reason(error) if isinstance(error, OSError) else "its disk knows no file locks"
             self.problem = (
@@ -103,61 +102,105 @@ class Cache:
             done += amount
             self.watch(doing, done, total)
 
-    def _find(self, key: str) -> Columns | None:
-        """A whole entry's arrays, or None."""
-        assert self.folder is not None
-        entry = self.folder / key
+
+NO_CACHE = Cache(None)
+"""For data that are looked at once."""
+
+
+class _Entry:
+    """One key's folder among those of a cache."""
+
+    def __init__(self, cache: Path, key: str) -> None:
+        self.cache = cache
+        self.key = key
+        self.folder = cache / key
+        self.index = self.folder / "index.json"
+
+    def read(self) -> Columns | None:
+        """The arrays, or None if they are not there or damaged."""
         try:
-            index = json.loads((entry / _INDEX).read_text(encoding="utf-8"))
-            if index["check"] != _check(key, index["columns"]):
+            index = json.loads(self.index.read_text(encoding="utf-8"))
+            if index["check"] != self._check(index["columns"]):
                 return None
-            columns = {name: _map(entry / name, *shape) for name, shape in index["columns"].items()}
+            columns = {name: _map(self.folder / name, *about) for name, about in index["columns"].items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
         with suppress(OSError):  # a folder that can only be read
-            os.utime(entry / _INDEX)
+            os.utime(self.index)
         return columns
 
-    def _make(self, key: str, chunks: Iterator[Columns]) -> Columns:
-        """Write an entry, unless another process does so first. Raises OSError if it cannot be done."""
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(key):
-            if found := self._find(key):
+    def make(self, chunks: Iterator[Columns]) -> Columns:
+        """The arrays, written unless another process does so first. Raises OSError if that cannot be done."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            if found := self.read():
                 return found
-            entry = self.folder / key
-            shutil.rmtree(entry, ignore_errors=True)
+            self._remove()
             try:
-                _write(entry, key, chunks)
+                self._write(chunks)
             except BaseException:
-                shutil.rmtree(entry, ignore_errors=True)
+                self._remove()
                 raise
-            made = self._find(key)
+            made = self.read()
         if made is None:
-            raise OSError(f"{entry} changed while it was written")
-        self._drop_old(key)
+            raise OSError(f"{self.folder} changed while it was written")
+        self._drop_others()
         return made
 
-    def _lock(self, key: str, timeout: float = -1) -> FileLock:
-        assert self.folder is not None
-        return FileLock(self.folder / f"{key}.lock", timeout=timeout)
+    def _write(self, chunks: Iterator[Columns]) -> None:
+        """Each array end to end into a file of its own, and the index when all are on the disk."""
+        self.folder.mkdir()
+        columns: dict[str, tuple[str, list[int]]] = {}
+        with ExitStack() as stack:
+            files: dict[str, BinaryIO] = {}
+            for chunk in chunks:
+                for name, array in chunk.items():
+                    if name not in files:
+                        files[name] = stack.enter_context((self.folder / name).open("wb"))
+                        columns[name] = (array.dtype.str, [0, *array.shape[1:]])
+                    dtype, shape = columns[name]
+                    assert (array.dtype.str, list(array.shape[1:])) == (dtype, shape[1:])
+                    files[name].write(np.ascontiguousarray(array).data)
+                    shape[0] += len(array)
+        for name in columns:
+            sync(self.folder / name)
+        index = {"columns": columns, "check": self._check(columns)}
+        self.index.write_text(json.dumps(index), encoding="utf-8")
+        sync(self.index)
 
-    def _drop_old(self, key: str) -> None:
-        """Remove what was used least recently beyond the limit, and what killed processes left; not `key`."""
-        assert self.folder is not None
-        entries = [path for path in self.folder.iterdir() if path.is_dir() and path.name != key]
-        total = _size(self.folder / key)
-        for entry in sorted(entries, key=_last_used, reverse=True):
-            total += _size(entry)
-            if total > LIMIT_BYTES or not (entry / _INDEX).exists():
-                with suppress(Timeout), self._lock(entry.name, timeout=0):  # not while it is being written
-                    (entry / _INDEX).unlink(missing_ok=True)
-                    shutil.rmtree(entry, ignore_errors=True)
+    def _check(self, columns: object) -> str:
+        """What an index must carry to be the one that was written for this key."""
+        return fingerprint(self.key, json.dumps(columns))
 
+    def _remove(self) -> None:
+        with suppress(OSError):
+            self.index.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-def _check(key: str, columns: Any) -> str:
-    """What an index must carry to be the one that was written for this key."""
-    return fingerprint(key, json.dumps(columns))
+    def _lock(self, timeout: float = -1) -> FileLock:
+        return FileLock(self.cache / f"{self.key}.lock", timeout=timeout)
+
+    def _drop_others(self) -> None:
+        """Remove what was used least recently beyond the limit, and what killed processes left."""
+        others = [_Entry(self.cache, path.name) for path in self.cache.iterdir() if path.is_dir()]
+        total = self._size()
+        for other in sorted(others, key=_Entry._last_used, reverse=True):
+            if other.key != self.key:
+                total += other._size()
+                if total > LIMIT_BYTES or not other.index.exists():
+                    with suppress(Timeout), other._lock(timeout=0):  # not while it is being written
+                        other._remove()
+
+    def _size(self) -> int:
+        """Bytes of all files; 0 if they are gone."""
+        with suppress(OSError):
+            return sum(path.stat().st_size for path in self.folder.iterdir())
+        return 0
+
+    def _last_used(self) -> float:
+        with suppress(OSError):
+            return self.index.stat().st_mtime
+        return 0.0
 
 
 def _map(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
@@ -170,28 +213,6 @@ def _map(path: Path, dtype: str, shape: list[int]) -> np.ndarray:
     return np.asarray(np.memmap(path, dtype, "c", shape=tuple(shape)))
 
 
-def _write(entry: Path, key: str, chunks: Iterator[Columns]) -> None:
-    """Each array end to end into a file of its own, and the index when all are on the disk."""
-    entry.mkdir()
-    with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        columns: dict[str, tuple[str, list[int]]] = {}
-        for chunk in chunks:
-            for name, array in chunk.items():
-                if name not in files:
-                    files[name] = stack.enter_context((entry / name).open("wb"))
-                    columns[name] = (array.dtype.str, [0, *array.shape[1:]])
-                dtype, shape = columns[name]
-                assert (array.dtype.str, list(array.shape[1:])) == (dtype, shape[1:])
-                files[name].write(np.ascontiguousarray(array).data)
-                shape[0] += len(array)
-    for name in columns:
-        sync(entry / name)
-    index = {"columns": columns, "check": _check(key, columns)}
-    (entry / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-    sync(entry / _INDEX)
-
-
 def _join(chunks: Iterator[Columns]) -> Columns:
     """Each array end to end in memory."""
     parts: dict[str, list[np.ndarray]] = {}
@@ -199,20 +220,3 @@ def _join(chunks: Iterator[Columns]) -> Columns:
         for name, array in chunk.items():
             parts.setdefault(name, []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
-
-
-def _size(entry: Path) -> int:
-    """Bytes of an entry; 0 if it is gone."""
-    with suppress(OSError):
-        return sum(path.stat().st_size for path in entry.iterdir())
-    return 0
-
-
-def _last_used(entry: Path) -> float:
-    with suppress(OSError):
-        return (entry / _INDEX).stat().st_mtime
-    return 0.0
-
-
-NO_CACHE = Cache(None)
-"""For data that are looked at once."""
