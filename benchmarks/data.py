@@ -26,7 +26,7 @@ from qkv.objectives import item_counts, loss_terms
 from qkv.recipes import default_recipe
 from qkv.train import Job, new_job
 
-BATCHES, STEPS, ROUNDS = 200, 10, 4
+BATCHES, STEPS, ROUNDS = 200, 5, 5
 
 
 def batches(dataset: Dataset, tokens: int) -> Iterator[tuple[int, list[int]]]:

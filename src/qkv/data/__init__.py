@@ -73,8 +73,8 @@ def trained_tokenizer(
     config: TokenizerConfig, family: Family, raw: Raw, cache: Cache = NO_CACHE
 ) -> Tokenizer:
     """`train_tokenizer` on the training text, unless the cache has its answer from an earlier run."""
-    samples = raw.train
-    total = sum(len(text) for column in (samples.texts, samples.pairs, samples.files) for text in column)
+    columns = (raw.train.documents, raw.train.pairs)
+    total = sum(len(text) for column in columns for text in column)
 
     def texts() -> Iterator[str]:
         done = 0
@@ -87,7 +87,7 @@ def trained_tokenizer(
         made = json.dumps(train_tokenizer(config, family, texts()).to_json()).encode()
         yield 1, {"json": np.frombuffer(made, np.uint8)}
 
-    content = [digest(column)[0] for column in (samples.texts, samples.pairs, samples.files)]
+    content = [digest(column)[0] for column in columns]
     made_from = fingerprint("tokenizer", repr(config), family, *content)
     found = cache.get(made_from, TOKENIZERS, chunks, "tokenizer trained", 1)
     return Tokenizer.from_json(json.loads(found["json"].tobytes()))
@@ -112,9 +112,7 @@ def build(
         raise InputError("the checkpoint has no tokenizer: it cannot read text; add its tokenizer.json")
     match model:
         case GPTConfig():
-            return LanguageDataset(
-                samples.texts or samples.files, tokenizer, model.context, seed, training, cache
-            )
+            return LanguageDataset(samples.documents, tokenizer, model.context, seed, training, cache)
         case TransformerConfig():
             return PairDataset(
                 samples.texts,

@@ -146,7 +146,7 @@ class Raw:
 
     def texts(self) -> Iterator[str]:
         """The training text, for a tokenizer to learn from."""
-        for column in (self.train.texts, self.train.pairs, self.train.files):
+        for column in (self.train.documents, self.train.pairs):
             for text in column:
                 yield from pieces(text)
 
@@ -352,9 +352,9 @@ def _cut_characters(documents: list[AnyText], fraction: float) -> tuple[list[Any
     left = int(sum(map(len, documents)) * fraction)
     for i, document in enumerate(documents):
         if len(document) > left:
-            train, valid = documents[:i], documents[i:]
-            valid[0] = document[left:]
-            return train + [document[:left]] * (left > 0), valid
+            train, valid = documents[: i + 1], documents[i:]
+            train[i], valid[0] = document[:left], document[left:]
+            return [d for d in train if len(d)], valid
         left -= len(document)
     return documents, []
 
