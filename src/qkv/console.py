@@ -37,14 +37,14 @@ class PreparationBar:
         self.bar.stop()
 
     def __call__(self, doing: str, done: int, total: int) -> None:
-        """Show the work once it has gone on for a while and is not done; where no bar can be, one line."""
+        """Show the work once it has gone on for a while: as a bar, or outside a terminal as one line."""
         now = time.monotonic()
         if now - self.began.setdefault(doing, now) < PATIENCE:
             return
         if doing not in self.tasks:
             if not self.console.is_terminal:
                 self.console.print(f"{done:,} of {total:,} {doing} so far", highlight=False)
-            self.tasks[doing] = self.bar.add_task(doing, total=total, start=True)
+            self.tasks[doing] = self.bar.add_task(doing, total=total)
             self.bar.start()
         self.bar.update(self.tasks[doing], completed=done, total=total)
 

@@ -37,7 +37,7 @@ class Dataset(ABC):
     costs: Ids
     """Tokens of each sample; where they differ from epoch to epoch, the most there can be."""
     fingerprint: str
-    """A hash of the samples' content and of what prepares it: it changes if and only if they do."""
+    """A hash of the samples' content and of what turns it into ids or pixels: other data have another."""
     notes: tuple[str, ...] = ()
     """Sentences for the user about what was cut, left out or not understood."""
     size_in_bytes: int = 0
