@@ -1,6 +1,8 @@
-"""What all tests share: one thread, one seed, and hypothesis without deadlines."""
+"""What all tests share: one thread, one seed, a cache of their own, and hypothesis without deadlines."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -20,6 +22,11 @@ settings.load_profile("qkv")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["QKV_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # also for processes that tests start
 
 
 @pytest.fixture(autouse=True)

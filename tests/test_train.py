@@ -307,13 +307,25 @@ def test_a_fresh_head_is_a_function_of_the_seed(tmp_path):
     assert torch.equal(*heads)
 
 
-def test_changed_data_are_noticed(tmp_path):
+def test_changed_data_are_noticed_even_if_no_length_changes(tmp_path):
     config = run_config(tmp_path, "bert", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())
     path = Path(config.data.path)
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:50]))
+    path.write_text(path.read_text().replace("red", "old"))
     with pytest.raises(InputError, match="have changed"):
         train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True)
+
+
+def test_a_run_without_a_cache_says_so_and_learns_the_same(tmp_path, monkeypatch):
+    config = run_config(tmp_path, "gpt", max_steps=3)
+    train(new_job(config), tmp_path / "cached", Nobody())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file"))
+    nobody = Nobody()
+    train(new_job(config), tmp_path / "uncached", nobody)
+    assert "Name another folder with QKV_CACHE" in nobody.said[0]
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("cached", "uncached"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_run_can_be_used_from_another_folder(tmp_path, monkeypatch):

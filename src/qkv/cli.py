@@ -54,28 +54,32 @@ def train(
         out: Run folder to make; default runs/NAME of the recipe.
         resume: Run folder to continue; takes no other argument.
     """
-    from qkv.console import TrainingBar
+    from qkv.console import PreparationBar, TrainingBar
     from qkv.distributed import process_group
     from qkv.train import begin, new_job, resumed_job
     from qkv.train import train as run_training
 
+    if resume is None and not config.data.path:
+        raise InputError("nothing to train on: give --data PATH")
     run = resume or out or Path("runs") / Path(recipe).stem
-    with process_group() as ranks, TrainingBar(_stderr(), quiet=not ranks.first) as bar:
-        job = None
-        if resume is None and ranks.first:
-            if not config.data.path:
-                raise InputError("nothing to train on: give --data PATH")
-            job = new_job(config)
-            begin(job, run)
-        ranks.barrier()
-        try:
-            done = run_training(job or resumed_job(run), run, bar, resume=True, ranks=ranks)
-        except KeyboardInterrupt:
-            bar.say(f"Stopped; continue with: qkv train --resume {run}")
-            raise
-        if not done.finished:
-            bar.say(f"Stopped at step {done.step}; continue with: qkv train --resume {run}")
-        elif ranks.first:
+    with process_group() as ranks:
+        console = _stderr(quiet=not ranks.first)
+        with PreparationBar(console) as watch:
+            # The first rank decides what the run is; the others read it from the run folder.
+            job = new_job(config, watch) if resume is None and ranks.first else None
+            if job is not None:
+                begin(job, run)
+            ranks.barrier()
+            job = job or resumed_job(run, watch)
+        with TrainingBar(console) as bar:
+            try:
+                done = run_training(job, run, bar, resume=True, ranks=ranks)
+            except KeyboardInterrupt:
+                bar.say(f"Stopped; continue with: qkv train --resume {run}")
+                raise
+            if not done.finished:
+                bar.say(f"Stopped at step {done.step}; continue with: qkv train --resume {run}")
+        if done.finished and ranks.first:
             print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 
@@ -303,10 +307,10 @@ def _lines(texts: Sequence[str]) -> list[str]:
     return lines
 
 
-def _stderr() -> Any:
+def _stderr(quiet: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=quiet)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,4 @@
-"""How a run looks in a terminal: a progress bar with loss, rate and time left, and a line an evaluation."""
+"""How a run looks in a terminal: bars with rate and time left, and a line an evaluation."""
 
 from __future__ import annotations
 
@@ -8,14 +8,52 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+PATIENCE = 2.0
+"""Seconds that preparing data may take unseen."""
+
+
+class PreparationBar:
+    """What long work on data is done before a run: a `qkv.data.cache.Watch`, used as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}, left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.began: dict[str, float] = {}
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> PreparationBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, doing: str, done: int, total: int) -> None:
+        """Show the work once it has gone on for a while: as a bar, or outside a terminal as one line."""
+        now = time.monotonic()
+        if now - self.began.setdefault(doing, now) < PATIENCE:
+            return
+        if doing not in self.tasks:
+            if not self.console.is_terminal:
+                self.console.print(f"{done:,} of {total:,} {doing} so far", highlight=False)
+            self.tasks[doing] = self.bar.add_task(doing, total=total)
+            self.bar.start()
+        self.bar.update(self.tasks[doing], completed=done, total=total)
+
 
 class TrainingBar:
     """An observer of `qkv.train.train`, used as a context manager."""
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        """quiet: show nothing, as all ranks do but the first."""
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.console.quiet = quiet
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

@@ -7,7 +7,6 @@ resumed ends with the weights of one that was not.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import signal
 import threading
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -28,8 +28,19 @@ from qkv import hub, lora
 from qkv.average import Average, average_of, replaced
 from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
-from qkv.data import Dataset, Raw, Sampler, prepare, read
+from qkv.data import (
+    Cache,
+    Dataset,
+    Raw,
+    Sampler,
+    cache_folder,
+    prefetch,
+    prepare,
+    read,
+    trained_tokenizer,
+)
 from qkv.data.batches import Batch
+from qkv.data.cache import Watch, unwatched
 from qkv.distributed import ALONE, Ranks, spread, whole
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
@@ -40,7 +51,7 @@ from qkv.models import Model, build
 from qkv.objectives import Objective, item_counts
 from qkv.optim import learning_rate, optimizers
 from qkv.runtime import keep_freed_memory, multiplies_bfloat16, pick_device, seed_all
-from qkv.tokenizers import Tokenizer, train_tokenizer
+from qkv.tokenizers import Tokenizer
 
 
 class Observer(Protocol):
@@ -75,12 +86,13 @@ class Job:
     """What was understood of the data."""
 
 
-def new_job(config: RunConfig) -> Job:
+def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     """Read the data, then make or load what turns it into a model's input, and the model.
 
     The resolved config has the vocabulary, labels and image size that the data decided, the precision
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
-    its dropouts. Raises InputError for anything that cannot work, before any training.
+    its dropouts. watch: told how far the preparation of the data is. Raises InputError for anything that
+    cannot work, before any training.
     """
     lora.check(config)
     precision = config.train.precision
@@ -92,16 +104,17 @@ def new_job(config: RunConfig) -> Job:
     config = replace(config, data=data, train=replace(config.train, precision=precision), init=init)
     raw = read(config.data, config.model.family)
     seed_all(config.train.seed)
-    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
+    cache = Cache(cache_folder(), watch)
+    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw, cache), cache)
 
 
-def resumed_job(run: Path) -> Job:
+def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     """The job of a run folder, for `train(..., resume=True)`. Raises InputError if it is not one."""
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
     raw = read(config.data, config.model.family)
-    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images))
+    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images), Cache(cache_folder(), watch))
 
 
 def _absolute(location: str) -> str:
@@ -109,7 +122,7 @@ def _absolute(location: str) -> str:
     return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
 
 
-def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
+def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
     config = replace(config, model=model)
     hub.check_savable(model)
@@ -117,7 +130,7 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
     if config.lora.rank:
         hub.adapt(checkpoint, config.lora, config.init)
-    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
+    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
     return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
 
 
@@ -144,7 +157,7 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
 _DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
-def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
+def _fresh(config: RunConfig, raw: Raw, cache: Cache) -> Checkpoint:
     """A new model, and the tokenizer or image processor that fits the data."""
     model = config.model
     if model.family == "vit":
@@ -152,7 +165,7 @@ def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
         model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
         images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
         return Checkpoint(build(model), images=images)
-    tokenizer = train_tokenizer(config.tokenizer, model.family, raw.texts())
+    tokenizer = trained_tokenizer(config.tokenizer, model.family, raw, cache)
     model = replace(model, vocab_size=tokenizer.vocab_size)
     if model.family == "transformer":
         model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
@@ -180,11 +193,6 @@ def _need(token_id: int | None) -> int:
     return token_id
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    """Changes, as good as always, if the data or the tokenizer do: a hash of all samples' lengths."""
-    return hashlib.sha256(dataset.costs.tobytes()).hexdigest()[:16]
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -202,7 +210,7 @@ def begin(job: Job, run: Path) -> None:
         if part is not None:
             part.save(run)
     model = job.checkpoint.model
-    save_state(run, model, [], average_of(model, job.config.train).state, Progress(_fingerprint(job.train)))
+    save_state(run, model, [], average_of(model, job.config.train).state, Progress(job.train.fingerprint))
 
 
 def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> Progress:
@@ -219,7 +227,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
         begin(job, run)
     trainer = Trainer(job, ranks)
     progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
-    if progress.data != _fingerprint(job.train):
+    if progress.data != job.train.fingerprint:
         raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
     try:
         _loop(trainer, run, observer, progress)
@@ -239,6 +247,17 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one rank computes on in one optimiser step."""
+
+    epoch: int
+    batches: list[tuple[Batch, bool]]
+    """One for each forward pass, and whether it counts."""
+    tokens: float
+    """Of all ranks."""
 
 
 class Trainer:
@@ -262,24 +281,25 @@ class Trainer:
         self.optimizers = optimizers(self.model, config)
         self.average: Average = average_of(self.model, config)
 
-    def batches(self, epoch: int, indices: Sequence[int]) -> list[tuple[Batch, bool]]:
-        """This rank's parts of a step's samples, and whether each counts.
+    def data(self, epoch: int, indices: Sequence[int]) -> StepData:
+        """A step's samples as this rank computes on them.
 
         The ranks and the accumulation divide the samples alike whatever their numbers are. Every rank
         gets equally many parts: where there is none for it, one sample that does not count.
         """
         parts = _divide(indices, self.config.gradient_accumulation_steps * self.ranks.count)
+        mine = [(part, True) for part in parts[self.ranks.rank :: self.ranks.count]]
         passes = math.ceil(len(parts) / self.ranks.count)
-        mine = parts[self.ranks.rank :: self.ranks.count]
-        counted = [(self.job.train.batch(part, epoch), True) for part in mine]
-        spare = passes - len(mine)
-        return counted + [(self.job.train.batch(indices[:1], epoch), False)] * spare
+        mine += [(indices[:1], False)] * (passes - len(mine))
+        train = self.job.train
+        batches = [(train.batch(part, epoch).to(self.device), counts) for part, counts in mine]
+        return StepData(epoch, batches, float(train.costs[list(indices)].sum()))
 
-    def step(self, batches: Sequence[tuple[Batch, bool]], step: int) -> dict[str, float]:
-        """One optimiser step over the batches of all ranks; its loss, gradient norm and learning rate."""
+    def step(self, data: StepData, step: int) -> dict[str, float]:
+        """One optimiser step over the data of all ranks; what there is to record of it."""
         seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
         self.objective.train()
-        loss = self._accumulate(batches)
+        loss = self._accumulate(data.batches)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         (total,) = self.ranks.sum([loss])
         if not math.isfinite(total + norm.item()):
@@ -295,7 +315,13 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.average.update(self.model)
-        return {"loss": total, "grad_norm": norm.item(), "learning_rate": rate}
+        return {
+            "epoch": data.epoch,
+            "loss": total,
+            "grad_norm": norm.item(),
+            "learning_rate": rate,
+            "tokens": data.tokens,
+        }
 
     def _accumulate(self, batches: Sequence[tuple[Batch, bool]]) -> float:
         """Add the gradients of a step's loss to the parameters'; this rank's share of the loss."""
@@ -307,7 +333,7 @@ class Trainer:
             if self.ranks.count > 1:
                 self.objective.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                part = self.objective(batch.to(self.device), totals) * float(counts)
+                part = self.objective(batch, totals) * float(counts)
             part.backward()
             loss += part.detach()
         return loss.item()
@@ -334,19 +360,20 @@ def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -
     observer.say(job.about)
     observer.begin(progress.step, config.max_steps)
     started = time.monotonic() - progress.seconds
-    with _interruptible() as interruption:
-        stream = sampler.batches(progress.step)
+    todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
+    with (
+        _interruptible() as interruption,
+        prefetch(lambda item: trainer.data(*item), todo) as stream,
+    ):
         while not progress.finished:
-            epoch, indices = next(stream)
             step = progress.step + 1
-            record = trainer.step(trainer.batches(epoch, indices), step)
-            record["tokens"] = float(job.train.costs[indices].sum())
+            record = trainer.step(next(stream), step)
             progress.step = step
             progress.seconds = time.monotonic() - started
             observer.step(step, record["loss"], record["tokens"])
             progress.finished = step == config.max_steps
             if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
-                metrics.add({"step": step, "epoch": epoch, "seconds": progress.seconds, **record})
+                metrics.add({"step": step, "seconds": progress.seconds, **record})
             if step % config.eval_steps == 0 or progress.finished:
                 scores = _score(trainer, run, progress)
                 progress.seconds = time.monotonic() - started

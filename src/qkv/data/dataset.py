@@ -5,19 +5,27 @@ Legend: T tokens.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
+import tokenizers
 import torch
 from torch import Tensor
 
 from qkv.data.batches import Batch
+from qkv.data.cache import Cache, Chunks, fingerprint
+from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.ragged import Layout, Ragged
 from qkv.tokenizers import ROLES, Tokenizer
 
 Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+TOKENIZERS = f"tokenizers {tokenizers.__version__}"
+"""What turns texts into ids."""
 
 
 class Dataset(ABC):
@@ -28,6 +36,8 @@ class Dataset(ABC):
 
     costs: Ids
     """Tokens of each sample; where they differ from epoch to epoch, the most there can be."""
+    fingerprint: str
+    """A hash of the samples' content and of what turns it into ids or pixels: other data have another."""
     notes: tuple[str, ...] = ()
     """Sentences for the user about what was cut, left out or not understood."""
     size_in_bytes: int = 0
@@ -44,10 +54,10 @@ class Dataset(ABC):
 class Sequences:
     """Many short integer sequences in one array."""
 
-    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
-        self.lengths: Ids = np.array([len(a) for a in arrays], dtype=np.int64)
-        self._values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+    def __init__(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """values: all sequences end to end, of any integer type. lengths: of each."""
+        self.lengths: Ids = lengths.astype(np.int64)
+        self._values = values
         self._bounds = np.concatenate([[0], self.lengths.cumsum()])
 
     def __len__(self) -> int:
@@ -60,16 +70,55 @@ class Sequences:
         """The sequences from `first` up to but without `last`, end to end."""
         return self._values[self._bounds[first] : self._bounds[last]].astype(np.int64)
 
+    def without_empty(self) -> Sequences:
+        """Those that have any values."""
+        return Sequences(self._values, self.lengths[self.lengths > 0])
+
 
 def slices(length: int, size: int = 1024) -> Iterator[slice]:
-    """Slices that cover a sequence: the tokenizers want many texts at a time, but not all."""
-    return (slice(start, start + size) for start in range(0, length, size))
+    """Slices that cover a sequence, at least one: the tokenizers want many texts at a time, but not all."""
+    return (slice(start, start + size) for start in range(0, max(length, 1), size))
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Each text's ids without special tokens."""
-    for some in slices(len(texts)):
-        yield from tokenizer.plain_batch(texts[some])
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str], cache: Cache) -> tuple[Sequences, str]:
+    """Each text's ids without special tokens, and a fingerprint of texts and tokenizer."""
+
+    def chunks() -> Chunks:
+        dtype = id_dtype(tokenizer)
+        for some in slices(len(texts)):
+            ids = tokenizer.plain_batch(texts[some])
+            yield len(ids), {"ids": flat(ids, dtype), "lengths": lengths_of(ids)}
+
+    made_from = fingerprint("plain", tokenizer.definition, digest(texts)[0])
+    found = cache.get(made_from, TOKENIZERS, chunks, "texts tokenised", len(texts))
+    return Sequences(found["ids"], found["lengths"]), made_from
+
+
+def id_dtype(tokenizer: Tokenizer) -> type[np.integer]:
+    """The smallest type that all ids of the vocabulary fit in."""
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+
+
+def flat(sequences: Sequence[Sequence[int]], dtype: type[np.integer]) -> np.ndarray:
+    """Sequences end to end."""
+    return np.fromiter(chain.from_iterable(sequences), dtype)
+
+
+def lengths_of(sequences: Sequence[Sequence[int]]) -> np.ndarray:
+    """The length of each sequence."""
+    return np.fromiter(map(len, sequences), np.int32, len(sequences))
+
+
+def digest(texts: Iterable[str | TextFile]) -> tuple[bytes, int]:
+    """A hash of texts and of where each ends, and their size in UTF-8 bytes."""
+    sha, ends, size = hashlib.sha256(), [], 0
+    for text in texts:
+        for part in [text] if isinstance(text, str) else text.parts():
+            content = part.encode("utf-8", "surrogatepass")  # broken Unicode is for the tokenizer to refuse
+            sha.update(content)
+            size += len(content)
+        ends.append(size)
+    return sha.digest() + hashlib.sha256(np.array(ends, dtype="<i8").tobytes()).digest(), size
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:

@@ -6,21 +6,29 @@ K classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
 from qkv.data.augment import Augmentation
 from qkv.data.batches import ImageBatch, RawImageBatch
-from qkv.data.dataset import Dataset
+from qkv.data.cache import LIMIT_BYTES, NO_CACHE, Cache, Chunks, Columns, fingerprint
+from qkv.data.dataset import Dataset, slices
 from qkv.data.raw import ImageFile
 from qkv.images import ImageProcessor, Region
 
 KEEP_BYTES = 2 << 30
-"""Data sets whose pixels need no more memory than this are decoded once; larger ones at every use."""
+"""Pixels are decoded once if they need no more memory than this, or no more disk than a cache may have;
+otherwise at every use."""
+PILLOW = f"pillow {PIL.__version__}"
+"""What turns files into pixels."""
+_DECODED = 256
+"""Images decoded before they are written to the cache."""
 
 
 class ImageDataset(Dataset):
@@ -32,6 +40,7 @@ class ImageDataset(Dataset):
         labels: Sequence[int],
         processor: ImageProcessor,
         patch_size: int,
+        cache: Cache = NO_CACHE,
         augmentation: Augmentation | None = None,
     ) -> None:
         """Raises InputError for a broken image, which for large data is found only when it is used."""
@@ -41,9 +50,14 @@ class ImageDataset(Dataset):
         self.augmentation = augmentation
         self.costs = np.full(len(files), (processor.size // patch_size) ** 2)
         size = len(files) * processor.channels * processor.size**2
+        made_from = _fingerprint(files, processor, by_content=size <= LIMIT_BYTES)
+        self.fingerprint = fingerprint("images", made_from, self.labels.tobytes())
+        pixels: Columns | None = None
         whole = augmentation is None or augmentation.config.crop_area == 1
-        keep = whole and size <= KEEP_BYTES
-        self.pixels = self._decode(range(len(files))) if keep else None  # (all, C, S, S)
+        if whole and size <= LIMIT_BYTES:
+            decode = cache.get if size <= KEEP_BYTES else cache.keep
+            pixels = decode(made_from, PILLOW, self._chunks, "images decoded", len(files))
+        self.pixels = None if pixels is None else torch.from_numpy(pixels["pixels"])  # (all, C, S, S)
 
     def batch(self, indices: Sequence[int], epoch: int) -> ImageBatch | RawImageBatch:
         """Normalised images (N, C, S, S) and classes (N,), the same in every epoch.
@@ -77,3 +91,22 @@ class ImageDataset(Dataset):
         for row, index in enumerate(indices):
             pixels[row] = self.files[index].pixels(self.processor, regions[row] if regions else None)
         return pixels
+
+    def _chunks(self) -> Chunks:
+        """All images' pixels, some at a time."""
+        for some in slices(len(self.files), _DECODED):
+            indices = range(len(self.files))[some]
+            yield len(indices), {"pixels": self._decode(indices).numpy()}
+
+
+def _fingerprint(files: Sequence[ImageFile], processor: ImageProcessor, by_content: bool) -> str:
+    """Of the files' bytes, which are quicker read than decoded; of too many, only how many bytes each has.
+
+    Names and times are left out: they change when data are copied.
+    """
+    sha = hashlib.sha256()
+    for file in files:
+        sha.update(
+            hashlib.sha256(file.content()).digest() if by_content else file.size().to_bytes(8, "little")
+        )
+    return fingerprint("pixels", f"{processor.size} {processor.channels} {processor.resample}", sha.digest())

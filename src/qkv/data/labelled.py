@@ -11,8 +11,21 @@ import numpy as np
 import torch
 
 from qkv.data.batches import LabelledBatch
-from qkv.data.dataset import Dataset, Sequences, check_context, join, lay, slices
-from qkv.tokenizers import Encoding, Tokenizer
+from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
+from qkv.data.dataset import (
+    TOKENIZERS,
+    Dataset,
+    Sequences,
+    check_context,
+    digest,
+    flat,
+    id_dtype,
+    join,
+    lay,
+    lengths_of,
+    slices,
+)
+from qkv.tokenizers import Tokenizer
 
 
 class LabelledDataset(Dataset):
@@ -26,16 +39,16 @@ class LabelledDataset(Dataset):
         tokenizer: Tokenizer,
         context: int,
         truncate: bool,
+        cache: Cache = NO_CACHE,
     ) -> None:
         """pairs: second texts, or none. Raises InputError for a text over the context that may not be cut."""
-        encodings = _encode(tokenizer, texts, pairs)
-        lengths = np.array([len(e.ids) for e in encodings])
-        self.notes = check_context(lengths, texts, context, truncate)
-        if self.notes:
-            encodings = _encode(tokenizer.shortened(context), texts, pairs)
-        self.ids = Sequences(e.ids for e in encodings)
-        self.segments = Sequences(e.segments for e in encodings)
         self.labels = np.asarray(labels)
+        content = digest(texts)[0] + digest(pairs)[0]
+        self.fingerprint = fingerprint("labelled", tokenizer.definition, content, self.labels.tobytes())
+        self.ids, self.segments = _encode(tokenizer, texts, pairs, content, cache)
+        self.notes = check_context(self.ids.lengths, texts, context, truncate)
+        if self.notes:
+            self.ids, self.segments = _encode(tokenizer.shortened(context), texts, pairs, content, cache)
         self.costs = self.ids.lengths
 
     def batch(self, indices: Sequence[int], epoch: int) -> LabelledBatch:
@@ -47,10 +60,22 @@ class LabelledDataset(Dataset):
         )
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str]) -> list[Encoding]:
-    """Each text, or each text and its pair, in the tokenizer's template."""
-    return [
-        encoding
-        for some in slices(len(texts))
-        for encoding in tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
-    ]
+def _encode(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str], content: bytes, cache: Cache
+) -> tuple[Sequences, Sequences]:
+    """Ids and segments of each text, or each text and its pair, in the tokenizer's template."""
+
+    def chunks() -> Chunks:
+        for some in slices(len(texts)):
+            encodings = tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
+            ids = [e.ids for e in encodings]
+            segments = flat([e.segments for e in encodings], np.uint8)
+            yield (
+                len(ids),
+                {"ids": flat(ids, id_dtype(tokenizer)), "segments": segments, "lengths": lengths_of(ids)},
+            )
+
+    made_from = fingerprint("template", tokenizer.definition, content)
+    found = cache.get(made_from, TOKENIZERS, chunks, "texts tokenised", len(texts))
+    lengths = found["lengths"]
+    return Sequences(found["ids"], lengths), Sequences(found["segments"], lengths)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qkv.data.batches import PairBatch
-from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, tokenise
+from qkv.data.cache import NO_CACHE, Cache, fingerprint
+from qkv.data.dataset import Dataset, Ids, check_context, join, lay, tokenise
 from qkv.tokenizers import Tokenizer
 
 
@@ -27,10 +28,12 @@ class PairDataset(Dataset):
         end_id: int,
         context: int,
         truncate: bool,
+        cache: Cache = NO_CACHE,
     ) -> None:
         """start_id begins the decoder's input. Raises InputError for a text over the context, unless cut."""
-        self.sources = Sequences(tokenise(tokenizer, sources))
-        self.targets = Sequences(tokenise(tokenizer.target, targets))
+        self.sources, source_content = tokenise(tokenizer, sources, cache)
+        self.targets, target_content = tokenise(tokenizer.target, targets, cache)
+        self.fingerprint = fingerprint("pairs", source_content, target_content)
         self.notes = tuple(
             f"{side}: {note}"
             for side, texts, ids in (("source", sources, self.sources), ("target", targets, self.targets))

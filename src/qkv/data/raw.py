@@ -9,19 +9,33 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from qkv.config import DataConfig, Family
-from qkv.data.files import TABLES, Table, existing, read_lines, read_table, read_text
+from qkv.data.files import (
+    TABLES,
+    Table,
+    TextFile,
+    existing,
+    read_bytes,
+    read_lines,
+    read_table,
+    read_text,
+    readable,
+)
 from qkv.data.text import pieces
 from qkv.errors import InputError
 from qkv.images import ImageProcessor, Region
 
 Kind = Literal["text", "labelled", "pairs", "images"]
+AnyText = TypeVar("AnyText", str, TextFile)
+
+IN_MEMORY_BYTES = 256 << 20
+"""A GPT's text files stay on disk if they have more than this together; other text is held in memory."""
 
 SPLIT_SEED = 0
 """Held-out samples do not depend on the run's seed, so that runs with different seeds compare."""
@@ -41,6 +55,17 @@ class ImageFile:
         except InputError as error:
             message = str(error)
             raise InputError(message if self.name in message else f"{self.name}: {message}") from None
+
+    def content(self) -> bytes:
+        """The file's bytes. Raises InputError if there is no such file."""
+        return self.source if isinstance(self.source, bytes) else read_bytes(self.source)
+
+    def size(self) -> int:
+        """How many bytes the file has. Raises InputError if there is no such file."""
+        if isinstance(self.source, bytes):
+            return len(self.source)
+        with readable(self.source):
+            return self.source.stat().st_size
 
     def shape(self) -> tuple[int, int]:
         """Shorter side and number of channels (1 or 3), by the file's header."""
@@ -63,12 +88,19 @@ class Samples:
     images: list[ImageFile] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     """Index of each sample's class among the labels."""
+    files: list[TextFile] = field(default_factory=list)
+    """Documents that are too large for memory, in place of texts."""
 
     def __len__(self) -> int:
-        return max(len(self.texts), len(self.images))
+        return max(len(self.texts), len(self.images), len(self.files))
+
+    @property
+    def documents(self) -> list[str] | list[TextFile]:
+        """Running text, wherever it is."""
+        return self.files or self.texts
 
     def take(self, indices: Sequence[int]) -> Samples:
-        """Some of the samples."""
+        """Some of the samples, which are not running text."""
 
         def some(column: list[Any]) -> list[Any]:
             return [column[i] for i in indices] if column else []
@@ -114,7 +146,7 @@ class Raw:
 
     def texts(self) -> Iterator[str]:
         """The training text, for a tokenizer to learn from."""
-        for column in (self.train.texts, self.train.pairs):
+        for column in (self.train.documents, self.train.pairs):
             for text in column:
                 yield from pieces(text)
 
@@ -135,7 +167,8 @@ class Raw:
 
     def _count(self, samples: Samples) -> str:
         if self.kind == "text":
-            return f"{sum(map(len, samples.texts)):,} characters in {_plural(len(samples), 'document')}"
+            characters = sum(map(len, samples.documents))
+            return f"{characters:,} characters in {_plural(len(samples), 'document')}"
         nouns = {"labelled": "labelled text", "pairs": "sentence pair", "images": "image"}
         return _plural(len(samples), nouns[self.kind])
 
@@ -166,14 +199,13 @@ def read(data: DataConfig, family: Family) -> Raw:
         return Raw(samples, valid, labels, f"all of {data.valid}")
     share = f"{100 * data.valid_fraction:g} %"
     if samples.kind == "text":
-        cut = _cut_documents if family == "bert" else _cut_characters
-        first, last = cut(samples.texts, 1 - data.valid_fraction)
-        if not first or not last:
+        train, valid = _cut(samples, family, 1 - data.valid_fraction)
+        if not len(train) or not len(valid):
             raise InputError(
                 f"{data.path} has too little text to hold out {share}: give more (blank lines separate "
                 f"documents for BERT), or data.valid"
             )
-        return Raw(Samples("text", first), Samples("text", last), labels, f"the last {share}")
+        return Raw(train, valid, labels, f"the last {share}")
     held_out = max(1, round(len(samples) * data.valid_fraction))
     if held_out >= len(samples):
         raise InputError(f"{data.path} has {len(samples)} samples, too few to hold some out; give data.valid")
@@ -197,7 +229,10 @@ def _read(
         return _read_pairs(location, data), ()
     path = existing(location)
     if path.suffix.lower() not in TABLES:
-        documents = [read_text(file) for file in _text_files(path)]
+        files = _text_files(path)
+        if family == "gpt" and sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES:
+            return Samples("text", files=[TextFile.open(file) for file in files]), ()
+        documents = [read_text(file) for file in files]
         return Samples("text", _divide_documents(documents) if family == "bert" else documents), ()
     if family == "bert":
         return _read_labelled(path, data, labels)
@@ -302,17 +337,26 @@ def _index(found: list[str], labels: tuple[str, ...], path: Path) -> tuple[list[
 # ---------------------------------------------------------------- splitting running text
 
 
-def _cut_characters(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+def _cut(samples: Samples, family: Family, fraction: float) -> tuple[Samples, Samples]:
+    """The first part of running text and the rest; for BERT, whole documents."""
+    if samples.files:
+        first, last = _cut_characters(samples.files, fraction)
+        return Samples("text", files=first), Samples("text", files=last)
+    cut = _cut_documents if family == "bert" else _cut_characters
+    train, valid = cut(samples.texts, fraction)
+    return Samples("text", train), Samples("text", valid)
+
+
+def _cut_characters(documents: list[AnyText], fraction: float) -> tuple[list[AnyText], list[AnyText]]:
     """The first part of all characters, and the rest; one document may be cut in two."""
     left = int(sum(map(len, documents)) * fraction)
-    train: list[str] = []
     for i, document in enumerate(documents):
         if len(document) > left:
-            train, valid = [*train, document[:left]], [document[left:], *documents[i + 1 :]]
-            return [d for d in train if d], valid
-        train.append(document)
+            train, valid = documents[: i + 1], documents[i:]
+            train[i], valid[0] = document[:left], document[left:]
+            return [d for d in train if len(d)], valid
         left -= len(document)
-    return train, []
+    return documents, []
 
 
 def _cut_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:

@@ -7,29 +7,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
 from qkv.data.batches import LanguageBatch
-from qkv.data.dataset import Dataset, Ids, join, lay, tokenise
+from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
+from qkv.data.dataset import TOKENIZERS, Dataset, Ids, digest, flat, id_dtype, join, lay, slices
+from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
-_SEAM = re.compile(r"(?<=\S)\n(?=\S)")
+_SEAM = re.compile(r"(?<=\S)\n(?=\S)|\n(?=\n\S)")
 _PIECE = 1 << 16
+_PIECES = 32
+"""As many at a time keep all threads of the tokenizer busy, and its memory small."""
 
 
-def pieces(text: str) -> Iterator[str]:
+def pieces(text: str | TextFile) -> Iterator[str]:
     """Parts of some ten thousand characters, whose tokens are those of the whole text.
 
-    Tokenizers split at white space before anything else, and see a lone line break alike in the
-    middle and at the end of a text. (One huge text costs them much memory.)
+    Tokenizers split at white space before anything else. They see a lone line break alike in the middle
+    and at the end of a text, and the last of several line breaks apart from those before it. (One huge
+    text costs them much memory.)
     """
-    start = 0
-    while seam := _SEAM.search(text, start + _PIECE):
-        yield text[start : seam.end()]
-        start = seam.end()
-    yield text[start:]
+    rest = ""
+    for part in [text] if isinstance(text, str) else text.parts():
+        rest += part
+        start = 0
+        while seam := _SEAM.search(rest, start + _PIECE):
+            yield rest[start : seam.end()]
+            start = seam.end()
+        rest = rest[start:]
+    yield rest
 
 
 class LanguageDataset(Dataset):
@@ -41,31 +51,35 @@ class LanguageDataset(Dataset):
     """
 
     def __init__(
-        self, texts: Sequence[str], tokenizer: Tokenizer, context: int, seed: int, training: bool
+        self,
+        texts: Sequence[str] | Sequence[TextFile],
+        tokenizer: Tokenizer,
+        context: int,
+        seed: int,
+        training: bool,
+        cache: Cache = NO_CACHE,
     ) -> None:
-        stream = [np.asarray(ids, dtype=np.int32) for ids in self._ids(texts, tokenizer)]
-        self.stream = (
-            np.concatenate(stream) if stream else np.zeros(0, dtype=np.int32)
-        )  # (length of all texts,)
+        content, self.size_in_bytes = digest(texts)
+        self.fingerprint = fingerprint("stream", tokenizer.definition, str(tokenizer.eos_id), content)
+        found = cache.get(
+            self.fingerprint,
+            TOKENIZERS,
+            lambda: _chunks(texts, tokenizer),
+            "characters tokenised",
+            sum(map(len, texts)),
+        )
+        self.stream = found["ids"]  # (length of all texts,)
         if len(self.stream) < 2:
             raise InputError("the text has fewer than 2 tokens; give more text")
         successors = len(self.stream) - 1
         self.width = min(context, successors)
         self.seed = seed
         self.training = training
-        self.size_in_bytes = sum(len(text.encode()) for text in texts)
         self.notes = _unknown(self.stream, tokenizer)
         windows = len(self.stream) // self.width if training else -(-successors // self.width)
         self.costs = np.full(windows, self.width)
         if not training:
             self.costs[-1] = successors - (windows - 1) * self.width
-
-    @staticmethod
-    def _ids(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-        for text in texts:
-            if tokenizer.eos_id is not None:
-                yield [tokenizer.eos_id]
-            yield from tokenise(tokenizer, list(pieces(text)))
 
     def batch(self, indices: Sequence[int], epoch: int) -> LanguageBatch:
         """Windows as ids (T,) with their successors (T,)."""
@@ -80,9 +94,23 @@ class LanguageDataset(Dataset):
         return self.stream.take(np.arange(start, start + length + 1), mode="wrap").astype(np.int64)
 
 
+def _chunks(texts: Sequence[str] | Sequence[TextFile], tokenizer: Tokenizer) -> Chunks:
+    """The ids of the texts, some pieces at a time."""
+    dtype = id_dtype(tokenizer)
+    begin = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype)
+    yield 0, {"ids": np.zeros(0, dtype)}
+    for text in texts:
+        yield 0, {"ids": begin}
+        parts = pieces(text)
+        while some := list(islice(parts, _PIECES)):
+            yield sum(map(len, some)), {"ids": flat(tokenizer.plain_batch(some), dtype)}
+
+
 def _unknown(stream: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
     """What to tell about tokens that the vocabulary cannot say."""
-    count = 0 if tokenizer.unk_id is None else int((stream == tokenizer.unk_id).sum())
+    if tokenizer.unk_id is None:
+        return ()
+    count = sum(int((stream[part] == tokenizer.unk_id).sum()) for part in slices(len(stream), 1 << 20))
     if not count:
         return ()
     return (
