@@ -34,7 +34,8 @@ class PreparationBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        if self.tasks:
+            self.bar.stop()
 
     def __call__(self, doing: str, done: int, total: int) -> None:
         """Show the work once it has gone on for a while: as a bar, or outside a terminal as one line."""
