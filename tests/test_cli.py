@@ -117,7 +117,7 @@ def test_help_explains_every_setting(family):
     for section in ("model", "tokenizer", "data", "train"):
         for field in fields(getattr(recipe, section)):
             flag = f"--{section}.{field.name.replace('_', '-')}"
-            values = r"(?:INT|FLOAT|STR|\{[\w,]*\}|\[STR \[STR \.\.\.\]\]|, --\S+)"
+            values = r"(?:INT|FLOAT|STR|\{[\w,]*\}|\[STR \[STR \.\.\.\]\]|\[\{.*?\} \.\.\.\]\]|, --\S+)"
             said = re.search(rf" {re.escape(flag)} ?{values} (.*?) ?\(default: ", text)
             assert said and " " in said[1], flag
 

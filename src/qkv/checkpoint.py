@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -37,6 +38,8 @@ class Progress:
     best_step: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
     """Held-out scores of the model with the lowest loss so far, which the run folder holds."""
+    trend: dict[str, Any] = field(default_factory=dict)
+    """Fields of the `LossTrend` that tells whether the run diverges."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -55,6 +55,10 @@ def train(
         resume: Run folder to continue; takes no other argument.
     """
     from qkv.console import TrainingBar
+    from qkv.observe import Observers
+    from qkv.report.run import RunReport
+    from qkv.roofline import full_rate
+    from qkv.trackers import trackers
     from qkv.train import new_job, resumed_job
     from qkv.train import train as run_training
 
@@ -64,12 +68,15 @@ def train(
         if not config.data.path:
             raise InputError("nothing to train on: give --data PATH")
         job, run = new_job(config), out or Path("runs") / Path(recipe).stem
-    with TrainingBar(_stderr()) as bar:
-        try:
-            done = run_training(job, run, bar, resume=resume is not None)
-        except KeyboardInterrupt:
-            bar.say(f"Stopped; continue with: qkv train --resume {run}")
-            raise
+    tracked = trackers(job.config.train.report_to, run)
+    rate = full_rate(job.checkpoint.model, job.train, job.config.train.precision)
+    bar = TrainingBar(_stderr(), rate)
+    watching = Observers([bar, RunReport(job, run, rate), *tracked])
+    try:
+        done = run_training(job, run, watching, resume=resume is not None)
+    except KeyboardInterrupt:
+        bar.say(f"Stopped; continue with: qkv train --resume {run}")
+        raise
     print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 

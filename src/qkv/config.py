@@ -22,6 +22,7 @@ Family = Literal["transformer", "bert", "gpt", "vit"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 BertHead = Literal["none", "pooler", "pretraining", "masked_lm", "classification", "tagging"]
 
 T = TypeVar("T")
@@ -272,6 +273,8 @@ class TrainConfig:
     """Steps between scores of the held-out data."""
     save_steps: int = 200
     """Steps between saved states, from which a run can be resumed."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Trackers that get the numbers of metrics.jsonl too; each needs its package."""
     seed: int = 0
     """Decides the initial weights, the order of samples and all that is random."""
 

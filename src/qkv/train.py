@@ -13,11 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,37 +24,23 @@ from torch import Tensor
 from qkv import hub
 from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
 from qkv.config import BertHead, RunConfig, read_toml, write_toml
-from qkv.data import Dataset, Raw, Sampler, prepare, read
+from qkv.data import Dataset, Raw, Sampler, Samples, prepare, read
 from qkv.data.batches import Batch
+from qkv.data.summary import Summary, summarize
+from qkv.divergence import LossTrend, check_loss, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.models import build
 from qkv.objectives import item_counts, loss_terms
+from qkv.observe import Observer
 from qkv.optim import learning_rate, optimizers
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer, train_tokenizer
 
-
-class Observer(Protocol):
-    """Who watches a run: the command line's progress bar, a report, or nobody."""
-
-    def say(self, message: str) -> None:
-        """A sentence for the user."""
-        ...
-
-    def begin(self, step: int, max_steps: int) -> None:
-        """The loop starts behind `step`."""
-        ...
-
-    def step(self, step: int, loss: float, tokens: float) -> None:
-        """An optimiser step over so many tokens is done."""
-        ...
-
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        """The held-out scores behind a step."""
-        ...
+EXAMPLES = 8
+"""How many held-out samples a job keeps to show what the model makes of them."""
 
 
 @dataclass
@@ -66,8 +51,10 @@ class Job:
     checkpoint: Checkpoint
     train: Dataset
     valid: Dataset
-    about: str
+    summary: Summary
     """What was understood of the data."""
+    examples: Samples
+    """A few held-out samples, to show what the model makes of them."""
 
 
 def new_job(config: RunConfig) -> Job:
@@ -108,7 +95,8 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     if model.family == "bert" and model.segments < 2 and (raw.kind == "text" or raw.train.pairs):
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
-    return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
+    summary = summarize(raw, train, valid)
+    return Job(config, checkpoint, train, valid, summary, raw.valid.spread(EXAMPLES))
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
@@ -178,7 +166,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
 
     SIGINT and SIGTERM end the loop behind the step in progress with its state saved; then
     KeyboardInterrupt is raised. Raises InputError if the folder holds another run, has no state to
-    resume, or cannot be written, and if the loss stops being a number.
+    resume, or cannot be written, and if the loss diverges or stops being a number.
     """
     config = job.config.train
     device = pick_device()
@@ -200,11 +188,12 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
                 part.save(run)
         save_state(run, model, steppers, progress)
     metrics = Metrics(run, progress.step)
+    trend = LossTrend(**progress.trend)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
-    observer.say(job.about)
-    observer.begin(progress.step, config.max_steps)
+    observer.say(job.summary.text())
     started = time.monotonic() - progress.seconds
-    with _interruptible() as interrupted:
+    with _interruptible() as interrupted, closing(observer):
+        observer.begin(job.config, progress.step)
         for epoch, indices in sampler.batches(progress.step):
             if progress.step == config.max_steps:
                 break
@@ -213,11 +202,14 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
             record = _step(job, model, steppers, epoch, indices, step, rate)
             progress.step = step
             progress.seconds = time.monotonic() - started
-            observer.step(step, record["loss"], record["tokens"])
+            record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
+            observer.step(step, record)
             last = step == config.max_steps
             if step % config.logging_steps == 0 or last or step == 1:
-                record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
                 metrics.add(record)
+            trend.add(record["loss"])
+            check_trend(step, trend, config)
+            progress.trend = asdict(trend)
             if step % config.eval_steps == 0 or last:
                 scores = evaluate(model, job.valid)
                 if scores["loss"] < progress.best_scores.get("loss", math.inf):
@@ -260,12 +252,7 @@ def _step(
         piece_loss.backward()  # type: ignore[no-untyped-call]
         loss += piece_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not math.isfinite(loss.item() + norm.item()):
-        raise InputError(
-            f"the loss or its gradient is no longer a number at step {step}: "
-            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, "
-            f"and train into another --out"
-        )
+    check_loss(step, loss.item(), norm.item(), config)
     for optimizer in steppers:
         for group in optimizer.param_groups:
             group["lr"] = rate

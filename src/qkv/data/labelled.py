@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from qkv.data.batches import LabelledBatch
-from qkv.data.dataset import Dataset, Sequences, check_context, join, lay, slices
+from qkv.data.dataset import Dataset, Sequences, check_context, check_vocabulary, join, lay, slices
 from qkv.tokenizers import Encoding, Tokenizer
 
 
@@ -35,6 +35,7 @@ class LabelledDataset(Dataset):
             encodings = _encode(tokenizer.shortened(context), texts, pairs)
         self.ids = Sequences(e.ids for e in encodings)
         self.segments = Sequences(e.segments for e in encodings)
+        self.notes += check_vocabulary(self.ids.values, tokenizer)
         self.labels = np.asarray(labels)
         self.costs = self.ids.lengths
 

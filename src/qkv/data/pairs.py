@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qkv.data.batches import PairBatch
-from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, tokenise
+from qkv.data.dataset import Dataset, Ids, Sequences, check_context, check_vocabulary, join, lay, tokenise
 from qkv.tokenizers import Tokenizer
 
 
@@ -34,7 +34,10 @@ class PairDataset(Dataset):
         self.notes = tuple(
             f"{side}: {note}"
             for side, texts, ids in (("source", sources, self.sources), ("target", targets, self.targets))
-            for note in check_context(ids.lengths + 1, texts, context, truncate)
+            for note in (
+                *check_context(ids.lengths + 1, texts, context, truncate),
+                *check_vocabulary(ids.values, tokenizer),
+            )
         )
         self.room = context - 1  # beside the end or start token
         self.start = np.array([start_id])

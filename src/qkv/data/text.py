@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qkv.data.batches import LanguageBatch
-from qkv.data.dataset import Dataset, Ids, join, lay, tokenise
+from qkv.data.dataset import Dataset, Ids, check_vocabulary, join, lay, tokenise
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
@@ -54,7 +54,7 @@ class LanguageDataset(Dataset):
         self.seed = seed
         self.training = training
         self.size_in_bytes = sum(len(text.encode()) for text in texts)
-        self.notes = _unknown(self.stream, tokenizer)
+        self.notes = check_vocabulary(self.stream, tokenizer)
         windows = len(self.stream) // self.width if training else -(-successors // self.width)
         self.costs = np.full(windows, self.width)
         if not training:
@@ -78,13 +78,3 @@ class LanguageDataset(Dataset):
     def _window(self, start: int, length: int) -> Ids:
         """The tokens from `start` on, around the ring, and the one behind them: (length + 1,)."""
         return self.stream.take(np.arange(start, start + length + 1), mode="wrap").astype(np.int64)
-
-
-def _unknown(stream: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What to tell about tokens that the vocabulary cannot say."""
-    count = 0 if tokenizer.unk_id is None else int((stream == tokenizer.unk_id).sum())
-    if not count:
-        return ()
-    return (
-        f"{count:,} of {len(stream):,} tokens are unknown to the tokenizer; scores count them as one token.",
-    )

@@ -1,0 +1,86 @@
+"""When to give up a run: its loss is no number, or rose and stays high; and what to try then."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qkv.config import TrainConfig
+from qkv.errors import InputError
+
+WINDOW = 20
+"""Steps over which the loss is smoothed, and at the beginning averaged."""
+PATIENCE = 200
+"""Steps in a row that the smoothed loss must be too high: spikes from which runs recover are shorter."""
+
+
+@dataclass
+class LossTrend:
+    """The smoothed loss against its lowest value so far.
+
+    A run has diverged if for PATIENCE steps in a row the smoothed loss was above its lowest value by more
+    than the largest of
+
+    - half of what was learnt: of the way from the first WINDOW steps' mean down to that lowest value;
+    - a quarter of the first steps' mean, so that a run that learns little is not judged by little;
+    - three standard deviations of a single step's loss around the smoothed one. The smoothed loss of a
+      steady run varies by a sixth of a deviation (1 / sqrt(2 WINDOW)), however the losses are distributed.
+
+    Its fields are plain numbers, so that a run's state keeps them.
+    """
+
+    steps: int = 0
+    smooth: float = 0.0
+    """Mean loss of the first WINDOW steps; behind them, a moving average over about as many."""
+    variance: float = 0.0
+    """Of a step's loss around `smooth`, averaged in the same way."""
+    start: float = 0.0
+    """`smooth` behind the first WINDOW steps."""
+    lowest: float = math.inf
+    """The least that `smooth` was since."""
+    too_high: int = 0
+    """Steps in a row that the smoothed loss was too high."""
+
+    def add(self, loss: float) -> None:
+        """Take in the loss of the next step."""
+        self.steps += 1
+        weight = 1 / min(self.steps, WINDOW)
+        change = loss - self.smooth
+        self.smooth += weight * change
+        self.variance = (1 - weight) * (self.variance + weight * change**2)
+        if self.steps < WINDOW:
+            return
+        if self.steps == WINDOW:
+            self.start = self.smooth
+        self.lowest = min(self.lowest, self.smooth)
+        learnt = self.start - self.lowest
+        margin = max(learnt / 2, abs(self.start) / 4, 3 * math.sqrt(self.variance))
+        self.too_high = self.too_high + 1 if self.smooth > self.lowest + margin else 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss rose far above its lowest value and stayed there."""
+        return self.too_high >= PATIENCE
+
+
+def check_loss(step: int, loss: float, norm: float, config: TrainConfig) -> None:
+    """Raises InputError if a step's loss or gradient norm is not a finite number."""
+    if not math.isfinite(loss + norm):
+        raise InputError(f"the loss or its gradient is no longer a number at step {step}: {_advice(config)}")
+
+
+def check_trend(step: int, trend: LossTrend, config: TrainConfig) -> None:
+    """Raises InputError if the run has diverged."""
+    if trend.diverged:
+        raise InputError(
+            f"the loss diverged: until step {step} it was far above its best for {PATIENCE} steps "
+            f"({trend.smooth:.3g}, {trend.lowest:.3g} at best): {_advice(config)}"
+        )
+
+
+def _advice(config: TrainConfig) -> str:
+    return (
+        f"lower train.learning_rate (now {config.learning_rate:g}), raise train.warmup_steps "
+        f"(now {config.warmup_steps}) or lower train.max_grad_norm (now {config.max_grad_norm:g}), and train "
+        f"into another --out; the best model and the last saved state are kept"
+    )

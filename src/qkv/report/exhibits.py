@@ -1,0 +1,232 @@
+"""What a model in training makes of a few held-out samples: asked at every evaluation, shown in the report.
+
+An exhibit asks through the pipelines that people use, greedily or with a seed of its own, so it draws
+nothing from the generators that training draws from. Answers are plain values, kept in samples.jsonl.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from html import escape
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from qkv.data import Samples
+from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, TextGenerator, Translator
+from qkv.report.page import continuation, filled, table
+from qkv.report.pictures import gallery
+from qkv.tokenizers import Tokenizer
+
+Answer = dict[str, Any]
+"""Plain values by name, as JSON has them."""
+
+P = TypeVar("P", bound=AnyPipeline)
+
+_TOKENS = 64
+"""Most tokens of a text that is generated, and of its prompt a quarter: it shows enough and is soon done."""
+_SIDE = 72
+"""Pixels of a picture's longer side in the page."""
+_CHARACTERS = 240
+"""Longer texts are shown in part."""
+
+
+class Exhibit(ABC, Generic[P]):
+    """Some samples, and how a model answers them."""
+
+    title: str
+    caption: str
+
+    def __init__(self, pipeline: P, samples: Samples) -> None:
+        self.pipeline = pipeline
+        self.samples = samples
+
+    @abstractmethod
+    def ask(self) -> list[Answer]:
+        """The model's answers now, one a sample."""
+
+    @abstractmethod
+    def show(self, answers: Sequence[Answer]) -> str:
+        """They as HTML."""
+
+
+def exhibit(pipeline: AnyPipeline, samples: Samples, labels: tuple[str, ...]) -> Exhibit[Any] | None:
+    """What suits the model and its data; None if nothing does. labels: names of the samples' classes."""
+    match pipeline, samples.kind:
+        case TextGenerator(), "text":
+            return Continuations(pipeline, samples)
+        case Translator(), "pairs":
+            return Translations(pipeline, samples.spread(6))
+        case Encoder(), "text":
+            return Gaps(pipeline, samples)
+        case Encoder(), "labelled":
+            return Classes(pipeline, samples.spread(8), labels)
+        case ImageClassifier(), "images":
+            return Pictures(pipeline, samples, labels)
+        case _:
+            return None
+
+
+class Continuations(Exhibit[TextGenerator]):
+    """How a GPT goes on behind beginnings of held-out text."""
+
+    title = "It goes on"
+    caption = (
+        "Held-out text, and marked what the model puts behind it, sampled from the likeliest 95 % (top-p)."
+    )
+
+    def ask(self) -> list[Answer]:
+        """Three continuations."""
+        context, tokenizer = self.pipeline.model.config.context, self.pipeline.tokenizer
+        beginnings = (tokenizer.plain(text)[: min(_TOKENS, context) // 4] for text in self._places(3))
+        prompts = [tokenizer.decode(ids) for ids in beginnings if ids]
+        room = min(_TOKENS, context // 2)
+        texts = self.pipeline.generate(prompts, max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
+        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+
+    def _places(self, count: int) -> list[str]:
+        """Text from so many places, each behind a line break if one is near."""
+        whole = "\n".join(self.samples.texts)
+        starts = [len(whole) * i // count for i in range(count)]
+        ahead = (whole.find("\n", start, start + 2000) + 1 for start in starts)
+        return [whole[behind or start :][:1000] for start, behind in zip(starts, ahead, strict=True)]
+
+    def show(self, answers: Sequence[Answer]) -> str:
+        """Prompts with their continuations marked."""
+        return "".join(continuation(a["prompt"], a["text"]) for a in answers)
+
+
+class Translations(Exhibit[Translator]):
+    """Held-out sources translated."""
+
+    title = "It translates"
+    caption = "Held-out sources, translated greedily."
+
+    def ask(self) -> list[Answer]:
+        """One translation a source."""
+        room = min(_TOKENS, self.pipeline.model.config.context)
+        texts = self.pipeline.translate(self.samples.texts, num_beams=1, max_new_tokens=room, truncate=True)
+        rows = zip(self.samples.texts, self.samples.pairs, texts, strict=True)
+        return [{"source": s, "reference": r, "translation": t} for s, r, t in rows]
+
+    def show(self, answers: Sequence[Answer]) -> str:
+        """Beside the references."""
+        rows = [[_short(a[name]) for name in ("source", "reference", "translation")] for a in answers]
+        return table(("source", "reference", "translation"), rows)
+
+
+class Gaps(Exhibit[Encoder]):
+    """Words hidden in held-out sentences."""
+
+    title = "It fills gaps"
+    caption = (
+        "A word of each held-out sentence is hidden: what the text says, and what the model finds likeliest."
+    )
+
+    def ask(self) -> list[Answer]:
+        """Four gaps."""
+        tokenizer, context = self.pipeline.tokenizer, self.pipeline.model.config.context
+        found: list[Answer] = []
+        for text in self.samples.texts:
+            for line in text.split("\n"):
+                if len(found) < 4 and (gap := _gap(line, tokenizer, context)):
+                    before, token, after = gap
+                    assert tokenizer.mask_id is not None
+                    mask = tokenizer.token(tokenizer.mask_id)
+                    guesses = self.pipeline.fill(f"{before}{mask}{after}", top_k=4)
+                    found.append({"before": before, "after": after, "truth": token, "guesses": guesses})
+                    break
+        return found
+
+    def show(self, answers: Sequence[Answer]) -> str:
+        """Sentences with the truth, and guesses with their probabilities."""
+        return "".join(filled(a["before"], a["after"], a["guesses"], a["truth"]) for a in answers)
+
+
+def _gap(line: str, tokenizer: Tokenizer, context: int) -> tuple[str, str, str] | None:
+    """What stands before, in and behind the longest word of a line that is a single token."""
+    ids = tokenizer.encode(line).ids
+    if len(ids) > context or tokenizer.mask_id in ids:
+        return None
+    words = sorted(re.finditer(r"\w+", line), key=lambda word: -len(word[0]))
+    for word in words:
+        tokens = tokenizer.plain(word[0])
+        if len(tokens) == 1 and tokens[0] != tokenizer.unk_id:
+            return line[: word.start()], tokenizer.token(tokens[0]), line[word.end() :]
+    return None
+
+
+class Classes(Exhibit[Encoder]):
+    """Held-out texts, or pairs of texts, classified."""
+
+    title = "It classifies"
+    caption = "Held-out texts with their labels."
+
+    def __init__(self, pipeline: Encoder, samples: Samples, labels: tuple[str, ...]) -> None:
+        super().__init__(pipeline, samples)
+        self.labels = [labels[i] for i in samples.labels]
+
+    def ask(self) -> list[Answer]:
+        """The likeliest class of each."""
+        texts, pairs = self.samples.texts, self.samples.pairs
+        given: list[Any] = list(zip(texts, pairs, strict=True)) if pairs else texts
+        guesses = self.pipeline.classify(given, top_k=1, truncate=True)
+        shown = [" | ".join(text) for text in given] if pairs else texts
+        return [
+            {"text": text, "label": label, "guess": guess.name, "probability": guess.probability}
+            for text, label, (guess,) in zip(shown, self.labels, guesses, strict=True)
+        ]
+
+    def show(self, answers: Sequence[Answer]) -> str:
+        """A table; wrong answers are marked."""
+        head = "".join(f'<th scope="col">{name}</th>' for name in ("text", "label", "model says"))
+        rows = "".join(
+            f"<tr><td>{escape(_short(a['text']))}</td><td>{escape(a['label'])}</td>"
+            f'<td class="{"right" if a["guess"] == a["label"] else "wrong"}">{escape(a["guess"])} '
+            f"({100 * a['probability']:.0f} %)</td></tr>"
+            for a in answers
+        )
+        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+class Pictures(Exhibit[ImageClassifier]):
+    """Held-out images classified."""
+
+    title = "It recognises"
+    caption = "Held-out images, as the model is given them; in red what it gets wrong."
+
+    def __init__(self, pipeline: ImageClassifier, samples: Samples, labels: tuple[str, ...]) -> None:
+        super().__init__(pipeline, samples)
+        self.labels = [labels[i] for i in samples.labels]
+
+    def ask(self) -> list[Answer]:
+        """The likeliest class of each."""
+        guesses = self.pipeline.classify([image.source for image in self.samples.images], top_k=1)
+        return [
+            {"label": label, "guess": guess.name, "probability": guess.probability}
+            for label, (guess,) in zip(self.labels, guesses, strict=True)
+        ]
+
+    def show(self, answers: Sequence[Answer]) -> str:
+        """The images with what they are taken for."""
+        pictures = []
+        for image, answer in zip(self.samples.images, answers, strict=True):
+            guess, label = answer["guess"], answer["label"]
+            said = guess if guess == label else f"{guess}, is {label}"
+            pixels = image.pixels(self.pipeline.images).permute(1, 2, 0).numpy()  # (S, S, C)
+            pictures.append((_small(pixels), said, guess == label))
+        return gallery(pictures)
+
+
+def _small(pixels: np.ndarray) -> np.ndarray:
+    """uint8 (S, S, C), C of 1 or 3 -> (R, R) or (R, R, 3), R at most twice the side in the page."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image.thumbnail((2 * _SIDE, 2 * _SIDE))
+    return np.asarray(image)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} …"
