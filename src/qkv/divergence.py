@@ -63,13 +63,13 @@ class LossTrend:
         return self.too_high >= PATIENCE
 
 
-def check_loss(step: int, loss: float, norm: float, config: TrainConfig) -> None:
-    """Raises InputError if a step's loss or gradient norm is not a finite number."""
-    if not math.isfinite(loss + norm):
+def check_finite(step: int, config: TrainConfig, *values: float) -> None:
+    """Raises InputError if one of a step's losses and gradient norms is not a finite number."""
+    if not all(map(math.isfinite, values)):
         raise InputError(f"the loss or its gradient is no longer a number at step {step}: {_advice(config)}")
 
 
-def check_trend(step: int, trend: LossTrend, config: TrainConfig) -> None:
+def check_trend(step: int, config: TrainConfig, trend: LossTrend) -> None:
     """Raises InputError if the run has diverged."""
     if trend.diverged:
         raise InputError(

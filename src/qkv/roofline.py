@@ -60,7 +60,7 @@ def peak(device: torch.device, precision: str) -> float:
     known = _remembered(path)
     if key not in known:
         known[key] = _measure(device, DTYPES[precision])
-        with suppress(InputError):  # without a cache folder that can be written, it is measured every time
+        with suppress(InputError, OSError):  # with a cache folder that is closed, it is measured every time
             replace_file(path, lambda temporary: temporary.write_text(json.dumps(known, indent=2) + "\n"))
     return known[key]
 

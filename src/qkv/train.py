@@ -27,7 +27,7 @@ from qkv.config import BertHead, RunConfig, read_toml, write_toml
 from qkv.data import Dataset, Raw, Sampler, Samples, prepare, read
 from qkv.data.batches import Batch
 from qkv.data.summary import Summary, summarize
-from qkv.divergence import LossTrend, check_loss, check_trend
+from qkv.divergence import LossTrend, check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
 from qkv.hub import Checkpoint
@@ -208,10 +208,11 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
             if step % config.logging_steps == 0 or last or step == 1:
                 metrics.add(record)
             trend.add(record["loss"])
-            check_trend(step, trend, config)
+            check_trend(step, config, trend)
             progress.trend = asdict(trend)
             if step % config.eval_steps == 0 or last:
                 scores = evaluate(model, job.valid)
+                check_finite(step, config, scores["loss"])
                 if scores["loss"] < progress.best_scores.get("loss", math.inf):
                     progress.best_step, progress.best_scores = step, scores
                     hub.save(run, job.checkpoint)
@@ -252,7 +253,7 @@ def _step(
         piece_loss.backward()  # type: ignore[no-untyped-call]
         loss += piece_loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    check_loss(step, loss.item(), norm.item(), config)
+    check_finite(step, config, loss.item(), norm.item())
     for optimizer in steppers:
         for group in optimizer.param_groups:
             group["lr"] = rate

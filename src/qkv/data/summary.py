@@ -95,8 +95,8 @@ class Summary:
             yield from (f"{name.capitalize()} data: {note}" for note in split.notes)
         if self.labels:
             most = max(range(len(self.labels)), key=lambda i: self.train.labels[i])
-            share = self.valid.labels[most] / self.valid.samples
-            yield f"Always answering {self.labels[most]!r} is right for {100 * share:.1f} % of the held-out samples."
+            share = 100 * self.valid.labels[most] / self.valid.samples
+            yield f"Always saying {self.labels[most]!r} is right for {share:.1f} % of the held-out samples."
 
 
 def summarize(raw: Raw, train: Dataset, valid: Dataset) -> Summary:
