@@ -23,8 +23,9 @@ class LossTrend:
 
     - half of what was learnt: of the way from the first WINDOW steps' mean down to that lowest value;
     - a quarter of the first steps' mean, so that a run that learns little is not judged by little;
-    - three standard deviations of a single step's loss around the smoothed one. The smoothed loss of a
-      steady run varies by a sixth of a deviation (1 / sqrt(2 WINDOW)), however the losses are distributed.
+    - one and a half standard deviations of a single step's loss around the smoothed one, in all the run
+      while that was not too high. The smoothed loss of a steady run has a sixth of that deviation,
+      1 / sqrt(2 WINDOW), however the losses are distributed, and seldom the same excess for long.
 
     Its fields are plain numbers, so that a run's state keeps them.
     """
@@ -32,8 +33,10 @@ class LossTrend:
     steps: int = 0
     smooth: float = 0.0
     """Mean loss of the first WINDOW steps; behind them, a moving average over about as many."""
+    steady: int = 0
+    """Steps that `variance` is about."""
     variance: float = 0.0
-    """Of a step's loss around `smooth`, averaged in the same way."""
+    """Mean square of a step's loss minus `smooth` before it."""
     start: float = 0.0
     """`smooth` behind the first WINDOW steps."""
     lowest: float = math.inf
@@ -44,17 +47,18 @@ class LossTrend:
     def add(self, loss: float) -> None:
         """Take in the loss of the next step."""
         self.steps += 1
-        weight = 1 / min(self.steps, WINDOW)
         change = loss - self.smooth
-        self.smooth += weight * change
-        self.variance = (1 - weight) * (self.variance + weight * change**2)
+        self.smooth += change / min(self.steps, WINDOW)
+        if self.steps > 1 and not self.too_high:
+            self.steady += 1
+            self.variance += (change**2 - self.variance) / self.steady
         if self.steps < WINDOW:
             return
         if self.steps == WINDOW:
             self.start = self.smooth
         self.lowest = min(self.lowest, self.smooth)
         learnt = self.start - self.lowest
-        margin = max(learnt / 2, abs(self.start) / 4, 3 * math.sqrt(self.variance))
+        margin = max(learnt / 2, abs(self.start) / 4, 1.5 * math.sqrt(self.variance))
         self.too_high = self.too_high + 1 if self.smooth > self.lowest + margin else 0
 
     @property
