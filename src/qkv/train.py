@@ -39,7 +39,7 @@ from qkv.optim import learning_rate, optimizers
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer, train_tokenizer
 
-EXAMPLES = 8
+EXAMPLES = 12
 """How many held-out samples a job keeps to show what the model makes of them."""
 
 

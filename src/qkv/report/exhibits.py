@@ -2,14 +2,18 @@
 
 An exhibit asks through the pipelines that people use, greedily or with a seed of its own, so it draws
 nothing from the generators that training draws from. Answers are plain values, kept in samples.jsonl.
+
+Legend: S side of an image in pixels, C channels, R side of its thumbnail.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from html import escape
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,7 +23,6 @@ from qkv.data import Samples
 from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, TextGenerator, Translator
 from qkv.report.page import continuation, filled, table
 from qkv.report.pictures import gallery
-from qkv.tokenizers import Tokenizer
 
 Answer = dict[str, Any]
 """Plain values by name, as JSON has them."""
@@ -29,7 +32,7 @@ P = TypeVar("P", bound=AnyPipeline)
 _TOKENS = 64
 """Most tokens of a text that is generated, and of its prompt a quarter: it shows enough and is soon done."""
 _SIDE = 72
-"""Pixels of a picture's longer side in the page."""
+"""Most pixels of a picture's side."""
 _CHARACTERS = 240
 """Longer texts are shown in part."""
 
@@ -50,7 +53,7 @@ class Exhibit(ABC, Generic[P]):
 
     @abstractmethod
     def show(self, answers: Sequence[Answer]) -> str:
-        """They as HTML."""
+        """The same as HTML."""
 
 
 def exhibit(pipeline: AnyPipeline, samples: Samples, labels: tuple[str, ...]) -> Exhibit[Any] | None:
@@ -62,7 +65,7 @@ def exhibit(pipeline: AnyPipeline, samples: Samples, labels: tuple[str, ...]) ->
             return Translations(pipeline, samples.spread(6))
         case Encoder(), "text":
             return Gaps(pipeline, samples)
-        case Encoder(), "labelled":
+        case Encoder(), "labelled" if pipeline.model.config.head == "classification":
             return Classes(pipeline, samples.spread(8), labels)
         case ImageClassifier(), "images":
             return Pictures(pipeline, samples, labels)
@@ -79,20 +82,24 @@ class Continuations(Exhibit[TextGenerator]):
     )
 
     def ask(self) -> list[Answer]:
-        """Three continuations."""
-        context, tokenizer = self.pipeline.model.config.context, self.pipeline.tokenizer
-        beginnings = (tokenizer.plain(text)[: min(_TOKENS, context) // 4] for text in self._places(3))
-        prompts = [tokenizer.decode(ids) for ids in beginnings if ids]
-        room = min(_TOKENS, context // 2)
-        texts = self.pipeline.generate(prompts, max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
-        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        """A continuation of each prompt."""
+        room = min(_TOKENS, self.pipeline.model.config.context // 2)
+        texts = self.pipeline.generate(self.prompts, max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
+        return [{"prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)]
 
-    def _places(self, count: int) -> list[str]:
-        """Text from so many places, each behind a line break if one is near."""
+    @cached_property
+    def prompts(self) -> list[str]:
+        """A few tokens from three places, each behind a line break if one is near."""
+        context, tokenizer = self.pipeline.model.config.context, self.pipeline.tokenizer
         whole = "\n".join(self.samples.texts)
-        starts = [len(whole) * i // count for i in range(count)]
-        ahead = (whole.find("\n", start, start + 2000) + 1 for start in starts)
-        return [whole[behind or start :][:1000] for start, behind in zip(starts, ahead, strict=True)]
+        found = []
+        for start in (len(whole) * i // 3 for i in range(3)):
+            line = whole.find("\n", start, start + 2000) + 1
+            ids = tokenizer.plain(whole[line or start :][:1000])
+            prompt = tokenizer.decode(ids[: min(_TOKENS, context) // 4])
+            if prompt and len(tokenizer.encode(prompt).ids) < context:  # it may have more tokens on its own
+                found.append(prompt)
+        return found
 
     def show(self, answers: Sequence[Answer]) -> str:
         """Prompts with their continuations marked."""
@@ -128,35 +135,36 @@ class Gaps(Exhibit[Encoder]):
 
     def ask(self) -> list[Answer]:
         """Four gaps."""
+        mask_id = self.pipeline.tokenizer.mask_id
+        assert mask_id is not None  # pre-training needs it
+        mask = self.pipeline.tokenizer.token(mask_id)
+        return [
+            {
+                "before": before,
+                "after": after,
+                "truth": truth,
+                "guesses": self.pipeline.fill(f"{before}{mask}{after}", top_k=4),
+            }
+            for before, truth, after in islice(self._gaps(mask, mask_id), 4)
+        ]
+
+    def _gaps(self, mask: str, mask_id: int) -> Iterator[tuple[str, str, str]]:
+        """What stands before, in and behind a word of each document: of its first line, the longest word that
+        is a single token."""
         tokenizer, context = self.pipeline.tokenizer, self.pipeline.model.config.context
-        found: list[Answer] = []
         for text in self.samples.texts:
-            for line in text.split("\n"):
-                if len(found) < 4 and (gap := _gap(line, tokenizer, context)):
-                    before, token, after = gap
-                    assert tokenizer.mask_id is not None
-                    mask = tokenizer.token(tokenizer.mask_id)
-                    guesses = self.pipeline.fill(f"{before}{mask}{after}", top_k=4)
-                    found.append({"before": before, "after": after, "truth": token, "guesses": guesses})
+            line = text.partition("\n")[0]
+            for word in sorted(re.finditer(r"\w+", line), key=lambda word: -len(word[0])):
+                before, after = line[: word.start()], line[word.end() :]
+                tokens, ids = tokenizer.plain(word[0]), tokenizer.encode(f"{before}{mask}{after}").ids
+                fits = len(ids) <= context and ids.count(mask_id) == 1
+                if fits and len(tokens) == 1 and tokens[0] != tokenizer.unk_id:
+                    yield before, tokenizer.token(tokens[0]), after
                     break
-        return found
 
     def show(self, answers: Sequence[Answer]) -> str:
         """Sentences with the truth, and guesses with their probabilities."""
         return "".join(filled(a["before"], a["after"], a["guesses"], a["truth"]) for a in answers)
-
-
-def _gap(line: str, tokenizer: Tokenizer, context: int) -> tuple[str, str, str] | None:
-    """What stands before, in and behind the longest word of a line that is a single token."""
-    ids = tokenizer.encode(line).ids
-    if len(ids) > context or tokenizer.mask_id in ids:
-        return None
-    words = sorted(re.finditer(r"\w+", line), key=lambda word: -len(word[0]))
-    for word in words:
-        tokens = tokenizer.plain(word[0])
-        if len(tokens) == 1 and tokens[0] != tokenizer.unk_id:
-            return line[: word.start()], tokenizer.token(tokens[0]), line[word.end() :]
-    return None
 
 
 class Classes(Exhibit[Encoder]):
@@ -213,19 +221,22 @@ class Pictures(Exhibit[ImageClassifier]):
     def show(self, answers: Sequence[Answer]) -> str:
         """The images with what they are taken for."""
         pictures = []
-        for image, answer in zip(self.samples.images, answers, strict=True):
+        for pixels, answer in zip(self.thumbnails, answers, strict=True):
             guess, label = answer["guess"], answer["label"]
             said = guess if guess == label else f"{guess}, is {label}"
-            pixels = image.pixels(self.pipeline.images).permute(1, 2, 0).numpy()  # (S, S, C)
-            pictures.append((_small(pixels), said, guess == label))
+            pictures.append((pixels, said, guess == label))
         return gallery(pictures)
 
-
-def _small(pixels: np.ndarray) -> np.ndarray:
-    """uint8 (S, S, C), C of 1 or 3 -> (R, R) or (R, R, 3), R at most twice the side in the page."""
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((2 * _SIDE, 2 * _SIDE))
-    return np.asarray(image)
+    @cached_property
+    def thumbnails(self) -> list[np.ndarray]:
+        """uint8 (R, R) or (R, R, 3) each, of few pixels: the page has them once an evaluation."""
+        found = []
+        for image in self.samples.images:
+            pixels = image.pixels(self.pipeline.images).permute(1, 2, 0).numpy()  # (S, S, C)
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            picture.thumbnail((_SIDE, _SIDE))
+            found.append(np.asarray(picture))
+        return found
 
 
 def _short(text: str) -> str:

@@ -16,7 +16,7 @@ Point = tuple[float, float]
 MOST_POINTS = 400
 """A curve of more is drawn through as many of them, evenly chosen: a page should stay light."""
 
-_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 460.0, 270.0, 62.0, 14.0, 30.0, 42.0
+_W, _H, _LEFT, _RIGHT, _TOP, _BOTTOM = 460.0, 270.0, 70.0, 14.0, 30.0, 42.0
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plot(lines: Sequence[Line], title: str, unit: str) -> str:
         f'<svg class="curve" viewBox="0 0 {_W:.0f} {_H:.0f}" role="img" aria-label="{about}">'
         f"<title>{about}</title>{_grid(_ticks(0.0, right), y_ticks, place)}"
         f"{axis((_W + _LEFT) / 2, _H - 6, 'optimiser step')}"
-        f"{axis(12, (_H + _TOP - _BOTTOM) / 2, unit, upward=True)}"
+        f"{axis(11, (_H + _TOP - _BOTTOM) / 2, unit, upward=True)}"
         f"{''.join(shapes)}{_key(lines, ends)}</svg>"
     )
 

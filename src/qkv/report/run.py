@@ -108,9 +108,11 @@ class RunReport(Observer):
         model = self.job.checkpoint.model
         training = model.training
         model.eval()
-        with warnings.catch_warnings(action="ignore"):
-            yield
-        model.train(training)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                yield
+        finally:
+            model.train(training)
 
     def _cards(self, steps: Sequence[Record], scores: Sequence[Record]) -> Iterator[Card]:
         done, of = steps[-1]["step"], self.job.config.train.max_steps
@@ -185,7 +187,7 @@ def _table(scores: Sequence[Record]) -> Scores:
             _title(name),
             digits=4,
             percent=name.endswith("_accuracy"),
-            lower_is_better=name.endswith(("_loss", "perplexity", "bits_per_byte")),
+            lower_is_better=name.endswith(("loss", "error", "perplexity", "bits_per_byte")),
         )
         for name in names
     )
