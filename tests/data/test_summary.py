@@ -69,7 +69,7 @@ def test_balance_and_a_label_without_samples() -> None:
     found = summary_of(train, Samples("labelled", list("xyz"), labels=[0, 1, 1]), ("no", "yes", "never"))
     assert found.train.labels == (3, 1, 0) and found.valid.labels == (1, 2, 0)
     remarks = list(found.remarks())
-    assert "Warning: no training sample has the label 'never'." in remarks
+    assert "Warning: no training sample is labelled 'never'." in remarks
     assert remarks[-1] == "Always saying 'no' is right for 33.3 % of the held-out samples."
 
 

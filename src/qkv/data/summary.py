@@ -13,7 +13,6 @@ import numpy as np
 
 from qkv.data.dataset import Dataset
 from qkv.data.raw import ImageFile, Raw, Samples
-from qkv.errors import InputError
 
 COMPARED_BYTES = 4 << 30
 """Images are compared with each other if their files have no more bytes than this together."""
@@ -79,9 +78,9 @@ class Summary:
                 f"Warning: {self.leaked:,} of {self.valid.samples:,} held-out samples are training samples "
                 f"too, so scores will be too good; for instance {self.example}."
             )
-        for i in range(len(self.labels)):
-            if not self.train.labels[i]:
-                yield f"Warning: no training sample has the label {self.labels[i]!r}."
+        if missing := [name for i, name in enumerate(self.labels) if not self.train.labels[i]]:
+            shown, more = ", ".join(map(repr, missing[:5])), len(missing) - 5
+            yield f"Warning: no training sample is labelled {shown}{f' or {more:,} more' if more > 0 else ''}."
         for name, split in (("training", self.train), ("held-out", self.valid)):
             if split.repeated is None:
                 yield (
@@ -97,6 +96,10 @@ class Summary:
             most = max(range(len(self.labels)), key=lambda i: self.train.labels[i])
             share = 100 * self.valid.labels[most] / self.valid.samples
             yield f"Always saying {self.labels[most]!r} is right for {share:.1f} % of the held-out samples."
+
+
+_EMPTY: Hashable = None
+"""Stands for a sample without content."""
 
 
 def summarize(raw: Raw, train: Dataset, valid: Dataset) -> Summary:
@@ -132,11 +135,8 @@ def _split(samples: Samples, dataset: Dataset, keys: list[Hashable] | None, clas
     )
 
 
-_EMPTY: Hashable = None
-
-
 def _keys(samples: Samples) -> list[Hashable] | None:
-    """What is equal for equal samples, _EMPTY for one without content; None if it takes too long to tell."""
+    """What is equal for equal samples; None if it takes too long to tell."""
     if samples.images:
         return _image_keys(samples.images)
     if samples.pairs:
@@ -157,12 +157,7 @@ def _size(image: ImageFile) -> int:
 
 
 def _content(image: ImageFile) -> bytes:
-    if isinstance(image.source, bytes):
-        return image.source
-    try:
-        return image.source.read_bytes()
-    except OSError as error:
-        raise InputError(f"{image.name} cannot be read: {error.strerror}") from None
+    return image.source.read_bytes() if isinstance(image.source, Path) else image.source
 
 
 def _name(samples: Samples, index: int) -> str:
