@@ -72,7 +72,7 @@ def test_asking_draws_nothing_from_the_training_and_leaves_its_mode(kind, tmp_pa
         model.train(training)
         state = torch.get_rng_state()
         report.begin(job.config, 0)
-        report.evaluated(4, {})
+        report.evaluated(4, {}, job.checkpoint)
         assert torch.equal(state, torch.get_rng_state())
         assert all(module.training == training for module in model.modules())
 

@@ -11,16 +11,19 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import run_config
 
 from qkv.checkpoint import CONFIG, read_metrics
 from qkv.config import RunConfig, write_toml
 from qkv.errors import InputError
+from qkv.hub import Checkpoint
 from qkv.observe import Observer, Observers
 from qkv.trackers import TRACKERS, trackers
 from qkv.train import new_job, train
 
+NO_MODEL = Checkpoint(torch.nn.Module())
 Points = dict[str, list[tuple[int, float]]]
 
 
@@ -41,7 +44,7 @@ def follow(name: str, run: Path, config: RunConfig, after: int, until: int) -> N
         tracker.begin(config, after)
         for step in range(after + 1, until + 1):
             tracker.step(step, {"loss": after + step / 8, "tokens": 3.0})
-        tracker.evaluated(until, {"loss": until / 4})
+        tracker.evaluated(until, {"loss": until / 4}, NO_MODEL)
         tracker.close()
     assert out.getvalue() == ""  # a command's standard output is its result
 
@@ -146,7 +149,7 @@ class Heard(Observer):
     def step(self, step, record):
         self.heard.append(f"{self.name} step {step}")
 
-    def evaluated(self, step, scores):
+    def evaluated(self, step, scores, checkpoint):
         self.heard.append(f"{self.name} evaluated {step}")
 
     def close(self):

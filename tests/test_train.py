@@ -31,6 +31,7 @@ from qkv.config import (
 )
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
+from qkv.hub import Checkpoint
 from qkv.objectives import item_counts
 from qkv.observe import Observer, Record
 from qkv.pipelines import from_pretrained
@@ -64,7 +65,7 @@ class Nobody(Observer):
         if step == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
 
-    def evaluated(self, step: int, scores: Record) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         self.scores = scores
 
 

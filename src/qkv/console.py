@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from qkv.config import RunConfig
+from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
 
 
@@ -58,7 +59,7 @@ class TrainingBar(Observer):
         shown = f"{self.rate:,.0f} tokens/s"
         return f"{shown}  MFU {100 * self.rate / self.full_rate:.0f} %" if self.full_rate else shown
 
-    def evaluated(self, step: int, scores: Record) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Print one line of scores."""
         shown = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
         self.say(f"step {step}: held-out {shown}")

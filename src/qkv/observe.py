@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qkv.config import RunConfig
+from qkv.hub import Checkpoint
 
 Record = dict[str, float]
 """Numbers by name, as a line of metrics.jsonl holds them."""
@@ -26,8 +27,11 @@ class Observer:
         the run has taken so far.
         """
 
-    def evaluated(self, step: int, scores: Record) -> None:
-        """The held-out scores behind a step, now in metrics.jsonl. The model is the one that was scored."""
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
+        """The held-out scores behind a step, now in metrics.jsonl, and the model that they are of.
+
+        checkpoint: that very model, whole, with what prepares its input; it is to be left as it is.
+        """
 
     def close(self) -> None:
         """The loop is over: finished, interrupted, or stopped by an error."""
@@ -54,10 +58,10 @@ class Observers(Observer):
         for observer in self.observers:
             observer.step(step, record)
 
-    def evaluated(self, step: int, scores: Record) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Tell all."""
         for observer in self.observers:
-            observer.evaluated(step, scores)
+            observer.evaluated(step, scores, checkpoint)
 
     def close(self) -> None:
         """Tell all."""

@@ -15,6 +15,7 @@ from typing import Any
 from qkv.checkpoint import CONFIG
 from qkv.config import RunConfig, TrackerName
 from qkv.errors import InputError
+from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
 
 PROJECT = "qkv"
@@ -51,7 +52,7 @@ class Tracker(Observer):
         if step == 1 or step % self.every == 0:
             self.log({f"train/{name}": value for name, value in record.items()}, step)
 
-    def evaluated(self, step: int, scores: Record) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Log the held-out scores."""
         self.log({f"valid/{name}": value for name, value in scores.items()}, step)
 

@@ -219,7 +219,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Prog
                 progress.seconds = time.monotonic() - started
                 valid = {f"valid_{name}": score for name, score in scores.items()}
                 metrics.add({"step": step, "seconds": progress.seconds} | valid)
-                observer.evaluated(step, scores)
+                observer.evaluated(step, scores, job.checkpoint)
             if step % config.save_steps == 0 or last or interrupted.is_set():
                 save_state(run, model, steppers, progress)
             if interrupted.is_set() and not last:

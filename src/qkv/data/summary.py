@@ -79,8 +79,8 @@ class Summary:
                 f"too, so scores will be too good; for instance {self.example}."
             )
         if missing := [name for i, name in enumerate(self.labels) if not self.train.labels[i]]:
-            shown, more = ", ".join(map(repr, missing[:5])), len(missing) - 5
-            yield f"Warning: no training sample is labelled {shown}{f' or {more:,} more' if more > 0 else ''}."
+            more = f" or {len(missing) - 5:,} more" if len(missing) > 5 else ""
+            yield f"Warning: no training sample is labelled {', '.join(map(repr, missing[:5]))}{more}."
         for name, split in (("training", self.train), ("held-out", self.valid)):
             if split.repeated is None:
                 yield (

@@ -19,7 +19,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
+from qkv.config import BertConfig, GPTConfig, TransformerConfig, ViTConfig
 from qkv.data import Samples
+from qkv.hub import Checkpoint
+from qkv.images import ImageProcessor
 from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, TextGenerator, Translator
 from qkv.report.page import continuation, filled, table
 from qkv.report.pictures import gallery
@@ -43,12 +46,11 @@ class Exhibit(ABC, Generic[P]):
     title: str
     caption: str
 
-    def __init__(self, pipeline: P, samples: Samples) -> None:
-        self.pipeline = pipeline
+    def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
     @abstractmethod
-    def ask(self) -> list[Answer]:
+    def ask(self, pipeline: P) -> list[Answer]:
         """The model's answers now, one a sample."""
 
     @abstractmethod
@@ -56,19 +58,20 @@ class Exhibit(ABC, Generic[P]):
         """The same as HTML."""
 
 
-def exhibit(pipeline: AnyPipeline, samples: Samples, labels: tuple[str, ...]) -> Exhibit[Any] | None:
-    """What suits the model and its data; None if nothing does. labels: names of the samples' classes."""
-    match pipeline, samples.kind:
-        case TextGenerator(), "text":
-            return Continuations(pipeline, samples)
-        case Translator(), "pairs":
-            return Translations(pipeline, samples.spread(6))
-        case Encoder(), "text":
-            return Gaps(pipeline, samples)
-        case Encoder(), "labelled" if pipeline.model.config.head == "classification":
-            return Classes(pipeline, samples.spread(8), labels)
-        case ImageClassifier(), "images":
-            return Pictures(pipeline, samples, labels)
+def exhibit(checkpoint: Checkpoint, samples: Samples, labels: tuple[str, ...]) -> Exhibit[Any] | None:
+    """What suits a model and its data; None if nothing does. labels: names of the samples' classes."""
+    model = checkpoint.model.config
+    match model, samples.kind:
+        case GPTConfig(), "text":
+            return Continuations(samples)
+        case TransformerConfig(), "pairs":
+            return Translations(samples.spread(6))
+        case BertConfig(), "text":
+            return Gaps(samples)
+        case BertConfig(head="classification"), "labelled":
+            return Classes(samples.spread(8), labels)
+        case ViTConfig(), "images" if checkpoint.images is not None:
+            return Pictures(samples, labels, checkpoint.images)
         case _:
             return None
 
@@ -81,25 +84,22 @@ class Continuations(Exhibit[TextGenerator]):
         "Held-out text, and marked what the model puts behind it, sampled from the likeliest 95 % (top-p)."
     )
 
-    def ask(self) -> list[Answer]:
+    def ask(self, pipeline: TextGenerator) -> list[Answer]:
         """A continuation of each prompt."""
-        room = min(_TOKENS, self.pipeline.model.config.context // 2)
-        texts = self.pipeline.generate(self.prompts, max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
-        return [{"prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)]
+        room, prompts = min(_TOKENS, pipeline.model.config.context // 2), list(self._prompts(pipeline))
+        texts = pipeline.generate(prompts, max_new_tokens=room, temperature=0.8, top_p=0.95, seed=0)
+        return [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
 
-    @cached_property
-    def prompts(self) -> list[str]:
+    def _prompts(self, pipeline: TextGenerator) -> Iterator[str]:
         """A few tokens from three places, each behind a line break if one is near."""
-        context, tokenizer = self.pipeline.model.config.context, self.pipeline.tokenizer
+        context, tokenizer = pipeline.model.config.context, pipeline.tokenizer
         whole = "\n".join(self.samples.texts)
-        found = []
         for start in (len(whole) * i // 3 for i in range(3)):
             line = whole.find("\n", start, start + 2000) + 1
             ids = tokenizer.plain(whole[line or start :][:1000])
             prompt = tokenizer.decode(ids[: min(_TOKENS, context) // 4])
             if prompt and len(tokenizer.encode(prompt).ids) < context:  # it may have more tokens on its own
-                found.append(prompt)
-        return found
+                yield prompt
 
     def show(self, answers: Sequence[Answer]) -> str:
         """Prompts with their continuations marked."""
@@ -112,10 +112,10 @@ class Translations(Exhibit[Translator]):
     title = "It translates"
     caption = "Held-out sources, translated greedily."
 
-    def ask(self) -> list[Answer]:
+    def ask(self, pipeline: Translator) -> list[Answer]:
         """One translation a source."""
-        room = min(_TOKENS, self.pipeline.model.config.context)
-        texts = self.pipeline.translate(self.samples.texts, num_beams=1, max_new_tokens=room, truncate=True)
+        room = min(_TOKENS, pipeline.model.config.context)
+        texts = pipeline.translate(self.samples.texts, num_beams=1, max_new_tokens=room, truncate=True)
         rows = zip(self.samples.texts, self.samples.pairs, texts, strict=True)
         return [{"source": s, "reference": r, "translation": t} for s, r, t in rows]
 
@@ -133,31 +133,30 @@ class Gaps(Exhibit[Encoder]):
         "A word of each held-out sentence is hidden: what the text says, and what the model finds likeliest."
     )
 
-    def ask(self) -> list[Answer]:
+    def ask(self, pipeline: Encoder) -> list[Answer]:
         """Four gaps."""
-        mask_id = self.pipeline.tokenizer.mask_id
-        assert mask_id is not None  # pre-training needs it
-        mask = self.pipeline.tokenizer.token(mask_id)
+        tokenizer = pipeline.tokenizer
+        assert tokenizer.mask_id is not None  # pre-training needs it
+        mask = tokenizer.token(tokenizer.mask_id)
         return [
             {
                 "before": before,
                 "after": after,
                 "truth": truth,
-                "guesses": self.pipeline.fill(f"{before}{mask}{after}", top_k=4),
+                "guesses": pipeline.fill(f"{before}{mask}{after}", top_k=4),
             }
-            for before, truth, after in islice(self._gaps(mask, mask_id), 4)
+            for before, truth, after in islice(self._gaps(pipeline, mask), 4)
         ]
 
-    def _gaps(self, mask: str, mask_id: int) -> Iterator[tuple[str, str, str]]:
-        """What stands before, in and behind a word of each document: of its first line, the longest word that
-        is a single token."""
-        tokenizer, context = self.pipeline.tokenizer, self.pipeline.model.config.context
+    def _gaps(self, pipeline: Encoder, mask: str) -> Iterator[tuple[str, str, str]]:
+        """Before, in and behind the longest word of each document's first line that is a single token."""
+        tokenizer, context = pipeline.tokenizer, pipeline.model.config.context
         for text in self.samples.texts:
             line = text.partition("\n")[0]
             for word in sorted(re.finditer(r"\w+", line), key=lambda word: -len(word[0])):
                 before, after = line[: word.start()], line[word.end() :]
                 tokens, ids = tokenizer.plain(word[0]), tokenizer.encode(f"{before}{mask}{after}").ids
-                fits = len(ids) <= context and ids.count(mask_id) == 1
+                fits = len(ids) <= context and mask not in before + after
                 if fits and len(tokens) == 1 and tokens[0] != tokenizer.unk_id:
                     yield before, tokenizer.token(tokens[0]), after
                     break
@@ -173,15 +172,15 @@ class Classes(Exhibit[Encoder]):
     title = "It classifies"
     caption = "Held-out texts with their labels."
 
-    def __init__(self, pipeline: Encoder, samples: Samples, labels: tuple[str, ...]) -> None:
-        super().__init__(pipeline, samples)
+    def __init__(self, samples: Samples, labels: tuple[str, ...]) -> None:
+        super().__init__(samples)
         self.labels = [labels[i] for i in samples.labels]
 
-    def ask(self) -> list[Answer]:
+    def ask(self, pipeline: Encoder) -> list[Answer]:
         """The likeliest class of each."""
         texts, pairs = self.samples.texts, self.samples.pairs
         given: list[Any] = list(zip(texts, pairs, strict=True)) if pairs else texts
-        guesses = self.pipeline.classify(given, top_k=1, truncate=True)
+        guesses = pipeline.classify(given, top_k=1, truncate=True)
         shown = [" | ".join(text) for text in given] if pairs else texts
         return [
             {"text": text, "label": label, "guess": guess.name, "probability": guess.probability}
@@ -206,13 +205,14 @@ class Pictures(Exhibit[ImageClassifier]):
     title = "It recognises"
     caption = "Held-out images, as the model is given them; in red what it gets wrong."
 
-    def __init__(self, pipeline: ImageClassifier, samples: Samples, labels: tuple[str, ...]) -> None:
-        super().__init__(pipeline, samples)
+    def __init__(self, samples: Samples, labels: tuple[str, ...], processor: ImageProcessor) -> None:
+        super().__init__(samples)
         self.labels = [labels[i] for i in samples.labels]
+        self.processor = processor
 
-    def ask(self) -> list[Answer]:
+    def ask(self, pipeline: ImageClassifier) -> list[Answer]:
         """The likeliest class of each."""
-        guesses = self.pipeline.classify([image.source for image in self.samples.images], top_k=1)
+        guesses = pipeline.classify([image.source for image in self.samples.images], top_k=1)
         return [
             {"label": label, "guess": guess.name, "probability": guess.probability}
             for label, (guess,) in zip(self.labels, guesses, strict=True)
@@ -232,7 +232,7 @@ class Pictures(Exhibit[ImageClassifier]):
         """uint8 (R, R) or (R, R, 3) each, of few pixels: the page has them once an evaluation."""
         found = []
         for image in self.samples.images:
-            pixels = image.pixels(self.pipeline.images).permute(1, 2, 0).numpy()  # (S, S, C)
+            pixels = image.pixels(self.processor).permute(1, 2, 0).numpy()  # (S, S, C)
             picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             picture.thumbnail((_SIDE, _SIDE))
             found.append(np.asarray(picture))

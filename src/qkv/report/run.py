@@ -23,9 +23,11 @@ import torch
 from qkv.checkpoint import read_metrics, write_text
 from qkv.config import Family, RunConfig, write_toml
 from qkv.data.summary import Split, Spread, Summary
+from qkv.hub import Checkpoint
+from qkv.models import Model
 from qkv.observe import Observer, Record
 from qkv.pipelines import pipeline
-from qkv.report.exhibits import Exhibit, exhibit
+from qkv.report.exhibits import exhibit
 from qkv.report.page import Card, Figure, Measure, Scores, Section, page, score_table, shares, table
 from qkv.report.plot import Line, Look, Point, curve, plot
 from qkv.roofline import device_name
@@ -53,25 +55,22 @@ class RunReport(Observer):
         self.job = job
         self.run = run
         self.full_rate = full_rate
-        self.exhibit: Exhibit[Any] | None = None
+        self.exhibit = exhibit(job.checkpoint, job.examples, job.summary.labels)
         self.history: list[dict[str, Any]] = []
         """The lines of samples.jsonl: a step and the answers behind it."""
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Take up the samples until `step`; those of later steps are from a run that was cut off."""
-        device = next(self.job.checkpoint.model.parameters()).device
-        with self._asking():
-            opened = pipeline(self.job.checkpoint, str(device))
-        self.exhibit = exhibit(opened, self.job.examples, self.job.summary.labels)
         path = self.run / SAMPLES
         lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
         self.history = [line for line in map(json.loads, lines) if line["step"] <= step]
 
-    def evaluated(self, step: int, scores: Record) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Ask the model, and write the page."""
         if self.exhibit is not None:
-            with self._asking():
-                self.history.append({"step": step, "answers": self.exhibit.ask()})
+            with _evaluating(checkpoint.model):
+                asked = pipeline(checkpoint, str(next(checkpoint.model.parameters()).device))
+                self.history.append({"step": step, "answers": self.exhibit.ask(asked)})
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.history)
             write_text(self.run / SAMPLES, "".join(lines))
         self.write()
@@ -101,18 +100,6 @@ class RunReport(Observer):
         ]
         html = page(f"{family}: {self.run.name}", lead, self._cards(steps, scores), sections)
         write_text(self.run / REPORT, html)
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """The model in evaluation mode, then as it was; that a young model's texts are cut is no news."""
-        model = self.job.checkpoint.model
-        training = model.training
-        model.eval()
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                yield
-        finally:
-            model.train(training)
 
     def _cards(self, steps: Sequence[Record], scores: Sequence[Record]) -> Iterator[Card]:
         done, of = steps[-1]["step"], self.job.config.train.max_steps
@@ -156,6 +143,17 @@ class RunReport(Observer):
         recipe = f'<pre class="tall"><code>{escape(write_toml(config))}</code></pre>'
         figure = Figure("config.toml", recipe, "A recipe: qkv train takes it as it is.", wide=True)
         return Section("setting", "Machine and settings", "", facts, (figure,))
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """In evaluation mode, then as it was; that a young model's texts are cut is no news."""
+    training = model.training
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        model.train(training)
 
 
 def _learning(steps: Sequence[Record], scores: Sequence[Record]) -> Iterator[Figure]:
