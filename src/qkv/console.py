@@ -26,7 +26,7 @@ class TrainingBar(Observer):
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=30),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]}  left"),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -42,7 +42,7 @@ class TrainingBar(Observer):
     def begin(self, config: RunConfig, step: int) -> None:
         """Show the bar."""
         total = config.train.max_steps
-        self.task = self.bar.add_task("", total=total, completed=step, loss=float("nan"), rate="")
+        self.task = self.bar.add_task("", total=total, completed=step, said="left")
         self.bar.start()
         self.before = time.monotonic()
 
@@ -53,11 +53,9 @@ class TrainingBar(Observer):
         rate = record["tokens"] / max(now - self.before, 1e-9)
         self.before = now
         self.rate = rate if not self.rate else 0.95 * self.rate + 0.05 * rate
-        self.bar.update(self.task, completed=step, loss=record["loss"], rate=self._rate())
-
-    def _rate(self) -> str:
-        shown = f"{self.rate:,.0f} tokens/s"
-        return f"{shown}  MFU {100 * self.rate / self.full_rate:.0f} %" if self.full_rate else shown
+        used = f"  MFU {100 * self.rate / self.full_rate:.0f} %" if self.full_rate else ""
+        said = f"loss {record['loss']:.3f}  {self.rate:,.0f} tokens/s{used}  left"
+        self.bar.update(self.task, completed=step, said=said)
 
     def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Print one line of scores."""
