@@ -62,7 +62,8 @@ class RunReport(Observer):
     def begin(self, config: RunConfig, step: int) -> None:
         """Take up the samples until `step`; those of later steps are from a run that was cut off."""
         path = self.run / SAMPLES
-        lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+        # A text may hold characters that str.splitlines takes for the end of a line.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.exists() else []
         self.history = [line for line in map(json.loads, lines) if line["step"] <= step]
 
     def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
@@ -96,7 +97,7 @@ class RunReport(Observer):
             Section("learning", "How it learns", "", {}, tuple(_learning(steps, scores))),
             *self._samples(),
             _data(self.job.summary),
-            self._setting(steps),
+            self._setting(),
         ]
         html = page(f"{family}: {self.run.name}", lead, self._cards(steps, scores), sections)
         write_text(self.run / REPORT, html)
@@ -128,7 +129,7 @@ class RunReport(Observer):
         figure = Figure(title, html, wide=True)
         yield Section("samples", "What it does", "", {}, (figure,))
 
-    def _setting(self, steps: Sequence[Record]) -> Section:
+    def _setting(self) -> Section:
         job = self.job
         model, config = job.checkpoint.model, job.config
         device = next(model.parameters()).device
