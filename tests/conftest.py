@@ -26,7 +26,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["QKV_CACHE"] = str(tmp_path_factory.mktemp("cache"))  # also for processes that tests start
+    """Tests, and the processes that they start, neither read nor write the user's cache folder."""
+    os.environ["QKV_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

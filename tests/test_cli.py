@@ -186,6 +186,13 @@ def test_eval_on_held_out_data_and_on_a_file(runs, family, tmp_path):
     assert ("bleu" in own) == (family == "transformer")
 
 
+def test_a_run_has_a_page_and_its_tracker_the_numbers(runs, tmp_path):
+    assert all((run / "report.html").is_file() for run in runs.values())
+    start = ["train", runs["gpt"] / "config.toml", "--out", tmp_path / "run"]
+    succeed(*start, "--train.report-to", "tensorboard")
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
 def test_train_from_a_recipe_file_with_a_change(runs, tmp_path):
     succeed("train", runs["gpt"] / "config.toml", "--out", tmp_path / "again", "--train.seed=7")
     assert "seed = 7" in (tmp_path / "again" / "config.toml").read_text()

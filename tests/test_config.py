@@ -26,6 +26,7 @@ from qkv.config import (
     ModelConfig,
     RunConfig,
     TokenizerConfig,
+    TrackerName,
     TrainConfig,
     TransformerConfig,
     ViTConfig,
@@ -147,7 +148,9 @@ def test_unknown_names_and_tables_are_refused(values: dict[str, Any], message: s
 def test_a_misspelt_setting_names_the_nearest_one(name: str, data):
     at = data.draw(st.integers(0, len(name) - 1))
     misspelt = name[:at] + name[at + 1 :]
-    with pytest.raises(InputError, match=f"did you mean train.{name}\\?"):
+    # adam_beta is as near to adam_beta2 as to adam_beta1.
+    near = name.replace("beta1", "beta[12]") if misspelt == "adam_beta" else name
+    with pytest.raises(InputError, match=f"did you mean train.{near}\\?"):
         from_dict(TrainConfig, {misspelt: 1}, "train.")
 
 
@@ -160,6 +163,7 @@ WRONG: dict[Any, list[Any]] = {
     bool: [1, 0.0, "true", [], {}, None],
     tuple[str, ...]: ["ab", 1, [1], [["a"]], {}, None],
     tuple[LoraTarget, ...]: ["qkv", 1, ["no such choice"], {}, None],
+    tuple[TrackerName, ...]: ["wandb", 1, ["no such choice"], {}, None],
 }
 
 

@@ -32,7 +32,9 @@ from qkv.config import (
 )
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
+from qkv.hub import Checkpoint
 from qkv.objectives import Objective, item_counts
+from qkv.observe import Observer, Record
 from qkv.pipelines import from_pretrained
 from qkv.train import Job, new_job, resumed_job, train
 
@@ -47,7 +49,7 @@ FAMILIES = list(MODELS)
 TOKENIZERS = {"bert": TokenizerConfig(kind="wordpiece", vocab_size=200)}
 
 
-class Nobody:
+class Nobody(Observer):
     """An observer that only remembers, and can stop the run as Ctrl-C would."""
 
     def __init__(self, interrupt_at: int = 0) -> None:
@@ -57,14 +59,14 @@ class Nobody:
     def say(self, message: str) -> None:
         self.said.append(message)
 
-    def begin(self, step: int, max_steps: int) -> None:
+    def begin(self, config: RunConfig, step: int) -> None:
         self.first = step
 
-    def step(self, step: int, loss: float, tokens: float) -> None:
+    def step(self, step: int, record: Record) -> None:
         if step == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         self.scores = scores
 
 

@@ -49,6 +49,8 @@ class Progress:
     """Held-out scores of the model with the lowest loss so far, which the run folder holds."""
     finished: bool = False
     """Whether nothing is left to do: all steps are done, or the run stopped early."""
+    trend: dict[str, Any] = field(default_factory=dict)
+    """Fields of the `LossTrend` that tells whether the run diverges."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -56,6 +56,10 @@ def train(
     """
     from qkv.console import PreparationBar, TrainingBar
     from qkv.distributed import process_group
+    from qkv.observe import Observer, Observers
+    from qkv.report.run import RunReport
+    from qkv.roofline import full_rate
+    from qkv.trackers import trackers
     from qkv.train import begin, new_job, resumed_job
     from qkv.train import train as run_training
 
@@ -71,15 +75,19 @@ def train(
                 begin(job, run)
             ranks.barrier()
             job = job or resumed_job(run, watch)
-        with TrainingBar(console) as bar:
-            try:
-                done = run_training(job, run, bar, resume=True, ranks=ranks)
-            except KeyboardInterrupt:
-                bar.say(f"Stopped; continue with: qkv train --resume {run}")
-                raise
-            if not done.finished:
-                bar.say(f"Stopped at step {done.step}; continue with: qkv train --resume {run}")
-        if done.finished and ranks.first:
+        observer = Observer()
+        if ranks.first:
+            rate = ranks.count * full_rate(job.checkpoint.model, job.train, job.config.train.precision)
+            tracked = trackers(job.config.train.report_to, run)
+            observer = Observers([TrainingBar(console, rate), RunReport(job, run, rate), *tracked])
+        try:
+            done = run_training(job, run, observer, resume=True, ranks=ranks)
+        except KeyboardInterrupt:
+            observer.say(f"Stopped; continue with: qkv train --resume {run}")
+            raise
+        if not done.finished:
+            observer.say(f"Stopped at step {done.step}; continue with: qkv train --resume {run}")
+        elif ranks.first:
             print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 

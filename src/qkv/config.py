@@ -22,6 +22,7 @@ Family = Literal["transformer", "bert", "gpt", "vit"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 BertHead = Literal["none", "pooler", "pretraining", "masked_lm", "classification", "tagging"]
 
 T = TypeVar("T")
@@ -323,6 +324,8 @@ class TrainConfig:
     """Compute blocks anew in the backward pass instead of keeping what is in them: less memory, more time."""
     shard_ranks: int = 1
     """Of several processes (torchrun), how many share one copy of the weights. 1: each has its own."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Trackers that get the numbers of metrics.jsonl too; each needs its package."""
     seed: int = 0
     """Decides the initial weights, the order of samples and all that is random."""
 

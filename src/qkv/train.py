@@ -12,13 +12,12 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from qkv.data import (
     Dataset,
     Raw,
     Sampler,
-    cache_folder,
+    Samples,
     prefetch,
     prepare,
     read,
@@ -41,37 +40,24 @@ from qkv.data import (
 )
 from qkv.data.batches import Batch
 from qkv.data.cache import Watch, unwatched
+from qkv.data.summary import Summary, summarize
 from qkv.distributed import ALONE, Ranks, spread, whole
+from qkv.divergence import LossTrend, check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
+from qkv.files import cache_folder
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.layers import Block
 from qkv.models import Model, build
 from qkv.objectives import Objective, item_counts
+from qkv.observe import Observer
 from qkv.optim import learning_rate, optimizers
 from qkv.runtime import keep_freed_memory, multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer
 
-
-class Observer(Protocol):
-    """Who watches a run: the command line's progress bar, a report, or nobody."""
-
-    def say(self, message: str) -> None:
-        """A sentence for the user."""
-        ...
-
-    def begin(self, step: int, max_steps: int) -> None:
-        """The loop starts behind `step`."""
-        ...
-
-    def step(self, step: int, loss: float, tokens: float) -> None:
-        """An optimiser step over so many tokens is done."""
-        ...
-
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        """The held-out scores behind a step."""
-        ...
+EXAMPLES = 12
+"""How many held-out samples a job keeps to show what the model makes of them."""
 
 
 @dataclass
@@ -82,8 +68,10 @@ class Job:
     checkpoint: Checkpoint
     train: Dataset
     valid: Dataset
-    about: str
+    summary: Summary
     """What was understood of the data."""
+    examples: Samples
+    """A few held-out samples, to show what the model makes of them."""
 
 
 def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
@@ -104,7 +92,7 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     config = replace(config, data=data, train=replace(config.train, precision=precision), init=init)
     raw = read(config.data, config.model.family)
     seed_all(config.train.seed)
-    cache = Cache(cache_folder(), watch)
+    cache = Cache(cache_folder() / "data", watch)
     return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw, cache), cache)
 
 
@@ -114,7 +102,9 @@ def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
     raw = read(config.data, config.model.family)
-    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images), Cache(cache_folder(), watch))
+    return _job(
+        config, raw, Checkpoint(build(config.model), tokenizer, images), Cache(cache_folder() / "data", watch)
+    )
 
 
 def _absolute(location: str) -> str:
@@ -131,7 +121,8 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> J
     if config.lora.rank:
         hub.adapt(checkpoint, config.lora, config.init)
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
-    return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
+    summary = summarize(raw, train, valid)
+    return Job(config, checkpoint, train, valid, summary, raw.valid.spread(EXAMPLES))
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
@@ -219,8 +210,8 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     resume: go on from the folder's last state; otherwise the folder is made. Of several ranks the first
     one makes it with `begin`, and all resume. SIGTERM and SIGINT end the loop behind the step in progress
     with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder
-    holds another run, has no state to resume, or cannot be written, if the loss stops being a number, and
-    if another rank is lost.
+    holds another run, has no state to resume, or cannot be written, if the loss diverges or stops being a
+    number, and if another rank is lost.
     """
     keep_freed_memory()
     if not resume:
@@ -302,12 +293,7 @@ class Trainer:
         loss = self._accumulate(data.batches)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         (total,) = self.ranks.sum([loss])
-        if not math.isfinite(total + norm.item()):
-            raise InputError(
-                f"the loss or its gradient is no longer a number at step {step}: "
-                f"lower train.learning_rate (now {self.config.learning_rate}) or raise train.warmup_steps, "
-                f"and train into another --out"
-            )
+        check_finite(step, self.config, total, norm.item())
         rate = learning_rate(step, self.config)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -342,71 +328,87 @@ class Trainer:
         """Held-out scores of the weights that the model has now."""
         return evaluate(self.objective, self.job.valid)
 
-    def save_model(self, run: Path) -> None:
-        """Put the model with the weights that it has now into the run folder."""
+    def checkpoint(self) -> Checkpoint | None:
+        """The model with the weights that it has now, whole; on ranks but the first None."""
         if self.ranks.count > 1:
             weights = {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
             if not self.ranks.first:
-                return
+                return None
             self.saved.load_state_dict(weights)
-        hub.save(run, replace(self.job.checkpoint, model=self.saved))
+        return replace(self.job.checkpoint, model=self.saved)
 
 
 def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
     """Steps, scores and saved states from where `progress` is to the end."""
     job, config, ranks = trainer.job, trainer.config, trainer.ranks
     metrics = Metrics(run, progress.step) if ranks.first else None
+    trend = LossTrend(**progress.trend)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
-    observer.say(job.about)
-    observer.begin(progress.step, config.max_steps)
-    started = time.monotonic() - progress.seconds
     todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
+    observer.say(job.summary.text())
+    started = time.monotonic() - progress.seconds
     with (
         _interruptible() as interruption,
+        closing(observer),
         prefetch(lambda item: trainer.data(*item), todo) as stream,
     ):
+        observer.begin(job.config, progress.step)
         while not progress.finished:
             step = progress.step + 1
             record = trainer.step(next(stream), step)
             progress.step = step
             progress.seconds = time.monotonic() - started
-            observer.step(step, record["loss"], record["tokens"])
             progress.finished = step == config.max_steps
+            record |= {"step": step, "seconds": progress.seconds}
+            observer.step(step, record)
             if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
-                metrics.add({"step": step, "seconds": progress.seconds, **record})
+                metrics.add(record)
+            trend.add(record["loss"])
+            check_trend(step, config, trend)
+            progress.trend = asdict(trend)
             if step % config.eval_steps == 0 or progress.finished:
-                scores = _score(trainer, run, progress)
-                progress.seconds = time.monotonic() - started
-                if metrics:
-                    valid = {f"valid_{name}": score for name, score in scores.items()}
-                    metrics.add({"step": step, "seconds": progress.seconds} | valid)
-                observer.evaluated(step, scores)
-                waited = (step - progress.best_step) // config.eval_steps
-                if 0 < config.early_stopping_patience <= waited and not progress.finished:
-                    progress.finished = True
-                    observer.say(f"Stopped at step {step}: no better score since {progress.best_step}.")
+                _evaluate(trainer, run, observer, progress, metrics, started)
             # Any rank's signal stops all of them behind the same step.
             number = ranks.max(interruption.number)
             if step % config.save_steps == 0 or progress.finished or number:
                 save_state(run, trainer.model, trainer.optimizers, trainer.average.state, progress, ranks)
                 if ranks.first:
-                    drop_states(
-                        run, max(config.save_total_limit, config.average_checkpoints), config.save_steps
-                    )
+                    keep = max(config.save_total_limit, config.average_checkpoints)
+                    drop_states(run, keep, config.save_steps)
             if number and not progress.finished:
                 if number == signal.SIGINT:
                     raise KeyboardInterrupt
                 return
 
 
-def _score(trainer: Trainer, run: Path, progress: Progress) -> dict[str, float]:
+def _evaluate(
+    trainer: Trainer,
+    run: Path,
+    observer: Observer,
+    progress: Progress,
+    metrics: Metrics | None,
+    started: float,
+) -> None:
     """Score the averaged weights; if they are the best so far, they go into the run folder."""
+    config, step = trainer.config, progress.step
     with replaced(trainer.model, trainer.average.weights(trainer.model, run)):
-        scores = trainer.evaluate()
+        scores = evaluate(trainer.objective, trainer.job.valid)
+        check_finite(step, config, scores["loss"])
+        checkpoint = trainer.checkpoint()
         if scores["loss"] < progress.best_scores.get("loss", math.inf):
-            progress.best_step, progress.best_scores = progress.step, scores
-            trainer.save_model(run)
-    return scores
+            progress.best_step, progress.best_scores = step, scores
+            if checkpoint:
+                hub.save(run, checkpoint)
+        progress.seconds = time.monotonic() - started
+        if metrics:
+            valid = {f"valid_{name}": score for name, score in scores.items()}
+            metrics.add({"step": step, "seconds": progress.seconds} | valid)
+        if checkpoint:
+            observer.evaluated(step, scores, checkpoint)
+    waited = (step - progress.best_step) // config.eval_steps
+    if 0 < config.early_stopping_patience <= waited and not progress.finished:
+        progress.finished = True
+        observer.say(f"Stopped at step {step}: no better score since step {progress.best_step}.")
 
 
 def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:

@@ -60,9 +60,7 @@ def data(config: AugmentConfig, files: list[ImageFile] = RANDOM, seed: int = 0) 
     channels = 1 if files is FLAT else 3
     processor = ImageProcessor(S, (0.5,) * channels, (0.25,) * channels)
     labels = [i % K for i in range(len(files))]
-    return ImageDataset(
-        files, labels, processor, 4, augmentation=Augmentation(config, processor, K, seed)
-    )
+    return ImageDataset(files, labels, processor, 4, augmentation=Augmentation(config, processor, K, seed))
 
 
 def batch(dataset: ImageDataset, indices: list[int], epoch: int = 0) -> ImageBatch:

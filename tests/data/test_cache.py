@@ -27,7 +27,7 @@ import qkv.data.images
 from qkv.config import TokenizerConfig
 from qkv.data import Cache, Dataset, Raw, Samples, trained_tokenizer
 from qkv.data.batches import Batch
-from qkv.data.cache import Chunks, Columns, cache_folder, fingerprint
+from qkv.data.cache import Chunks, Columns, fingerprint
 from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
 from qkv.data.labelled import LabelledDataset
@@ -327,14 +327,3 @@ def test_two_processes_make_one_entry(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert len(_entries(tmp_path)) == 1
-
-
-def test_the_folder_is_looked_up_when_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "mine"))
-    assert cache_folder() == tmp_path / "mine"
-    monkeypatch.delenv("QKV_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "qkv" / "data"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / ".cache" / "qkv" / "data"

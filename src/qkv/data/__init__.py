@@ -18,7 +18,7 @@ from qkv.config import (
     ViTConfig,
 )
 from qkv.data.augment import Augmentation
-from qkv.data.cache import NO_CACHE, Cache, Chunks, cache_folder, fingerprint
+from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
 from qkv.data.dataset import TOKENIZERS, Dataset, digest
 from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
@@ -39,7 +39,6 @@ __all__ = [
     "Sampler",
     "Samples",
     "build",
-    "cache_folder",
     "prefetch",
     "prepare",
     "read",

@@ -36,13 +36,6 @@ LIMIT_BYTES = 64 << 30
 _FORMAT = "1"
 
 
-def cache_folder() -> Path:
-    """Where entries are: $QKV_CACHE, or else qkv/data in $XDG_CACHE_HOME or in ~/.cache."""
-    if chosen := os.environ.get("QKV_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkv" / "data"
-
-
 def fingerprint(*parts: str | bytes) -> str:
     """SHA-256 of the parts and of where each ends."""
     sha = hashlib.sha256()

@@ -52,12 +52,12 @@ class Dataset(ABC):
 
 
 class Sequences:
-    """Many short integer sequences in one array."""
+    """Many short integer sequences in one array, `values`, end to end."""
 
     def __init__(self, values: np.ndarray, lengths: np.ndarray) -> None:
         """values: all sequences end to end, of any integer type. lengths: of each."""
         self.lengths: Ids = lengths.astype(np.int64)
-        self._values = values
+        self.values = values
         self._bounds = np.concatenate([[0], self.lengths.cumsum()])
 
     def __len__(self) -> int:
@@ -68,11 +68,11 @@ class Sequences:
 
     def join(self, first: int, last: int) -> Ids:
         """The sequences from `first` up to but without `last`, end to end."""
-        return self._values[self._bounds[first] : self._bounds[last]].astype(np.int64)
+        return self.values[self._bounds[first] : self._bounds[last]].astype(np.int64)
 
     def without_empty(self) -> Sequences:
         """Those that have any values."""
-        return Sequences(self._values, self.lengths[self.lengths > 0])
+        return Sequences(self.values, self.lengths[self.lengths > 0])
 
 
 def slices(length: int, size: int = 1024) -> Iterator[slice]:
@@ -161,3 +161,9 @@ def check_context(lengths: Ids, texts: Sequence[str], context: int, truncate: bo
         f"{count} are longer than the model's context of {context} tokens; the longest has {lengths[i]:,} "
         f"and begins {texts[i][:40]!r}: raise model.context, or set data.truncate to cut them"
     )
+
+
+def check_vocabulary(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """A note about tokens that the vocabulary cannot say; scores count each as one token."""
+    count = 0 if tokenizer.unk_id is None else int((ids == tokenizer.unk_id).sum())
+    return (f"{count:,} of {len(ids):,} tokens are unknown to the tokenizer.",) if count else ()

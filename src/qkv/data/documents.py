@@ -13,7 +13,7 @@ import torch
 
 from qkv.data.batches import MaskedBatch
 from qkv.data.cache import NO_CACHE, Cache, fingerprint
-from qkv.data.dataset import Dataset, Ids, fit, join, lay, special_ids, tokenise
+from qkv.data.dataset import Dataset, Ids, check_vocabulary, fit, join, lay, special_ids, tokenise
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
@@ -83,6 +83,7 @@ class MaskedDataset(Dataset):
         alone = int((counts == 1).sum())
         if alone:
             self.notes = (f"{alone:,} documents of one sentence serve only as random second segments.",)
+        self.notes += check_vocabulary(self.sentences.values, tokenizer)
         self.costs = np.array([chunk.budget + 3 for chunk in self.chunks])
         special = special_ids(tokenizer)
         self.is_text = np.ones(tokenizer.vocab_size, dtype=bool)  # (V,)

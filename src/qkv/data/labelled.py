@@ -17,6 +17,7 @@ from qkv.data.dataset import (
     Dataset,
     Sequences,
     check_context,
+    check_vocabulary,
     digest,
     flat,
     id_dtype,
@@ -49,6 +50,7 @@ class LabelledDataset(Dataset):
         self.notes = check_context(self.ids.lengths, texts, context, truncate)
         if self.notes:
             self.ids, self.segments = _encode(tokenizer.shortened(context), texts, pairs, content, cache)
+        self.notes += check_vocabulary(self.ids.values, tokenizer)
         self.costs = self.ids.lengths
 
     def batch(self, indices: Sequence[int], epoch: int) -> LabelledBatch:

@@ -11,7 +11,7 @@ import numpy as np
 
 from qkv.data.batches import PairBatch
 from qkv.data.cache import NO_CACHE, Cache, fingerprint
-from qkv.data.dataset import Dataset, Ids, check_context, join, lay, tokenise
+from qkv.data.dataset import Dataset, Ids, check_context, check_vocabulary, join, lay, tokenise
 from qkv.tokenizers import Tokenizer
 
 
@@ -37,7 +37,10 @@ class PairDataset(Dataset):
         self.notes = tuple(
             f"{side}: {note}"
             for side, texts, ids in (("source", sources, self.sources), ("target", targets, self.targets))
-            for note in check_context(ids.lengths + 1, texts, context, truncate)
+            for note in (
+                *check_context(ids.lengths + 1, texts, context, truncate),
+                *check_vocabulary(ids.values, tokenizer),
+            )
         )
         self.room = context - 1  # beside the end or start token
         self.start = np.array([start_id])

@@ -107,6 +107,10 @@ class Samples:
 
         return Samples(self.kind, some(self.texts), some(self.pairs), some(self.images), some(self.labels))
 
+    def spread(self, count: int) -> Samples:
+        """At most so many of the samples, evenly from the first to the last."""
+        return self.take(np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist())
+
 
 @dataclass(frozen=True)
 class Raw:

@@ -13,7 +13,17 @@ import numpy as np
 
 from qkv.data.batches import LanguageBatch
 from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
-from qkv.data.dataset import TOKENIZERS, Dataset, Ids, digest, flat, id_dtype, join, lay, slices
+from qkv.data.dataset import (
+    TOKENIZERS,
+    Dataset,
+    Ids,
+    check_vocabulary,
+    digest,
+    flat,
+    id_dtype,
+    join,
+    lay,
+)
 from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
@@ -75,7 +85,7 @@ class LanguageDataset(Dataset):
         self.width = min(context, successors)
         self.seed = seed
         self.training = training
-        self.notes = _unknown(self.stream, tokenizer)
+        self.notes = check_vocabulary(self.stream, tokenizer)
         windows = len(self.stream) // self.width if training else -(-successors // self.width)
         self.costs = np.full(windows, self.width)
         if not training:
@@ -104,15 +114,3 @@ def _chunks(texts: Sequence[str] | Sequence[TextFile], tokenizer: Tokenizer) -> 
         parts = pieces(text)
         while some := list(islice(parts, _PIECES)):
             yield sum(map(len, some)), {"ids": flat(tokenizer.plain_batch(some), dtype)}
-
-
-def _unknown(stream: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What to tell about tokens that the vocabulary cannot say."""
-    if tokenizer.unk_id is None:
-        return ()
-    count = sum(int((stream[part] == tokenizer.unk_id).sum()) for part in slices(len(stream), 1 << 20))
-    if not count:
-        return ()
-    return (
-        f"{count:,} of {len(stream):,} tokens are unknown to the tokenizer; scores count them as one token.",
-    )
