@@ -1,6 +1,8 @@
-"""What all tests share: one thread, one seed, and hypothesis without deadlines."""
+"""What all tests share: one thread, one seed, a cache of their own, and hypothesis without deadlines."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -20,6 +22,12 @@ settings.load_profile("qkv")
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the processes that they start, neither read nor write the user's cache folder."""
+    os.environ["QKV_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""State files are whole or absent, and carry everything back."""
+"""States are whole or absent, and carry everything back."""
 
 import json
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qkv.checkpoint import (
-    STATE,
     Metrics,
     Progress,
     load_state,
     read_metrics,
     save_state,
+    saved_states,
 )
 from qkv.errors import InputError
 
@@ -30,9 +30,9 @@ def trained(seed):
 def test_state_round_trip_is_exact(tmp_path):
     model, optimizer = trained(0)
     progress = Progress("data", step=7, best_step=4, best_scores={"loss": 0.123456789123456789}, seconds=3.25)
-    save_state(tmp_path, model, [optimizer], progress)
+    save_state(tmp_path, model, [optimizer], {}, progress)
     other, fresh = trained(1)
-    assert load_state(tmp_path, other, [fresh]) == progress
+    assert load_state(tmp_path, other, [fresh], {}) == progress
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(optimizer.state.values(), fresh.state.values(), strict=True):
@@ -43,20 +43,20 @@ def test_state_round_trip_is_exact(tmp_path):
 def test_state_that_is_missing_or_of_another_model(tmp_path):
     model, optimizer = trained(0)
     with pytest.raises(InputError, match="no state to resume"):
-        load_state(tmp_path, model, [optimizer])
-    save_state(tmp_path, model, [optimizer], Progress("data"))
+        load_state(tmp_path, model, [optimizer], {})
+    save_state(tmp_path, model, [optimizer], {}, Progress("data"))
     other = torch.nn.Linear(2, 2)
     with pytest.raises(InputError, match="does not fit"):
-        load_state(tmp_path, other, [torch.optim.AdamW(other.parameters())])
+        load_state(tmp_path, other, [torch.optim.AdamW(other.parameters())], {})
 
 
 def test_a_damaged_state_is_a_named_error(tmp_path):
     model, optimizer = trained(0)
-    save_state(tmp_path, model, [optimizer], Progress("data"))
-    path = tmp_path / STATE
+    save_state(tmp_path, model, [optimizer], {}, Progress("data"))
+    (path,) = saved_states(tmp_path)[-1].glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot be read"):
-        load_state(tmp_path, model, [optimizer])
+        load_state(tmp_path, model, [optimizer], {})
 
 
 def test_metrics_continue_behind_a_step_and_drop_a_cut_line(tmp_path):

@@ -103,7 +103,8 @@ def test_help_needs_no_torch():
     code += " assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "eval", "generate", "translate", "fill", "classify", "tag", "embed"):
+    commands = ("demo", "train", "eval", "generate", "translate", "fill", "classify", "tag", "embed", "merge")
+    for command in commands:
         assert command in done.stdout
 
 
@@ -114,10 +115,11 @@ def test_help_explains_every_setting(family):
     assert "--data is short for --data.path" in text
     assert succeed("train", "--help").startswith("usage: qkv train [-h] [OPTIONS] FAMILY|RECIPE")
     recipe = default_recipe(family)
-    for section in ("model", "tokenizer", "data", "train"):
+    for section in ("model", "tokenizer", "data", "train", "lora"):
         for field in fields(getattr(recipe, section)):
             flag = f"--{section}.{field.name.replace('_', '-')}"
-            values = r"(?:INT|FLOAT|STR|\{[\w, ]*\}|\[STR \[STR \.\.\.\]\]|, --\S+)"
+            one = r"(?:INT|FLOAT|STR|\{[\w, ]*\})"
+            values = rf"(?:{one}|\[{one} \[{one} \.\.\.\]\]|, --\S+)"
             said = re.search(rf" {re.escape(flag)} ?{values} (.*?) ?\(default: ", text)
             assert said and " " in said[1], flag
 
@@ -185,6 +187,13 @@ def test_eval_on_held_out_data_and_on_a_file(runs, family, tmp_path):
     assert ("bleu" in own) == (family == "transformer")
 
 
+def test_a_run_has_a_page_and_its_tracker_the_numbers(runs, tmp_path):
+    assert all((run / "report.html").is_file() for run in runs.values())
+    start = ["train", runs["gpt"] / "config.toml", "--out", tmp_path / "run"]
+    succeed(*start, "--train.report-to", "tensorboard")
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
 def test_train_from_a_recipe_file_with_a_change(runs, tmp_path):
     succeed("train", runs["gpt"] / "config.toml", "--out", tmp_path / "again", "--train.seed=7")
     assert "seed = 7" in (tmp_path / "again" / "config.toml").read_text()
@@ -227,6 +236,16 @@ def test_fine_tune_a_checkpoint_of_another_size_than_the_recipe(runs, tmp_path):
     assert (model.dim, model.dropout, model.labels) == (32, 0.3, ("bad", "good"))
 
 
+def test_adapters_are_trained_used_and_merged(runs, tmp_path):
+    data, run, out = runs["bert"].parent / "labelled.csv", tmp_path / "run", tmp_path / "out"
+    succeed("train", "bert", "--data", data, "--init", runs["bert"], "--lora.rank=2", "--out", run, *STEPS)
+    assert (run / "adapter_model.safetensors").is_file() and not (run / "model.safetensors").exists()
+    assert "accuracy" in succeed("eval", run)
+    assert json.loads(succeed("merge", run, out)) == {"folder": str(out)}
+    assert succeed("classify", out, "fine") == succeed("classify", run, "fine")
+    assert "is not an adapter: it is a whole model already" in fail("merge", out, tmp_path / "again")
+
+
 def test_scores_stay_on_one_line_and_are_no_output(runs, tmp_path):
     data = runs["masked"].parent / "documents.txt"
     code, out, err = qkv("train", "bert", "--data", data, "--out", tmp_path / "run", *TINY["bert"], *STEPS)
@@ -265,7 +284,9 @@ def test_output_that_cannot_show_every_character(runs, encoding):
         ("generate", "Missing from qkv generate: RUN_OR_HUB_ID .*; see qkv generate --help"),
         ("generate x --top-l 3", "--top-l, 3; did you mean --top-[kp]?"),
         ("embed x -o", "Missing value .*--output.*; see qkv embed --help"),
-        ("tran", "tran; there are demo, train, eval, .*, embed$"),
+        ("train gpt --data x --lora.rank 4", "lora.rank adapts a trained model: name it with init"),
+        ("train gpt --data x --lora.rank 4 --init y --train.optimizer muon", "muon is for whole matrices"),
+        ("tran", "tran; there are demo, train, eval, .*, merge$"),
         ("", "demo, train, eval.*; see qkv --help"),
     ],
 )

@@ -17,12 +17,16 @@ from hypothesis import strategies as st
 from qkv.config import (
     FAMILIES,
     MODEL_CONFIGS,
+    AugmentConfig,
     BertConfig,
     DataConfig,
     GPTConfig,
+    LoraConfig,
+    LoraTarget,
     ModelConfig,
     RunConfig,
     TokenizerConfig,
+    TrackerName,
     TrainConfig,
     TransformerConfig,
     ViTConfig,
@@ -49,7 +53,7 @@ MODELS = st.one_of(
     changed(GPTConfig(), dropout=FRACTION, norm_eps=POSITIVE, norm_first=st.booleans(), depth=COUNT),
     changed(BertConfig(), labels=st.lists(TEXT).map(tuple), head=st.sampled_from(["tagging", "masked_lm"])),
     changed(TransformerConfig(), context=COUNT, activation=st.sampled_from(["relu", "silu"])),
-    changed(ViTConfig(), labels=st.lists(TEXT).map(tuple), channels=COUNT, norm_eps=POSITIVE),
+    changed(ViTConfig(), labels=st.lists(TEXT).map(tuple), channels=COUNT, drop_path=FRACTION),
 )
 RUNS = st.builds(
     RunConfig,
@@ -59,7 +63,12 @@ RUNS = st.builds(
     ),
     data=changed(DataConfig(), path=TEXT, text=TEXT, label=TEXT, truncate=st.booleans()),
     train=changed(TrainConfig(), learning_rate=POSITIVE, adam_beta2=FRACTION, seed=st.integers(0, 2**31 - 1)),
+    lora=changed(LoraConfig(), rank=COUNT, alpha=COUNT, dropout=FRACTION, targets=st.just(("up", "out"))),
     init=TEXT,
+) | st.builds(
+    RunConfig,
+    model=st.just(ViTConfig()),
+    augment=changed(AugmentConfig(), crop_padding=COUNT, flip=st.booleans(), mixup=POSITIVE),
 )
 
 
@@ -80,7 +89,7 @@ def test_a_file_keeps_every_character(tmp_path_factory, config: RunConfig):
 
 def test_every_setting_is_written():
     written = tomllib.loads(write_toml(RunConfig(model=BertConfig(labels=('tab\t"quote"', "é\x7f\u2028")))))
-    assert set(written) == {"init", "model", "tokenizer", "data", "train"}
+    assert set(written) == {"init", "model", "tokenizer", "data", "augment", "train", "lora"}
     assert set(written["model"]) == {field.name for field in fields(BertConfig)}
     assert set(written["train"]) == {field.name for field in fields(TrainConfig)}
     assert written["model"]["labels"] == ['tab\t"quote"', "é\x7f\u2028"]
@@ -137,11 +146,15 @@ def test_unknown_names_and_tables_are_refused(values: dict[str, Any], message: s
 
 @given(st.sampled_from([f.name for f in fields(TrainConfig)]), st.data())
 def test_a_misspelt_setting_names_the_nearest_one(name: str, data):
-    at = data.draw(st.integers(0, len(name) - 2))  # the last letter alone tells adam_beta1 from adam_beta2
+    at = data.draw(st.integers(0, len(name) - 1))
     misspelt = name[:at] + name[at + 1 :]
-    with pytest.raises(InputError, match=f"did you mean train.{name}\\?"):
+    # adam_beta is as near to adam_beta2 as to adam_beta1.
+    near = name.replace("beta1", "beta[12]") if misspelt == "adam_beta" else name
+    with pytest.raises(InputError, match=f"did you mean train.{near}\\?"):
         from_dict(TrainConfig, {misspelt: 1}, "train.")
 
+
+SECTIONS = [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, AugmentConfig, TrainConfig, LoraConfig]
 
 WRONG: dict[Any, list[Any]] = {
     int: [1.5, "1", True, [], {}, None],
@@ -149,10 +162,12 @@ WRONG: dict[Any, list[Any]] = {
     str: [1, 1.0, True, [], {}, None],
     bool: [1, 0.0, "true", [], {}, None],
     tuple[str, ...]: ["ab", 1, [1], [["a"]], {}, None],
+    tuple[LoraTarget, ...]: ["qkv", 1, ["no such choice"], {}, None],
+    tuple[TrackerName, ...]: ["wandb", 1, ["no such choice"], {}, None],
 }
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_a_value_of_the_wrong_type_is_refused(section: type):
     for name, hint in get_type_hints(section).items():
         wrong = WRONG.get(hint, ["no such choice", 1, True, [], None])
@@ -182,19 +197,23 @@ def test_configs_cannot_be_changed():
 
 # ---------------------------------------------------------------- values
 
-TOO_LOW: dict[str, float] = {
+REFUSED: dict[str, float] = {
     "dim": 0, "depth": 0, "heads": 0, "mlp_dim": 0, "vocab_size": 0, "context": 0, "segments": 0,
     "patch_size": 0, "channels": 0, "image_size": -1, "norm_eps": 0.0, "dropout": -0.1,
     "attention_dropout": -0.1, "pad_id": -1, "eos_id": -1,
     "max_steps": 0, "batch_tokens": 0, "gradient_accumulation_steps": 0, "logging_steps": 0,
     "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "adam_epsilon": 0.0, "max_grad_norm": 0.0,
     "warmup_steps": -1, "weight_decay": -0.1, "seed": 2**31, "adam_beta1": -0.1, "adam_beta2": -0.1,
-    "label_smoothing_factor": -0.1, "valid_fraction": 0.0, "bpe_dropout": -0.1, "candidates": 1,
-    "temperature": 0.0,
+    "label_smoothing_factor": -0.1, "valid_fraction": 0.0, "drop_path": -0.1, "crop_area": 0.0,
+    "crop_padding": -1, "randaugment": -1, "magnitude": 10.1, "erasing": 1.1, "mixup": -0.1, "cutmix": -0.1,
+    "rank": -1, "alpha": 0, "r_drop": -0.1, "layer_decay": 0.0, "ema_decay": -0.1,
+    "average_checkpoints": 0, "save_total_limit": 0, "early_stopping_patience": -1, "shard_ranks": 0,
+    "bpe_dropout": -0.1, "candidates": 1, "temperature": 0.0,
 }  # fmt: skip
 BELOW_ONE = [
     "dropout",
     "attention_dropout",
+    "drop_path",
     "adam_beta1",
     "adam_beta2",
     "label_smoothing_factor",
@@ -203,13 +222,13 @@ BELOW_ONE = [
 ]
 
 
-@pytest.mark.parametrize("section", [*MODEL_CONFIGS.values(), TokenizerConfig, DataConfig, TrainConfig])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_numbers_out_of_range_are_named(section: type):
     for name, hint in get_type_hints(section).items():
         if hint not in (int, float):
             continue
         bad = (
-            [TOO_LOW[name]] + ([1.0] if name in BELOW_ONE else []) + ([float("nan")] if hint is float else [])
+            [REFUSED[name]] + ([1.0] if name in BELOW_ONE else []) + ([float("nan")] if hint is float else [])
         )
         for value in bad:
             with pytest.raises(InputError, match=rf"\.{name} is {value}; it must be "):
@@ -224,9 +243,14 @@ def test_numbers_out_of_range_are_named(section: type):
         (lambda: TransformerConfig(vocab_size=5, eos_id=5), "model.eos_id is 5; it must be an id below"),
         (lambda: GPTConfig(dim=12, heads=4, position="rotary"), "model.dim / model.heads is 3; rotary"),
         (
+            lambda: RunConfig(model=GPTConfig(), augment=AugmentConfig(flip=True)),
+            "augment varies images, but a gpt reads text: leave it out",
+        ),
+        (
             lambda: TrainConfig(learning_rate=float("inf")),
             "train.learning_rate is inf; it must be a positive",
         ),
+        (lambda: LoraConfig(targets=()), "lora.targets is empty; choose some of qkv, out, up, down"),
     ],
 )
 def test_settings_that_do_not_fit_each_other_are_refused(make, message: str):

@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from qkv.errors import InputError
-from qkv.files import blame, read_json, reason, replace_file
+from qkv.files import blame, cache_folder, read_json, reason, replace_file
 
 
 def test_a_failed_write_keeps_the_file_before_it_and_says_so_only_then(tmp_path: Path) -> None:
@@ -58,3 +58,14 @@ def test_what_is_malformed_is_named(content: str, tmp_path: Path) -> None:
         int(json.loads(content)["a"][0])
     with pytest.raises(InputError, match=r"a\.json: too short"), blame(tmp_path / "a.json"):
         raise InputError("too short")
+
+
+def test_the_cache_folder_is_looked_up_when_it_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("QKV_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "qkv"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "qkv"

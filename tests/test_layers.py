@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -17,9 +19,9 @@ from torch.autograd import gradcheck
 from qkv.attention import Pattern
 from qkv.config import GPTConfig, ModelConfig, TransformerConfig
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, Block, check_lengths, init_normal, init_xavier, sinusoidal
+from qkv.layers import ACTIVATIONS, Block, DropPath, check_lengths, init_normal, init_xavier, sinusoidal
 from qkv.models import GPT, Transformer
-from qkv.ragged import Layout, pack
+from qkv.ragged import Layout, Ragged, pack
 
 D = 12
 
@@ -188,6 +190,51 @@ def test_dropout_sits_on_every_sublayer_and_only_in_training():
     block.eval()
     out = block(x, pattern, memory=memory, memory_pattern=pattern)
     assert (out == x).float().mean() < 0.02
+
+
+# ---------------------------------------------------------------- drop path
+
+
+def test_drop_path_takes_whole_sequences_and_keeps_the_expectation():
+    layout = Layout((3, 1, 0, 5) * 500, torch.device("cpu"))
+    ones = torch.ones(layout.tokens, D, dtype=torch.float64)
+    rows = [row for row in Ragged(DropPath(0.25)(ones, layout), layout).split() if len(row)]
+    scales = torch.stack([row[0, 0] for row in rows])
+    assert all((row == row[0, 0]).all() for row in rows)
+    assert scales.unique().tolist() == [0.0, 1 / 0.75]
+    assert scales.mean().item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_dropped_sublayer_leaves_the_residual_stream_alone(norm_first: bool):
+    """Every sequence is one of the four: each of its two sub-layers is dropped, or scaled."""
+    config = ModelConfig(dim=D, heads=2, depth=1, mlp_dim=16, norm_first=norm_first, dropout=0.0)
+    block = Block(config, drop_path=0.4).double()
+    batch = pack([draw(1 + i % 4, D, seed=i) for i in range(60)])
+    out = batch.like(block(batch.values, Pattern(batch.layout, batch.layout))).split()
+    seen = set()
+    for x, y in zip(batch.split(), out, strict=True):
+        layout = Layout((len(x),), x.device)
+        for kept in product((0, 1 / 0.6), repeat=2):
+            h, norms = x, (block.attention_norm, block.mlp_norm)
+            sublayers = (partial(block.attention, pattern=Pattern(layout, layout)), block.mlp)
+            for scale, norm, sublayer in zip(kept, norms, sublayers, strict=True):
+                h = h + scale * sublayer(norm(h)) if norm_first else norm(h + scale * sublayer(h))
+            if torch.allclose(h, y):
+                seen.add(kept)
+                break
+        else:
+            pytest.fail("a sequence was dropped in part")
+    assert len(seen) == 4
+
+
+def test_the_rate_rises_linearly_with_depth():
+    for name in ("gpt-pre-norm", "transformer-post-norm", "bert-tagging", "vit-pre-norm"):
+        model = tiny(replace(CONFIGS[name], depth=4, drop_path=0.3))
+        stacks = [m for m in model.children() if isinstance(m, nn.ModuleList)]
+        assert len(stacks) == (2 if isinstance(model, Transformer) else 1)
+        for stack in stacks:
+            assert [block.drop_path.rate for block in stack] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 # ---------------------------------------------------------------- initial weights

@@ -113,7 +113,7 @@ def test_autocast_is_near_float32_and_leaves_float32_gradients(name: str):
     "name", ["gpt-pre-norm", "transformer-post-norm", "bert-pretraining", "vit-pre-norm"]
 )
 def test_dropout_is_for_training_only(name: str):
-    model = tiny(replace(CONFIGS[name], dropout=0.5, attention_dropout=0.5))
+    model = tiny(replace(CONFIGS[name], dropout=0.5, attention_dropout=0.5, drop_path=0.5))
     batch = samples(model, [(5, 9)])
     assert_all_close(answers(model, batch)[0], answers(model, batch)[0])
     model.train()

@@ -109,6 +109,16 @@ def test_classes_can_be_probabilities() -> None:
     assert len(CrossEntropy(logits, mixed)) == 5
 
 
+def test_yes_or_no_diverges_as_a_choice_of_two_classes() -> None:
+    labels, (one, other) = torch.zeros(4, 3, dtype=torch.bool), torch.randn(2, 4, 3)
+    pairs = [
+        CrossEntropy(torch.stack([torch.zeros(12), z.flatten()], 1), torch.zeros(12)) for z in (one, other)
+    ]
+    found = BinaryCrossEntropy(one, labels).divergence_sum(BinaryCrossEntropy(other, labels))
+    torch.testing.assert_close(found, pairs[0].divergence_sum(pairs[1]))
+    assert BinaryCrossEntropy(one, labels).divergence_sum(BinaryCrossEntropy(one, labels)) == 0
+
+
 def test_smoothing_moves_labels_towards_one_half() -> None:
     logits, labels = torch.randn(4, 3), torch.rand(4, 3) > 0.5
     target = torch.where(labels, 0.95, 0.05)

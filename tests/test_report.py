@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qkv.demo.lab import Part
 from qkv.report import (
+    Card,
     Figure,
+    Line,
     Measure,
     Scores,
     Section,
-    _ticks,
     continuation,
     curve,
     filled,
@@ -20,9 +22,12 @@ from qkv.report import (
     heatmap,
     overlay,
     page,
+    plot,
     score_table,
+    shares,
     table,
 )
+from qkv.report.plot import _ticks
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 NASTY = '<script src="https://example.org/x.js">&\'"</script>'
@@ -84,9 +89,12 @@ def whole_page() -> str:
         Figure("text", continuation(NASTY, NASTY) + filled(NASTY, NASTY, [(NASTY, 0.5)], NASTY)),
         Figure("images", gallery([(pixels, NASTY, False)]) + overlay(pixels, weights, NASTY)),
         Figure("map", heatmap([NASTY, "b"], ["c", NASTY], weights, NASTY, NASTY), wide=True),
+        Figure("scores", score_table(SCORES) + shares((NASTY, "share"), [(NASTY, [0.25])])),
         Figure("curve", curve([(1, 3.0), (10, 2.0)], [(10, 2.5)], NASTY)),
+        Figure("plot", plot([Line(NASTY, [(1, 3.0)], "other", dots=True)], NASTY, NASTY)),
     )
-    return page(NASTY, NASTY, [Section("one", NASTY, NASTY, {NASTY: NASTY}, SCORES, figures)])
+    card = Card(NASTY, NASTY, NASTY, "one")
+    return page(NASTY, NASTY, [card], [Section("one", NASTY, NASTY, {NASTY: NASTY}, figures)])
 
 
 def test_the_page_loads_nothing_and_shows_all_text_as_it_is():
@@ -109,7 +117,8 @@ def test_the_best_of_each_column_is_bold_whoever_has_it():
 
 
 def test_the_overview_sets_the_model_beside_the_best_baseline():
-    assert "best baseline 1.25" in whole_page()
+    card = Part("one", "One: more", "", {}, SCORES, ()).card()
+    assert (card.title, card.value, card.caption) == ("One", "1.50", "loss; best baseline 1.25")
 
 
 def test_heatmap_draws_each_weight_at_its_row_and_column():
@@ -140,3 +149,11 @@ def test_ticks_are_few_and_cover_the_range_to_a_step(low: float, span: float):
 @pytest.mark.parametrize("constant", [0.0, 3.5])
 def test_curve_of_a_constant_loss_is_drawn(constant: float):
     assert_self_contained(curve([(1, constant)], [(1, constant)], "nats"))
+
+
+def test_a_long_curve_is_thinned_but_ends_where_it_ends():
+    points = [(float(i), 1.0 / i) for i in range(1, 10_001)]
+    (line,) = Page(plot([Line("loss", points)], "loss", "nats")).all("polyline")
+    whole = Page(plot([Line("loss", points[:2]), Line("loss", points[-1:])], "", "")).all("polyline")[1]
+    corners = line["points"].split()
+    assert len(corners) < 500 and corners[-1].split(",")[0] == whole["points"].split(",")[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from hub import theirs
 from sentence_transformers import SentenceTransformer
 from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 
-from qkv.config import DataConfig, RunConfig, TokenizerConfig
+from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig
 from qkv.errors import InputError
 from qkv.evaluate import derived, evaluate, score
+from qkv.objectives import Objective
 from qkv.pipelines import Encoder, from_pretrained
+from qkv.report.run import REPORT, SAMPLES, RunReport
 from qkv.train import Job, new_job, resumed_job, train
 
 TASKS = {
@@ -57,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp(task)
         job = new_job(task_config(folder, task))
-        untrained = evaluate(job.checkpoint.model, job.valid)
+        untrained = evaluate(Objective(job.checkpoint.model), job.valid)
         best = train(job, folder / "run", Nobody()).best_scores
         made[task] = Trained(job, folder / "run", untrained, best)
     return made
@@ -67,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 def test_learns_scores_and_says_what_it_understood(task: str, runs: dict[str, Trained]) -> None:
     run, name = runs[task], TASKS[task][1]
     assert run.job.config.data.task == task
-    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in run.job.about
+    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in run.job.summary.about
     assert run.best["loss"] == run.best[f"{name}_loss"] < 0.5 * run.untrained["loss"]
     assert score(str(run.folder))["loss"] == pytest.approx(run.best["loss"], rel=1e-4)
     again = score(str(run.folder), run.job.config.data.path)
@@ -76,8 +79,9 @@ def test_learns_scores_and_says_what_it_understood(task: str, runs: dict[str, Tr
 
 @pytest.mark.parametrize("task", TASKS)
 def test_scores_do_not_depend_on_the_size_of_batches(task: str, runs: dict[str, Trained]) -> None:
-    model, dataset = runs[task].job.checkpoint.model, runs[task].job.train
-    assert evaluate(model, dataset, batch_tokens=30) == pytest.approx(evaluate(model, dataset), rel=1e-4)
+    objective, dataset = Objective(runs[task].job.checkpoint.model), runs[task].job.train
+    whole = evaluate(objective, dataset)
+    assert evaluate(objective, dataset, batch_tokens=30) == pytest.approx(whole, rel=1e-4)
 
 
 def test_tags_that_mark_no_entities_have_a_macro_f1() -> None:
@@ -166,8 +170,8 @@ def test_texts_are_their_own_pairs_under_dropout(tmp_path: Path) -> None:
         config, data=DataConfig(path=str(tmp_path / "texts.txt"), task="contrastive")
     )
     job = new_job(config)
-    assert "under another dropout" in job.about
-    untrained = evaluate(job.checkpoint.model, job.valid)
+    assert "under another dropout" in job.summary.about
+    untrained = evaluate(Objective(job.checkpoint.model), job.valid)
     assert train(job, tmp_path / "run", Nobody()).best_scores["loss"] < 0.7 * untrained["loss"]
     still = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
     with pytest.raises(InputError, match=r"set model\.dropout above 0"):
@@ -197,6 +201,38 @@ def test_a_score_needs_data_of_the_models_own_task(tmp_path: Path) -> None:
     train(new_job(config), tmp_path / "run", Nobody())
     with pytest.raises(InputError, match=r"data\.task regression needs a table"):
         score(str(tmp_path / "run"), samples.conll(tmp_path))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_adapters_learn_each_task_and_say_what_it_is(task: str, tmp_path: Path) -> None:
+    documents = run_config(tmp_path, "bert", max_steps=1)
+    documents = dataclasses.replace(documents, data=DataConfig(path=samples.documents(tmp_path)))
+    train(new_job(documents), tmp_path / "base", Nobody())
+    config = task_config(tmp_path / task, task, max_steps=2, eval_steps=1, warmup_steps=1)
+    config = dataclasses.replace(config, init=str(tmp_path / "base"), lora=LoraConfig(rank=2))
+    job = new_job(config)
+    best = train(job, tmp_path / "run", Nobody()).best_scores
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best["loss"], rel=1e-4)
+    found = from_pretrained(tmp_path / "run", device="cpu").checkpoint
+    assert found.model.config.head == ("none" if task == "contrastive" else task)
+    assert found.model.config.labels == job.checkpoint.model.config.labels
+    assert (found.pooling, found.normalize) == (("mean", True) if task == "contrastive" else (None, False))
+
+
+def test_the_report_shows_tags_word_by_word(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = new_job(task_config(tmp_path / "data", "tagging", max_steps=60))
+    train(job, run, RunReport(job, run))
+    page = (run / REPORT).read_text("utf-8")
+    assert "It tags at step 60" in page
+    last = json.loads((run / SAMPLES).read_text("utf-8").splitlines()[-1])["answers"]
+    encoder = from_pretrained(run, device="cpu")
+    for answer in last:
+        assert [word.word for word in encoder.tag(" ".join(answer["words"]))] == answer["words"]
+        assert len(answer["tags"]) == len(answer["guesses"]) == len(answer["words"])
+    told = [pair for answer in last for pair in zip(answer["tags"], answer["guesses"], strict=True)]
+    assert sum(tag == guess for tag, guess in told) > 0.6 * len(told)
 
 
 # ---------------------------------------------------------------- words hidden and cut
@@ -241,3 +277,13 @@ def test_settings_that_would_do_nothing_are_refused(
     config = run_config(tmp_path, family, label_smoothing_factor=0.1)
     with pytest.raises(InputError, match=message):
         new_job(dataclasses.replace(config, data=dataclasses.replace(config.data, **setting)))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_r_drop_is_for_answers_that_are_distributions(task: str, tmp_path: Path) -> None:
+    config = task_config(tmp_path, task, r_drop=1.0, max_steps=2, warmup_steps=1)
+    if task in ("regression", "contrastive"):
+        with pytest.raises(InputError, match=rf"train\.r_drop is for classes, not for {task}: leave it out"):
+            new_job(config)
+    else:
+        assert train(new_job(config), tmp_path / "run", Nobody()).step == 2

@@ -317,6 +317,7 @@ def test_marian_is_transformers_marian(marian: Path, tmp_path: Path) -> None:
         theirs.unk_token_id,
     )
     ours.save(tmp_path, context=512)
+    assert ours.definition == Tokenizer.load(tmp_path).definition != ours.target.definition
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reopened = AutoTokenizer.from_pretrained(tmp_path)

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from qkv.checkpoint import STATE, read_metrics
+from qkv.checkpoint import read_metrics, saved_states
 from qkv.config import (
+    AugmentConfig,
     BertConfig,
     DataConfig,
     GPTConfig,
@@ -31,9 +32,11 @@ from qkv.config import (
 )
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
-from qkv.objectives import item_counts
+from qkv.hub import Checkpoint
+from qkv.objectives import Objective, item_counts
+from qkv.observe import Observer, Record
 from qkv.pipelines import from_pretrained
-from qkv.train import Job, _loss, new_job, resumed_job, train
+from qkv.train import Job, new_job, resumed_job, train
 
 SIZES = {"dim": 32, "depth": 1, "heads": 2, "mlp_dim": 64, "dropout": 0.1}
 MODELS = {
@@ -46,7 +49,7 @@ FAMILIES = list(MODELS)
 TOKENIZERS = {"bert": TokenizerConfig(kind="wordpiece", vocab_size=200)}
 
 
-class Nobody:
+class Nobody(Observer):
     """An observer that only remembers, and can stop the run as Ctrl-C would."""
 
     def __init__(self, interrupt_at: int = 0) -> None:
@@ -56,14 +59,14 @@ class Nobody:
     def say(self, message: str) -> None:
         self.said.append(message)
 
-    def begin(self, step: int, max_steps: int) -> None:
+    def begin(self, config: RunConfig, step: int) -> None:
         self.first = step
 
-    def step(self, step: int, loss: float, tokens: float) -> None:
+    def step(self, step: int, record: Record) -> None:
         if step == self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         self.scores = scores
 
 
@@ -88,7 +91,9 @@ def run_config(folder: Path, family: str, **changes) -> RunConfig:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return {
-        name: t for name, t in load_file(run / STATE).items() if name.startswith(("model.", "optimizer."))
+        name: t
+        for name, t in load_file(next(saved_states(run)[-1].glob("*.safetensors"))).items()
+        if name.startswith(("model.", "optimizer."))
     }
 
 
@@ -104,7 +109,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 def test_learns_from_files_and_scores_itself(family, tmp_path):
     run = tmp_path / "run"
     job = new_job(run_config(tmp_path, family))
-    untrained = evaluate(job.checkpoint.model, job.valid)
+    untrained = evaluate(Objective(job.checkpoint.model), job.valid)
     best = train(job, run, Nobody())
     losses = [r["loss"] for r in read_metrics(run) if "loss" in r]
     assert losses[-1] < 0.7 * losses[0]
@@ -121,7 +126,7 @@ def test_masked_words_and_next_sentence_from_documents(tmp_path):
     config = run_config(tmp_path, "bert", batch_tokens=512)
     config = dataclasses.replace(config, data=DataConfig(path=samples.documents(tmp_path)))
     job = new_job(config)
-    untrained = evaluate(job.checkpoint.model, job.valid)
+    untrained = evaluate(Objective(job.checkpoint.model), job.valid)
     best = train(job, tmp_path / "run", Nobody())
     assert job.config.model.head == "pretraining"
     assert best.best_scores["masked_word_loss"] < 0.6 * untrained["masked_word_loss"]
@@ -155,12 +160,30 @@ def test_accumulation_changes_neither_loss_nor_gradient(family, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulation_changes_nothing_of_augmented_images(tmp_path):
+    job = new_job(augmented(run_config(tmp_path, "vit"), dropout=0.0))
+    whole = step_gradient(job, [list(range(16))])
+    pieces = step_gradient(job, [[0], [1, 2, 3, 4, 5], list(range(6, 16))])
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    for a, b in zip(whole[1], pieces[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def augmented(config: RunConfig, **model) -> RunConfig:
+    """With all augmentations."""
+    everything = AugmentConfig(
+        crop_area=0.3, crop_padding=1, flip=True, randaugment=2, erasing=0.5, mixup=0.8, cutmix=1.0
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model), augment=everything)
+
+
 def step_gradient(job: Job, parts: list[list[int]]):
     model = job.checkpoint.model
     model.zero_grad()
-    batches = [job.train.batch(part, 0) for part in parts]
+    batches = [job.train.batch(part, 0).to("cpu") for part in parts]
     counts = {name: sum(item_counts(b)[name] for b in batches) for name in item_counts(batches[0])}
-    losses = [_loss(job, batch, counts) for batch in batches]
+    objective = Objective(model)
+    losses = [objective(batch, counts) for batch in batches]
     for loss in losses:
         loss.backward()
     return sum(loss.item() for loss in losses), [
@@ -190,6 +213,24 @@ def test_resume_after_an_interrupt_is_exact(family, tmp_path):
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_resume_with_all_augmentations_and_drop_path_is_exact(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=9, save_steps=4, eval_steps=3, logging_steps=1)
+    config = augmented(config, drop_path=0.3, depth=2)
+    train(new_job(config), tmp_path / "whole", Nobody())
+    with pytest.raises(KeyboardInterrupt):
+        train(new_job(config), tmp_path / "cut", Nobody(interrupt_at=5))
+    train(resumed_job(tmp_path / "cut"), tmp_path / "cut", Nobody(), resume=True)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_model_learns_from_varied_images(tmp_path):
+    config = augmented(run_config(tmp_path, "vit"))
+    gentle = AugmentConfig(crop_padding=1, flip=True, erasing=0.5, mixup=0.2, cutmix=1.0)
+    best = train(new_job(dataclasses.replace(config, augment=gentle)), tmp_path / "run", Nobody())
+    assert best.best_scores["label_accuracy"] > 0.9
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best.best_scores["loss"], rel=1e-4)
+
+
 def test_resume_after_kill_9_is_exact(tmp_path):
     config = run_config(tmp_path, "gpt", max_steps=60, save_steps=7, eval_steps=20, logging_steps=1)
     (tmp_path / "recipe.toml").write_text(write_toml(config))
@@ -202,7 +243,7 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     arguments = [str(tmp_path / "recipe.toml"), "--out", str(cut)]
     for wanted in (0, 1, 3):  # at 0, before any step is saved
         process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.DEVNULL)
-        while (not (cut / STATE).exists() or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
+        while (not saved_states(cut) or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -250,8 +291,9 @@ def test_settings_that_a_checkpoint_decides_are_refused_but_dropout_is_taken(tmp
     config = run_config(tmp_path, "bert", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())
     again = dataclasses.replace(config, init=str(tmp_path / "run"))
-    job = new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, dropout=0.37)))
-    assert job.config.model.dropout == 0.37
+    rates = {"dropout": 0.37, "drop_path": 0.2}
+    job = new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, **rates)))
+    assert (job.config.model.dropout, job.config.model.drop_path) == (0.37, 0.2)
     assert [m.p for m in job.checkpoint.model.modules() if isinstance(m, torch.nn.Dropout)] == [0.37] * 2
     with pytest.raises(InputError, match=r"model.depth is 5, but .* has 1"):
         new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, depth=5)))
@@ -267,13 +309,25 @@ def test_a_fresh_head_is_a_function_of_the_seed(tmp_path):
     assert torch.equal(*heads)
 
 
-def test_changed_data_are_noticed(tmp_path):
+def test_changed_data_are_noticed_even_if_no_length_changes(tmp_path):
     config = run_config(tmp_path, "bert", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())
     path = Path(config.data.path)
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:50]))
+    path.write_text(path.read_text().replace("red", "old"))
     with pytest.raises(InputError, match="have changed"):
         train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True)
+
+
+def test_a_run_without_a_cache_says_so_and_learns_the_same(tmp_path, monkeypatch):
+    config = run_config(tmp_path, "gpt", max_steps=3)
+    train(new_job(config), tmp_path / "cached", Nobody())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "file"))
+    nobody = Nobody()
+    train(new_job(config), tmp_path / "uncached", nobody)
+    assert "Name another folder with QKV_CACHE" in nobody.said[0]
+    one, two = (load_file(tmp_path / run / "model.safetensors") for run in ("cached", "uncached"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_run_can_be_used_from_another_folder(tmp_path, monkeypatch):

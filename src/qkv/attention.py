@@ -233,6 +233,14 @@ def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
     return (x * cosine + torch.cat([-right, left], dim=-1) * sine).to(x.dtype)
 
 
+class Packed(nn.Linear):
+    """A linear layer of whose outputs a call may want only some."""
+
+    def part(self, x: Tensor, outputs: slice) -> Tensor:
+        """x (T, D) -> these of the outputs (T, .)."""
+        return F.linear(x, self.weight[outputs], self.bias[outputs])
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, 3.2.2) with one packed projection for every use.
 
@@ -246,7 +254,7 @@ class Attention(nn.Module):
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         self.heads = heads
         self.dropout = dropout
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Packed(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.tap: Tap | None = None  # set only inside `record`
 
@@ -274,7 +282,7 @@ class Attention(nn.Module):
             if cache is not None:
                 key, value = cache.append(key, value)
         else:
-            query = F.linear(x, self.qkv.weight[:D], self.qkv.bias[:D]).view(-1, self.heads, D // self.heads)
+            query = self.qkv.part(x, slice(D)).view(-1, self.heads, D // self.heads)
             key, value = memory
         answer = attend(query, key, value, pattern, self.dropout if self.training else 0.0)  # (T, H, E)
         if self.tap is not None:
@@ -284,7 +292,7 @@ class Attention(nn.Module):
     def read(self, memory: Tensor) -> KeyValue:
         """Keys and values of memory (Tk, D) for cross-attention, each (Tk, H, E)."""
         D = memory.shape[-1]
-        both = F.linear(memory, self.qkv.weight[D:], self.qkv.bias[D:])  # (Tk, 2 D)
+        both = self.qkv.part(memory, slice(D, 3 * D))  # (Tk, 2 D)
         key, value = both.view(-1, 2, self.heads, D // self.heads).unbind(1)
         return key, value
 

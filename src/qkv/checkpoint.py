@@ -1,28 +1,38 @@
-"""The run folder and the state in it: written whole or not at all, never pickled.
+"""The run folder and the states in it: each written whole or not at all, never pickled.
 
 config.toml        the resolved settings
 metrics.jsonl      one line a record
 config.json, model.safetensors, tokenizer.json ...   the best model so far, a Hugging Face folder
-state/last.safetensors   everything that resuming needs
+state/step-N/      what resuming behind step N needs: one file of tensors a rank, and progress.json
+
+States are torch's distributed checkpoints in safetensors form, so that a run can go on with another
+number of ranks than it began with.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qkv.distributed import ALONE, Ranks
 from qkv.errors import InputError
-from qkv.files import reason, replace_file
+from qkv.files import read_json, reason, replace_file, sync
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
-STATE = "state/last.safetensors"
+STATES = "state"
+PROGRESS = "progress.json"
 
 
 @dataclass
@@ -37,6 +47,10 @@ class Progress:
     best_step: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
     """Held-out scores of the model with the lowest loss so far, which the run folder holds."""
+    finished: bool = False
+    """Whether nothing is left to do: all steps are done, or the run stopped early."""
+    trend: dict[str, Any] = field(default_factory=dict)
+    """Fields of the `LossTrend` that tells whether the run diverges."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,48 +58,171 @@ def write_text(path: Path, text: str) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_state(run: Path, model: nn.Module, optimizers: list[Optimizer], progress: Progress) -> None:
-    """Write the state of a run. Raises InputError on a full disk; the state before it stays."""
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in model.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"progress": json.dumps(vars(progress))}
-    replace_file(run / STATE, lambda temporary: save_file(tensors, temporary, metadata))
+# ---------------------------------------------------------------- states
 
 
-def load_state(run: Path, model: nn.Module, optimizers: list[Optimizer]) -> Progress:
-    """Put a run's last state into its model and optimisers.
+def saved_states(run: Path) -> list[Path]:
+    """The folders of the states that a run has, oldest first."""
+    return sorted((run / STATES).glob("step-*"))
+
+
+def step_of(state: Path) -> int:
+    """The step behind which a state was saved."""
+    return int(state.name.removeprefix("step-"))
+
+
+def save_state(
+    run: Path,
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    average: Mapping[str, Tensor],
+    progress: Progress,
+    ranks: Ranks = ALONE,
+) -> None:
+    """Write the state of a run; every rank writes its part.
+
+    Raises InputError on a full disk; the states before it stay.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    partial, final = run / STATES / ".partial", run / STATES / f"step-{progress.step:09}"
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, fields in _optimizer_state(model, optimizers).items():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in fields.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    try:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        ranks.barrier()
+        with _torch_checkpoint():
+            save(
+                {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                no_dist=ranks.count == 1,
+            )
+        if ranks.first:
+            (partial / PROGRESS).write_text(json.dumps(vars(progress)), encoding="utf-8")
+            for file in (*partial.iterdir(), partial):
+                sync(file)
+            partial.rename(final)
+            sync(final.parent)
+        ranks.barrier()
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            shutil.rmtree(partial)
+        kept = f"; the state of step {step_of(saved_states(run)[-1])} is kept" if saved_states(run) else ""
+        raise InputError(f"cannot write {final}: {reason(error)}{kept}") from error
+
+
+def drop_states(run: Path, keep: int, every: int) -> None:
+    """Remove all states but the newest one and the last `keep` of those saved at multiples of `every`."""
+    states = saved_states(run)
+    regular = [state for state in states if step_of(state) and step_of(state) % every == 0]
+    for state in states[:-1]:
+        if state not in regular[-keep:]:
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def load_state(
+    run: Path, model: nn.Module, optimizers: Sequence[Optimizer], average: Mapping[str, Tensor]
+) -> Progress:
+    """Put a run's last state into its model, optimisers and average, in place.
 
     Raises InputError if there is none, or if it is damaged or does not fit.
     """
-    path = run / STATE
-    if not path.exists():
-        raise InputError(f"{run} has no state to resume from ({path} is missing)")
-    model_state: dict[str, Tensor] = {}
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    states = saved_states(run)
+    if not states:
+        raise InputError(f"{run} has no state to resume from ({run / STATES} is empty or missing)")
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    parameters = dict(model.named_parameters())
+    fields: dict[str, dict[str, Tensor]] = {}
+    for key, size in _stored_sizes(states[-1]).items():
+        part, _, rest = key.partition(".")
+        name, _, field_name = rest.rpartition(".")
+        if part == "optimizer" and name in parameters:
+            like = parameters[name].detach()
+            made = torch.zeros_like(like) if size == like.shape else torch.zeros(size, device=like.device)
+            tensors[key] = fields.setdefault(name, {})[field_name] = made
+    _read(states[-1], tensors)
+    for optimizer in optimizers:
+        names = {id(p): name for name, p in parameters.items()}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if stored := fields.get(names[id(p)]):
+                    optimizer.state[p] = stored
+    return Progress(**read_json(states[-1] / PROGRESS))
+
+
+def load_weights(state: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fill tensors with the model's weights of a state, in place."""
+    _read(state, {f"model.{name}": tensor for name, tensor in weights.items()}, all_of_it=False)
+    return weights
+
+
+def _read(state: Path, tensors: dict[str, Tensor], all_of_it: bool = True) -> None:
+    """Fill tensors by name from a state. Raises InputError unless names and shapes agree."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    sizes = _stored_sizes(state)
+    for name, tensor in tensors.items():
+        if name not in sizes:
+            raise InputError(f"{state} does not fit the run's {CONFIG}: it has no tensor {name}")
+        if sizes[name] != tensor.shape:
+            raise InputError(
+                f"{state} does not fit the run's {CONFIG}: {name} is {tuple(sizes[name])}, "
+                f"not {tuple(tensor.shape)}"
+            )
+    if all_of_it and (surplus := sorted(sizes.keys() - tensors.keys())):
+        raise InputError(f"{state} does not fit the run's {CONFIG}: it also has {surplus[0]}")
     try:
-        with safe_open(path, framework="pt") as file:
-            progress = Progress(**json.loads(file.metadata()["progress"]))
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                part, _, name = key.partition(".")
-                if part == "model":
-                    model_state[name] = file.get_tensor(key)
-                else:
-                    number, index, field = name.split(".")
-                    states[int(number)].setdefault(int(index), {})[field] = file.get_tensor(key)
-    except SafetensorError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        with _torch_checkpoint():
+            load(
+                {name: tensor.detach() for name, tensor in tensors.items()},
+                storage_reader=HuggingFaceStorageReader(str(state)),
+                no_dist=not torch.distributed.is_initialized(),
+            )
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{state} cannot be read: {error}") from None
+
+
+def _stored_sizes(state: Path) -> dict[str, torch.Size]:
+    """The shape of each tensor of a state. Raises InputError if it is damaged."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     try:
-        model.load_state_dict(model_state)
-    except RuntimeError as error:
-        raise InputError(
-            f"{path} does not fit the model of {run / CONFIG}: {str(error).splitlines()[-1].strip()}"
-        ) from None
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return progress
+        stored: dict[str, Any] = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{state} cannot be read: {error}") from None
+    return {name: about.size for name, about in stored.items()}
+
+
+def _optimizer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """What the optimisers remember of each parameter, by the parameter's name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(p)]: state for optimizer in optimizers for p, state in optimizer.state.items()}
+
+
+@contextmanager
+def _torch_checkpoint() -> Iterator[None]:
+    """Around torch's saving and loading: the error behind what it wraps, and no word about one process."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, OSError | SafetensorError):
+                raise failure from None
+        raise
+
+
+# ---------------------------------------------------------------- metrics
 
 
 class Metrics:

@@ -62,23 +62,41 @@ def train(
         out: Run folder to make; default runs/NAME of the recipe.
         resume: Run folder to continue; takes no other argument.
     """
-    from qkv.console import TrainingBar
-    from qkv.train import new_job, resumed_job
+    from qkv.console import PreparationBar, TrainingBar
+    from qkv.distributed import process_group
+    from qkv.observe import Observer, Observers
+    from qkv.report.run import RunReport
+    from qkv.roofline import full_rate
+    from qkv.trackers import trackers
+    from qkv.train import begin, new_job, resumed_job
     from qkv.train import train as run_training
 
-    if resume is not None:
-        job, run = resumed_job(resume), resume
-    else:
-        if not config.data.path:
-            raise InputError("nothing to train on: give --data PATH")
-        job, run = new_job(config), out or Path("runs") / Path(recipe).stem
-    with TrainingBar(_stderr()) as bar:
+    if resume is None and not config.data.path:
+        raise InputError("nothing to train on: give --data PATH")
+    run = resume or out or Path("runs") / Path(recipe).stem
+    with process_group() as ranks:
+        console = _stderr(quiet=not ranks.first)
+        with PreparationBar(console) as watch:
+            # The first rank decides what the run is; the others read it from the run folder.
+            job = new_job(config, watch) if resume is None and ranks.first else None
+            if job is not None:
+                begin(job, run)
+            ranks.barrier()
+            job = job or resumed_job(run, watch)
+        observer = Observer()
+        if ranks.first:
+            rate = ranks.count * full_rate(job.checkpoint.model, job.train, job.config.train.precision)
+            tracked = trackers(job.config.train.report_to, run)
+            observer = Observers([TrainingBar(console, rate), RunReport(job, run, rate), *tracked])
         try:
-            done = run_training(job, run, bar, resume=resume is not None)
+            done = run_training(job, run, observer, resume=True, ranks=ranks)
         except KeyboardInterrupt:
-            bar.say(f"Stopped; continue with: qkv train --resume {run}")
+            observer.say(f"Stopped; continue with: qkv train --resume {run}")
             raise
-    print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
+        if not done.finished:
+            observer.say(f"Stopped at step {done.step}; continue with: qkv train --resume {run}")
+        elif ranks.first:
+            print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 
 def _train_command(arguments: list[str]) -> Callable[[], None]:
@@ -103,7 +121,9 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
         raise InputError(f"name what to train: a recipe file or one of {', '.join(FAMILIES)}")
     if named in FAMILIES and "--init" in options:  # the model is the checkpoint's, not the recipe's
         made = config.model
-        chosen = type(made)(dropout=made.dropout, attention_dropout=made.attention_dropout)
+        chosen = type(made)(
+            dropout=made.dropout, attention_dropout=made.attention_dropout, drop_path=made.drop_path
+        )
         config = replace(config, model=chosen)
     command = partial(_deferred(train), config=config)
     return tyro.cli(
@@ -263,6 +283,19 @@ def embed(
         np.save(output, vectors)
 
 
+def merge(model: Positional[Model], out: Positional[Path]) -> None:
+    """Write the whole model of an adapter, such as a run with --lora.rank makes, as a plain checkpoint.
+
+    Args:
+        model: Run folder, or folder or hub id of an adapter in peft's format.
+        out: Folder to write.
+    """
+    from qkv import hub
+
+    hub.merge(model, out)
+    print(json.dumps({"folder": str(out)}))
+
+
 def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> None:
     """Train all four families on data that this Python installation already holds, in about six minutes.
 
@@ -308,10 +341,10 @@ def _lines(texts: Sequence[str]) -> list[str]:
     return lines
 
 
-def _stderr() -> Any:
+def _stderr(quiet: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=quiet)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -324,6 +357,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "classify": classify,
     "tag": tag,
     "embed": embed,
+    "merge": merge,
 }
 
 

@@ -22,6 +22,7 @@ Family = Literal["transformer", "bert", "gpt", "vit"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
 BertHead = Literal[
     "none", "pooler", "pretraining", "masked_lm", "classification", "multi_label", "regression", "tagging"
 ]
@@ -67,11 +68,14 @@ class ModelConfig:
     """After embeddings and after every sub-layer, before it joins the residual stream."""
     attention_dropout: float = 0.0
     """On attention probabilities."""
+    drop_path: float = 0.0
+    """Share of sequences that skip a sub-layer in training (stochastic depth): 0 in the first block, rising
+    linearly to this in the last."""
 
     def __post_init__(self) -> None:
         _check("model", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
         _check("model", self, *_POSITIVE, "norm_eps")
-        _check("model", self, *_FRACTION, "dropout", "attention_dropout")
+        _check("model", self, *_FRACTION, "dropout", "attention_dropout", "drop_path")
         if self.dim % self.heads:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
 
@@ -255,6 +259,37 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training images are varied at random; as it is, not at all. Held-out images never are."""
+
+    crop_area: float = 1.0
+    """Below 1: take a random part of the file's image, of this share of its area or more, and resize it
+    (Szegedy et al. 2015). Photos: 0.08 from scratch."""
+    crop_padding: int = 0
+    """Pad images by so many pixels and cut a random square of their own size (32 pixels a side: 4)."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    randaugment: int = 0
+    """Operations on each image, 2 as a rule, drawn from RandAugment's fourteen (Cubuk et al. 2020)."""
+    magnitude: float = 9.0
+    """Strength of these operations, up to 10."""
+    erasing: float = 0.0
+    """Share of images in which a random rectangle is erased (Zhong et al. 2020)."""
+    mixup: float = 0.0
+    """Above 0: blend each image and its label with another's, by a share from Beta(mixup, mixup)
+    (Zhang et al. 2018)."""
+    cutmix: float = 0.0
+    """Above 0: replace a rectangle by another image's, of a share from Beta(cutmix, cutmix) (Yun et al.
+    2019). With mixup, each image takes one of the two."""
+
+    def __post_init__(self) -> None:
+        _check("augment", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "crop_area")
+        _check("augment", self, *_NOT_NEGATIVE, "crop_padding", "randaugment", "mixup", "cutmix")
+        _check("augment", self, lambda value: 0.0 <= value <= 10.0, "from 0 to 10", "magnitude")
+        _check("augment", self, lambda value: 0.0 <= value <= 1.0, "from 0 to 1", "erasing")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop. Names are those of transformers' TrainingArguments where one exists."""
 
@@ -286,6 +321,15 @@ class TrainConfig:
     """Share of probability that targets give to all classes (Szegedy et al. 2016)."""
     temperature: float = 0.05
     """Divides the cosines of contrastive learning: lower heeds the nearest wrong candidates more."""
+    r_drop: float = 0.0
+    """Weight of R-Drop: two passes under different dropout should agree (Liang et al. 2021). 0: one pass."""
+    layer_decay: float = 1.0
+    """Learning rate of each layer relative to the one above it, for fine-tuning (Clark et al. 2020, A.2)."""
+    ema_decay: float = 0.0
+    """Above 0, what is scored and kept is an exponential moving average of the weights with this decay."""
+    average_checkpoints: int = 1
+    """What is scored and kept is the mean of the present weights and those of the last saved states, so many
+    in all (Vaswani et al. 2017, 6.1)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: matrix products in bfloat16 (autocast), weights and optimiser in float32. auto: where the
     processor has instructions for it; the run's config.toml says which it was."""
@@ -295,16 +339,56 @@ class TrainConfig:
     """Steps between scores of the held-out data."""
     save_steps: int = 200
     """Steps between saved states, from which a run can be resumed."""
+    save_total_limit: int = 1
+    """How many of the last states stay."""
+    early_stopping_patience: int = 0
+    """Stop after so many scores in a row without a new best; 0: never."""
+    gradient_checkpointing: bool = False
+    """Compute blocks anew in the backward pass instead of keeping what is in them: less memory, more time."""
+    shard_ranks: int = 1
+    """Of several processes (torchrun), how many share one copy of the weights. 1: each has its own."""
+    report_to: tuple[TrackerName, ...] = ()
+    """Trackers that get the numbers of metrics.jsonl too; each needs its package."""
     seed: int = 0
     """Decides the initial weights, the order of samples and all that is random."""
 
     def __post_init__(self) -> None:
         _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
-        _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps")
+        _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+        _check("train", self, *_COUNT, "average_checkpoints", "shard_ranks")
         _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm", "temperature")
-        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay")
+        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay", "r_drop")
+        _check("train", self, *_NOT_NEGATIVE, "early_stopping_patience")
         _check("train", self, *_SEED, "seed")
-        _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor")
+        _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay")
+        _check("train", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "layer_decay")
+        if self.ema_decay and self.average_checkpoints > 1:
+            raise InputError("set train.ema_decay or train.average_checkpoints, not both")
+
+
+LoraTarget = Literal["qkv", "out", "up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside the frozen matrices of a checkpoint (Hu et al. 2021), in peft's format."""
+
+    rank: int = 0
+    """Rank r of what is learned for each matrix; 0: no adapters, all weights are trained."""
+    alpha: int = 16
+    """What is learned is multiplied by alpha / r."""
+    targets: tuple[LoraTarget, ...] = get_args(LoraTarget)
+    """Which matrices of every block: those of queries, keys and values (qkv), of attention's output (out),
+    and the two of the feed-forward network (up, down)."""
+    dropout: float = 0.0
+    """On the input of the adapters."""
+
+    def __post_init__(self) -> None:
+        _check("lora", self, *_NOT_NEGATIVE, "rank")
+        _check("lora", self, *_COUNT, "alpha")
+        _check("lora", self, *_FRACTION, "dropout")
+        if not self.targets:
+            raise InputError(f"lora.targets is empty; choose some of {', '.join(get_args(LoraTarget))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,9 +398,15 @@ class RunConfig:
     model: AnyModelConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     init: str = ""
     """A run folder or hub id to start from (fine-tuning); empty: fresh weights."""
+
+    def __post_init__(self) -> None:
+        if self.model.family != "vit" and self.augment != AugmentConfig():
+            raise InputError(f"augment varies images, but a {self.model.family} reads text: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,11 +511,11 @@ def model_config(values: dict[str, Any]) -> AnyModelConfig:
     return from_dict(MODEL_CONFIGS[family], values, "model.")
 
 
-_TABLES = ("model", "tokenizer", "data", "train")
+_TABLES = ("model", "tokenizer", "data", "augment", "train", "lora")
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
-    """A whole run from nested plain values: tables `model`, `tokenizer`, `data`, `train`, and `init`."""
+    """A whole run from nested plain values: `init` and the tables of a recipe."""
     for key, value in values.items():
         if key not in (*_TABLES, "init"):
             raise InputError(f"unknown setting {key}; a recipe has init and the tables {', '.join(_TABLES)}")
@@ -435,7 +525,9 @@ def run_config(values: dict[str, Any]) -> RunConfig:
         model=model_config(values.get("model", {})),
         tokenizer=from_dict(TokenizerConfig, values.get("tokenizer", {}), "tokenizer."),
         data=from_dict(DataConfig, values.get("data", {}), "data."),
+        augment=from_dict(AugmentConfig, values.get("augment", {}), "augment."),
         train=from_dict(TrainConfig, values.get("train", {}), "train."),
+        lora=from_dict(LoraConfig, values.get("lora", {}), "lora."),
         init=values.get("init", ""),
     )
 

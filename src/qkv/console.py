@@ -1,4 +1,4 @@
-"""How a run looks in a terminal: a progress bar with loss, rate and time left, and a line an evaluation."""
+"""How a run looks in a terminal: bars with rate and time left, and a line an evaluation."""
 
 from __future__ import annotations
 
@@ -8,54 +8,103 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from qkv.config import RunConfig
+from qkv.hub import Checkpoint
+from qkv.observe import Observer, Record
 
-class TrainingBar:
-    """An observer of `qkv.train.train`, used as a context manager."""
+PATIENCE = 2.0
+"""Seconds that preparing data may take unseen."""
+
+
+class PreparationBar:
+    """What long work on data is done before a run: a `qkv.data.cache.Watch`, used as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = Progress(
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}, left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.began: dict[str, float] = {}
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> PreparationBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.tasks:
+            self.bar.stop()
+
+    def __call__(self, doing: str, done: int, total: int) -> None:
+        """Show the work once it has gone on for a while: as a bar, or outside a terminal as one line."""
+        now = time.monotonic()
+        if now - self.began.setdefault(doing, now) < PATIENCE:
+            return
+        if doing not in self.tasks:
+            if not self.console.is_terminal:
+                self.console.print(f"{done:,} of {total:,} {doing} so far", highlight=False)
+            self.tasks[doing] = self.bar.add_task(doing, total=total)
+            self.bar.start()
+        self.bar.update(self.tasks[doing], completed=done, total=total)
+
+
+class TrainingBar(Observer):
+    """The progress of a run, and what is said of it.
+
+    full_rate: tokens a second at which all of the machine's matrix peak would be used
+    (`qkv.roofline.full_rate`); with it the bar shows MFU, the share that is.
+    """
+
+    def __init__(self, console: Console, full_rate: float | None = None) -> None:
+        self.console = console
+        self.full_rate = full_rate
+        self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=30),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s  left"),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
         )
         self.task: TaskID | None = None
         self.rate = 0.0
-        self.before = time.monotonic()
-
-    def __enter__(self) -> TrainingBar:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        self.before = 0.0
 
     def say(self, message: str) -> None:
         """Print a sentence above the bar."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def begin(self, step: int, max_steps: int) -> None:
+    def begin(self, config: RunConfig, step: int) -> None:
         """Show the bar."""
-        self.task = self.bar.add_task("", total=max_steps, completed=step, loss=float("nan"), rate=0.0)
+        total = config.train.max_steps
+        self.task = self.bar.add_task("", total=total, completed=step, said="left")
+        self.bar.start()
         self.before = time.monotonic()
 
-    def step(self, step: int, loss: float, tokens: float) -> None:
+    def step(self, step: int, record: Record) -> None:
         """Advance; the rate is a moving average over about twenty steps."""
         assert self.task is not None
         now = time.monotonic()
-        rate = tokens / max(now - self.before, 1e-9)
+        rate = record["tokens"] / max(now - self.before, 1e-9)
         self.before = now
         self.rate = rate if not self.rate else 0.95 * self.rate + 0.05 * rate
-        self.bar.update(self.task, completed=step, loss=loss, rate=self.rate)
+        used = f"  MFU {100 * self.rate / self.full_rate:.0f} %" if self.full_rate else ""
+        said = f"loss {record['loss']:.3f}  {self.rate:,.0f} tokens/s{used}  left"
+        self.bar.update(self.task, completed=step, said=said)
 
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
+    def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Print one line of scores."""
         shown = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
         self.say(f"step {step}: held-out {shown}")
         self.before = time.monotonic()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.stop()

@@ -28,38 +28,38 @@ from qkv.metrics import (
     translation_scores,
 )
 from qkv.models import Model
-from qkv.objectives import Term, loss_terms
+from qkv.objectives import Objective, Term
 from qkv.pipelines import Translator, from_pretrained
 
 Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
 """Labels and predictions of a batch, or of one of its sentences."""
 
 
-@torch.inference_mode()
-def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
+@torch.no_grad()
+def evaluate(objective: Objective, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
     """Scores of a model on every sample of a dataset, in evaluation mode.
 
     For each loss term `<term>_loss` (nats, or squares of a value's unit) and, but for values,
     `<term>_accuracy`; `loss`, their sum; and what `derived` and, for language models, `perplexity` and
     `bits_per_byte` tell. The answer does not depend on batch_tokens.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
+    device = next(objective.parameters()).device
+    was_training = objective.training
+    objective.eval()
     losses: dict[str, float] = defaultdict(float)
     correct: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     answers: dict[str, list[Answers]] = defaultdict(list)
     for indices in Sampler(dataset.costs, batch_tokens, seed=0).epoch(0):
         batch = dataset.batch(indices, epoch=0).to(device)
-        for name, term in loss_terms(model, batch).items():
+        for name, term in objective.terms(batch).items():
             losses[name] += term.loss_sum().item()
             counts[name] += len(term)
             if (right := term.correct()) is not None:
                 correct[name] += int(right)
             if name in ("label", "labels", "value", "tag"):
                 answers[name] += _answers(term, batch)
-    model.train(was_training)
+    objective.train(was_training)
     scores = {"loss": sum(losses[name] / counts[name] for name in losses)}
     for name, count in counts.items():
         scores[f"{name}_loss"] = losses[name] / count
@@ -69,7 +69,7 @@ def evaluate(model: Model, dataset: Dataset, batch_tokens: int = 8192) -> dict[s
         scores["perplexity"] = math.exp(min(scores["next_token_loss"], 700.0))
         scores["bits_per_byte"] = losses["next_token"] / math.log(2) / dataset.size_in_bytes
     for name, parts in answers.items():
-        scores |= derived(name, parts, getattr(model.config, "labels", ()))
+        scores |= derived(name, parts, getattr(objective.model.config, "labels", ()))
     return scores
 
 
@@ -134,7 +134,7 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
                 f"{samples.kind} data score a {head} head, but {source} has the head {model.config.head!r}"
             )
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
-    scores: dict[str, float | str] = {"samples": len(samples), **evaluate(model, dataset)}
+    scores: dict[str, float | str] = {"samples": len(samples), **evaluate(Objective(model), dataset)}
     if isinstance(pipeline, Translator):
         translations = pipeline.translate(samples.texts, num_beams=num_beams, truncate=run.data.truncate)
         scores |= {"num_beams": num_beams, **translation_scores(translations, samples.pairs)}

@@ -74,3 +74,10 @@ def reason(error: OSError | SafetensorError) -> str:
     code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     said = " ".join(str(error).split()) if code is None else os.strerror(code)
     return f"the disk is full ({said})" if code in (errno.ENOSPC, errno.EDQUOT) else said
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: $QKV_CACHE, or qkv in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("QKV_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkv"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +24,30 @@ from qkv.files import blame, read_json
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 FILE = "preprocessor_config.json"
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edge in pixels."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle in an image of any size. It lies wholly in the image: what is too long is cut."""
+
+    area: float
+    """Share of the image's area."""
+    ratio: float
+    """Width / height in pixels."""
+    across: float
+    """Share of the room beside it that is on its left."""
+    down: float
+    """Share of the room above and below it that is above."""
+
+    def box(self, width: int, height: int) -> Box:
+        """Its edges in an image of that many pixels."""
+        w = min(math.sqrt(self.area * width * height * self.ratio), width)
+        h = min(math.sqrt(self.area * width * height / self.ratio), height)
+        left, top = self.across * (width - w), self.down * (height - h)
+        return left, top, min(left + w, width), min(top + h, height)
 
 
 @dataclass(frozen=True)
@@ -51,17 +76,23 @@ class ImageProcessor:
         """An image, its path or its file's bytes -> float32 (C, S, S). Raises InputError if it is broken."""
         return self.normalize(self.pixels(source))
 
-    def pixels(self, source: Image.Image | str | Path | bytes) -> Tensor:
-        """What `normalize` takes, and data sets keep: uint8 (C, S, S). Raises InputError as a call does."""
+    def pixels(self, source: Image.Image | str | Path | bytes, region: Region | None = None) -> Tensor:
+        """What `normalize` takes, and data sets keep: uint8 (C, S, S) of the image or a region of it.
+
+        Raises InputError as a call does.
+        """
         image = source if isinstance(source, Image.Image) else open_image(source)
         image = _convert(image, "L" if self.channels == 1 else "RGB")
-        image = image.resize((self.size, self.size), Image.Resampling[self.resample.upper()])
+        box = None if region is None else region.box(*image.size)
+        image = image.resize((self.size, self.size), Image.Resampling[self.resample.upper()], box)
         pixels = torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels)
         return pixels.permute(2, 0, 1).contiguous()
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 (..., C, S, S) -> float32 of that shape."""
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))  # (C, 1, 1)
+        """Values from 0 to 255 (..., C, S, S) -> float32 of that shape."""
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std)
+        )  # (C, 1, 1)
         return (pixels / 255 - mean) / std
 
     def save(self, folder: str | Path) -> None:

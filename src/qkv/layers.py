@@ -1,6 +1,7 @@
 """What blocks are made of: positions, feed-forward network, residual blocks, initial weights.
 
-Legend: T tokens of the batch, D model width, E head width, F inner width of the feed-forward network.
+Legend: T tokens of the batch, N sequences, D model width, E head width, F inner width of the
+feed-forward network.
 """
 
 from __future__ import annotations
@@ -65,6 +66,25 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.up(x)))  # type: ignore[no-any-return]
 
 
+class DropPath(nn.Module):
+    """In training, zero a sub-layer's answer for a random share of the sequences and scale the others up.
+
+    Stochastic depth (Huang et al. 2016, equation 2), drawn for each sequence; scaling in training rather
+    than in evaluation (their equation 5) keeps the expectation, as dropout does.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x (T, D) of the sequences in the layout -> (T, D)."""
+        if not self.training or self.rate == 0.0:
+            return x
+        scale = F.dropout(x.new_ones(len(layout), 1), self.rate)  # (N, 1): 0 or 1 / (1 - rate)
+        return x * scale[layout.owner]
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention where there is a memory, and feed-forward, each with a residual.
 
@@ -72,7 +92,7 @@ class Block(nn.Module):
     Dosovitskiy et al. 2021, equations 2 and 3.
     """
 
-    def __init__(self, config: ModelConfig, cross: bool = False) -> None:
+    def __init__(self, config: ModelConfig, cross: bool = False, drop_path: float = 0.0) -> None:
         super().__init__()
 
         def norm() -> nn.LayerNorm:
@@ -80,6 +100,7 @@ class Block(nn.Module):
 
         self.norm_first = config.norm_first
         self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(drop_path)
         self.attention = Attention(config.dim, config.heads, config.attention_dropout)
         self.attention_norm = norm()
         self.cross = Attention(config.dim, config.heads, config.attention_dropout) if cross else None
@@ -98,19 +119,27 @@ class Block(nn.Module):
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
         """x (T, D) -> (T, D); the other arguments as for `Attention`."""
-        x = self._add(
-            x, self.attention_norm, lambda y: self.attention(y, pattern, rotation=rotation, cache=cache)
-        )
+
+        def add(x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+            answer = self.dropout(sublayer(norm(x) if self.norm_first else x))
+            x = x + self.drop_path(answer, pattern.queries)
+            return x if self.norm_first else norm(x)
+
+        x = add(x, self.attention_norm, lambda y: self.attention(y, pattern, rotation=rotation, cache=cache))
         if self.cross is not None and self.cross_norm is not None:
             cross = self.cross
             assert memory_pattern is not None
-            x = self._add(x, self.cross_norm, lambda y: cross(y, memory_pattern, memory=memory))
-        return self._add(x, self.mlp_norm, self.mlp)
+            x = add(x, self.cross_norm, lambda y: cross(y, memory_pattern, memory=memory))
+        return add(x, self.mlp_norm, self.mlp)
 
-    def _add(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.norm_first:
-            return x + self.dropout(sublayer(norm(x)))  # type: ignore[no-any-return]
-        return norm(x + self.dropout(sublayer(x)))  # type: ignore[no-any-return]
+
+def blocks(config: ModelConfig, cross: bool = False) -> nn.ModuleList:
+    """`depth` blocks; `drop_path` rises linearly from 0 in the first to its full rate in the last.
+
+    So do Steiner et al. 2021; Huang et al. 2016, equation 4, begin a step above 0.
+    """
+    last = max(config.depth - 1, 1)
+    return nn.ModuleList(Block(config, cross, config.drop_path * i / last) for i in range(config.depth))
 
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:

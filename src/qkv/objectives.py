@@ -10,11 +10,12 @@ or labels of one term.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from qkv.data.batches import (
     Batch,
@@ -25,6 +26,7 @@ from qkv.data.batches import (
     MaskedBatch,
     MultiLabelBatch,
     PairBatch,
+    RawImageBatch,
     TaggedBatch,
     ValueBatch,
 )
@@ -56,6 +58,13 @@ class Term(ABC):
         """How many answers are right; None where answers are only more or less so."""
         return (self.predictions() == self.labels).sum()
 
+    def divergence_sum(self, other: Term) -> Tensor:
+        """Sum of KL(p||q) + KL(q||p), p and q the distributions of this term and of `other`, in nats.
+
+        Raises TypeError for losses whose answers are no distributions.
+        """
+        raise TypeError(f"the answers of {type(self).__name__} are no distributions")
+
 
 class CrossEntropy(Term):
     """One of K classes: logits (M, K); labels (M,), or probabilities (M, K)."""
@@ -73,6 +82,11 @@ class CrossEntropy(Term):
         labels = self.labels if self.labels.dim() == 1 else self.labels.argmax(-1)
         return (self.predictions() == labels).sum()
 
+    def divergence_sum(self, other: Term) -> Tensor:
+        """Of the M distributions over classes."""
+        p, q = (term.logits.float().log_softmax(-1) for term in (self, other))  # (M, K)
+        return ((p.exp() - q.exp()) * (p - q)).sum()
+
 
 class BinaryCrossEntropy(Term):
     """K labels, each of which may hold: logits (N, K) and labels bool (N, K), whose M = N K are the items."""
@@ -88,6 +102,11 @@ class BinaryCrossEntropy(Term):
     def predictions(self) -> Tensor:
         """The labels that are more probable than not, bool (N, K)."""
         return self.logits > 0
+
+    def divergence_sum(self, other: Term) -> Tensor:
+        """Of the N K distributions, each over yes and no."""
+        p, q = (term.logits.float() for term in (self, other))  # (N, K)
+        return ((p.sigmoid() - q.sigmoid()) * (p - q)).sum()
 
 
 class SquaredError(Term):
@@ -140,7 +159,7 @@ def item_counts(batch: Batch) -> dict[str, int]:
             return {"masked_word": len(batch.labels), "next_sentence": len(batch.next_labels)}
         case PairBatch():
             return {"target_token": len(batch.labels)}
-        case LabelledBatch() | ImageBatch():
+        case LabelledBatch() | ImageBatch() | RawImageBatch():
             return {"label": len(batch.labels)}
         case MultiLabelBatch():
             return {"labels": batch.labels.numel()}
@@ -198,3 +217,32 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
             return {"label": CrossEntropy(model.head(model.features(batch.images)), batch.labels)}
         case _:
             raise TypeError(f"a {type(model).__name__} does not learn from a {type(batch).__name__}")
+
+
+class Objective(nn.Module):
+    """A model with what it learns: the one module that training runs, compiles, and spreads over ranks."""
+
+    def __init__(self, model: Model, smoothing: float = 0.0, r_drop: float = 0.0) -> None:
+        """smoothing: of labels. r_drop: weight of the divergence between two passes under dropout."""
+        super().__init__()
+        self.model = model
+        self.smoothing = smoothing
+        self.r_drop = r_drop
+
+    def forward(self, batch: Batch, counts: Mapping[str, int]) -> Tensor:
+        """The batch's share of a step's loss: each term's sum over the step's number of items.
+
+        With r_drop half of equation 4 of Liang et al. 2021, so that the loss keeps its scale: the mean of
+        two passes, plus r_drop / 4 times their divergence in both directions.
+        """
+        terms = self.terms(batch)
+        sums = {name: term.loss_sum(self.smoothing) for name, term in terms.items()}
+        if self.r_drop:
+            for name, again in self.terms(batch).items():
+                mean = (sums[name] + again.loss_sum(self.smoothing)) / 2
+                sums[name] = mean + self.r_drop / 4 * terms[name].divergence_sum(again)
+        return torch.stack([total / counts[name] for name, total in sums.items()]).sum()
+
+    def terms(self, batch: Batch) -> dict[str, Term]:
+        """The loss terms of a batch, for scoring."""
+        return loss_terms(self.model, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,29 +13,55 @@ from qkv.config import TrainConfig
 
 
 def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """What steps the model's parameters, all at one learning rate; weight decay is on matrices only.
+    """What steps the model's parameters; a group's `lr_scale` is its share of the learning rate.
 
     adamw: AdamW (Loshchilov and Hutter 2019) for all. muon: Muon (Jordan et al. 2024) for the matrices of
-    the blocks, its updates scaled to AdamW's (Liu et al. 2025, 2.2), and AdamW for the rest.
+    the blocks, its updates scaled to AdamW's (Liu et al. 2025, 2.2), and AdamW for the rest. Weight decay
+    is on matrices only.
     """
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = re.compile(r"(blocks|encoder|decoder)\.\d+\..*weight")
-    muon = [
-        p for name, p in parameters if config.optimizer == "muon" and p.dim() == 2 and hidden.fullmatch(name)
-    ]
-    rest = [p for _, p in parameters if all(p is not q for q in muon)]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.adam_beta1, config.adam_beta2)
-    adamw = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
-    )
-    if not muon:
-        return [adamw]
-    decay = config.weight_decay
-    return [torch.optim.Muon(muon, config.learning_rate, decay, adjust_lr_fn="match_rms_adamw"), adamw]
+    layers = _layers(model)
+    top = max(layers.values(), default=0)
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            by_muon = config.optimizer == "muon" and p.dim() == 2 and _HIDDEN.match(name) is not None
+            groups.setdefault((by_muon, p.dim() >= 2, layers[name]), []).append(p)
+
+    def made(muon: bool) -> list[dict[str, Any]]:
+        return [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if matrices else 0.0,
+                "lr_scale": config.layer_decay ** (top - layer),
+            }
+            for (by_muon, matrices, layer), parameters in groups.items()
+            if by_muon == muon
+        ]
+
+    steppers: list[torch.optim.Optimizer] = []
+    if hidden := made(muon=True):
+        steppers.append(torch.optim.Muon(hidden, config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+    if rest := made(muon=False):
+        betas = (config.adam_beta1, config.adam_beta2)
+        steppers.append(
+            torch.optim.AdamW(rest, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+        )
+    return steppers
+
+
+_HIDDEN = re.compile(r"(?:blocks|encoder|decoder)\.(\d+)\.")
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """How far up each parameter is: before the blocks 0, in block i i + 1, and behind them above all.
+
+    A decoder's blocks are as far up as the encoder's of the same number.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = {name: int(match[1]) + 1 for name in names if (match := _HIDDEN.match(name))}
+    first = next((i for i, name in enumerate(names) if name in found), len(names))
+    above = max(found.values(), default=0) + 1
+    return {name: found.get(name, 0 if i < first else above) for i, name in enumerate(names)}
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

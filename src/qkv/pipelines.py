@@ -432,7 +432,7 @@ def from_pretrained(
     revision: str | None = None,
     device: str = "auto",
 ) -> AnyPipeline:
-    """Open a checkpoint, a folder or a hub id, as the pipeline of its family.
+    """Open a checkpoint, a folder or a hub id, as the pipeline of its family; an adapter, with its base.
 
     head, labels: give the model a fresh head where the checkpoint has none. revision: a hub id's branch,
     tag or commit. device: "auto" is the GPU if there is one. Raises InputError for what cannot be opened.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import random
 
 import numpy as np
@@ -38,3 +40,18 @@ def multiplies_bfloat16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     features = torch.cpu.get_capabilities()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's settings in malloc.h
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed instead of giving it back to the system; others do as they do.
+
+    Training frees and takes the same large blocks at every step, and fresh pages from the system cost
+    more time than what is computed in them (benchmarks/train.py --malloc). It holds for the whole process.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+            libc.mallopt(setting, 2**31 - 4096)

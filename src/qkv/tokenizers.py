@@ -7,6 +7,7 @@ folders need a second library, `sentencepiece`, for the step from text to pieces
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,6 +135,11 @@ class Tokenizer:
             raise IndexError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
         return token
 
+    @property
+    def definition(self) -> str:
+        """All that decides which ids a text becomes, to tell tokenizers apart."""
+        return self.backend.to_str()
+
     # ------------------------------------------------------------ text to ids
 
     def encode(self, text: str, pair: str | None = None) -> Encoding:
@@ -256,6 +262,15 @@ class Tokenizer:
             yield rest
 
     # ------------------------------------------------------------ files
+
+    def to_json(self) -> Any:
+        """What `from_json` makes this tokenizer of."""
+        return {"backend": self.backend.to_str(), "special": self.special}
+
+    @staticmethod
+    def from_json(value: Any) -> Tokenizer:
+        """The tokenizer of which `to_json` gave this."""
+        return Tokenizer(tokenizers.Tokenizer.from_str(value["backend"]), value["special"])
 
     def save(self, folder: str | Path, context: int | None = None) -> None:
         """Write what `load` and transformers' AutoTokenizer open. context: the model's longest sequence."""
@@ -458,6 +473,11 @@ class MarianTokenizer(Tokenizer):
         other = copy.copy(self)
         other._model = self.target_model
         return other
+
+    @property
+    def definition(self) -> str:
+        """All that decides which ids a text becomes, to tell tokenizers apart."""
+        return self.backend.to_str() + hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
 
     def _split(self, text: str) -> list[str]:
         super()._split(text)

@@ -1,61 +1,64 @@
-"""The one training loop, for every family and objective.
+"""The one training loop, for every family and objective, in one process or many.
 
-Everything random is a function of the seed and the step, so a run that was cut off and resumed
-ends with the weights of one that was not.
+Everything random is a function of the seed, the step and the rank, so a run that was cut off and
+resumed ends with the weights of one that was not.
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import math
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from qkv import hub
-from qkv.checkpoint import CONFIG, Metrics, Progress, load_state, save_state, write_text
+from qkv import hub, lora
+from qkv.average import Average, average_of, replaced
+from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
 from qkv.config import RunConfig, read_toml, write_toml
-from qkv.data import Dataset, Raw, Sampler, bert_head, prepare, read
+from qkv.data import (
+    Cache,
+    Dataset,
+    Raw,
+    Sampler,
+    Samples,
+    bert_head,
+    prefetch,
+    prepare,
+    read,
+    trained_tokenizer,
+)
 from qkv.data.batches import Batch
+from qkv.data.cache import Watch, unwatched
+from qkv.data.summary import Summary, summarize
+from qkv.distributed import ALONE, Ranks, spread, whole
+from qkv.divergence import LossTrend, check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
+from qkv.files import cache_folder
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
-from qkv.models import build
-from qkv.objectives import item_counts, loss_terms
+from qkv.layers import Block
+from qkv.models import Model, build
+from qkv.objectives import Objective, item_counts
+from qkv.observe import Observer
 from qkv.optim import learning_rate, optimizers
-from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
-from qkv.tokenizers import Tokenizer, train_tokenizer
+from qkv.runtime import keep_freed_memory, multiplies_bfloat16, pick_device, seed_all
+from qkv.tokenizers import Tokenizer
 
-
-class Observer(Protocol):
-    """Who watches a run: the command line's progress bar, a report, or nobody."""
-
-    def say(self, message: str) -> None:
-        """A sentence for the user."""
-        ...
-
-    def begin(self, step: int, max_steps: int) -> None:
-        """The loop starts behind `step`."""
-        ...
-
-    def step(self, step: int, loss: float, tokens: float) -> None:
-        """An optimiser step over so many tokens is done."""
-        ...
-
-    def evaluated(self, step: int, scores: dict[str, float]) -> None:
-        """The held-out scores behind a step."""
-        ...
+EXAMPLES = 12
+"""How many held-out samples a job keeps to show what the model makes of them."""
 
 
 @dataclass
@@ -66,34 +69,43 @@ class Job:
     checkpoint: Checkpoint
     train: Dataset
     valid: Dataset
-    about: str
+    summary: Summary
     """What was understood of the data."""
+    examples: Samples
+    """A few held-out samples, to show what the model makes of them."""
 
 
-def new_job(config: RunConfig) -> Job:
+def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     """Read the data, then make or load what turns it into a model's input, and the model.
 
     The resolved config has the vocabulary, labels and image size that the data decided, the precision
     that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
-    dropout and attention_dropout. Raises InputError for anything that cannot work, before any training.
+    its dropouts. watch: told how far the preparation of the data is. Raises InputError for anything that
+    cannot work, before any training.
     """
+    lora.check(config)
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
     data = replace(config.data, path=_absolute(config.data.path), valid=_absolute(config.data.valid))
-    config = replace(config, data=data, train=replace(config.train, precision=precision))
+    folder = Path(config.init).expanduser()
+    init = str(folder.absolute()) if config.init and folder.is_dir() else config.init
+    config = replace(config, data=data, train=replace(config.train, precision=precision), init=init)
     raw = read(config.data, config.model.family)
     seed_all(config.train.seed)
-    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw))
+    cache = Cache(cache_folder() / "data", watch)
+    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw, cache), cache)
 
 
-def resumed_job(run: Path) -> Job:
+def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     """The job of a run folder, for `train(..., resume=True)`. Raises InputError if it is not one."""
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
     raw = read(config.data, config.model.family)
-    return _job(config, raw, Checkpoint(build(config.model), tokenizer, images))
+    return _job(
+        config, raw, Checkpoint(build(config.model), tokenizer, images), Cache(cache_folder() / "data", watch)
+    )
 
 
 def _absolute(location: str) -> str:
@@ -101,7 +113,7 @@ def _absolute(location: str) -> str:
     return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
 
 
-def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
+def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
     config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
     if raw.kind == "contrastive":
@@ -109,14 +121,19 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint) -> Job:
     hub.check_savable(model)
     if model.family == "bert" and model.segments < 2 and raw.reads_pairs:
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
-    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images)
-    return Job(config, checkpoint, train, valid, "\n".join([raw.describe(), *train.notes, *valid.notes]))
+    if config.lora.rank:
+        hub.adapt(checkpoint, config.lora, config.init)
+    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
+    summary = summarize(raw, train, valid)
+    return Job(config, checkpoint, train, valid, summary, raw.valid.spread(EXAMPLES))
 
 
 def _load(config: RunConfig, raw: Raw) -> Checkpoint:
-    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropout."""
+    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
     head = bert_head(raw.kind) if config.model.family == "bert" else None
     loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
+    if config.lora.rank:
+        hub.check_base(config.init, fresh=loaded.fresh)
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
@@ -124,17 +141,17 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
         if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
-                f"checkpoint's; only {' and '.join(_DROPOUTS)} can be set"
+                f"checkpoint's; only {', '.join(_DROPOUTS)} can be set"
             )
     model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
     model.load_state_dict(loaded.model.state_dict())
     return Checkpoint(model, loaded.tokenizer, loaded.images)
 
 
-_DROPOUTS = ("dropout", "attention_dropout")
+_DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
-def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
+def _fresh(config: RunConfig, raw: Raw, cache: Cache) -> Checkpoint:
     """A new model, and the tokenizer or image processor that fits the data."""
     model = config.model
     if model.family == "vit":
@@ -142,7 +159,7 @@ def _fresh(config: RunConfig, raw: Raw) -> Checkpoint:
         model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
         images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
         return Checkpoint(build(model), images=images)
-    tokenizer = train_tokenizer(config.tokenizer, model.family, raw.texts())
+    tokenizer = trained_tokenizer(config.tokenizer, model.family, raw, cache)
     model = replace(model, vocab_size=tokenizer.vocab_size)
     if model.family == "transformer":
         model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
@@ -166,151 +183,268 @@ def _need(token_id: int | None) -> int:
     return token_id
 
 
-def _fingerprint(dataset: Dataset) -> str:
-    """Changes, as good as always, if the data or the tokenizer do: a hash of all samples' lengths."""
-    return hashlib.sha256(dataset.costs.tobytes()).hexdigest()[:16]
+# ---------------------------------------------------------------- the loop
 
 
-def train(job: Job, run: Path, observer: Observer, resume: bool = False) -> Progress:
-    """Train a job into a run folder, which then holds its best model; returns its step and scores.
+def begin(job: Job, run: Path) -> None:
+    """Make the run folder, with the state before the first step.
 
-    SIGINT and SIGTERM end the loop behind the step in progress with its state saved; then
-    KeyboardInterrupt is raised. Raises InputError if the folder holds another run, has no state to
-    resume, or cannot be written, and if the loss stops being a number.
+    Raises InputError if the folder holds a run already or cannot be written.
     """
-    config = job.config.train
-    device = pick_device()
-    model = job.checkpoint.model.to(device)
-    steppers = optimizers(model, config)
-    if resume:
-        progress = load_state(run, model, steppers)
-        if progress.data != _fingerprint(job.train):
-            raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
-    elif (run / CONFIG).exists():
+    if (run / CONFIG).exists():
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
-    else:
-        progress = Progress(_fingerprint(job.train))
-        write_text(run / CONFIG, write_toml(job.config))
-        for part in (job.checkpoint.tokenizer, job.checkpoint.images):
-            if part is not None:
-                part.save(run)
-        save_state(run, model, steppers, progress)
-    metrics = Metrics(run, progress.step)
-    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
-    observer.say(job.about)
-    observer.begin(progress.step, config.max_steps)
-    started = time.monotonic() - progress.seconds
-    with _interruptible() as interrupted:
-        for epoch, indices in sampler.batches(progress.step):
-            if progress.step == config.max_steps:
-                break
-            step = progress.step + 1
-            rate = learning_rate(step, config)
-            record = _step(job, model, steppers, epoch, indices, step, rate)
-            progress.step = step
-            progress.seconds = time.monotonic() - started
-            observer.step(step, record["loss"], record["tokens"])
-            last = step == config.max_steps
-            if step % config.logging_steps == 0 or last or step == 1:
-                record |= {"step": step, "epoch": epoch, "learning_rate": rate, "seconds": progress.seconds}
-                metrics.add(record)
-            if step % config.eval_steps == 0 or last:
-                scores = evaluate(model, job.valid)
-                if scores["loss"] < progress.best_scores.get("loss", math.inf):
-                    progress.best_step, progress.best_scores = step, scores
-                    hub.save(run, job.checkpoint)
-                progress.seconds = time.monotonic() - started
-                valid = {f"valid_{name}": score for name, score in scores.items()}
-                metrics.add({"step": step, "seconds": progress.seconds} | valid)
-                observer.evaluated(step, scores)
-            if step % config.save_steps == 0 or last or interrupted.is_set():
-                save_state(run, model, steppers, progress)
-            if interrupted.is_set() and not last:
-                raise KeyboardInterrupt
-    if progress.best_step != config.max_steps:
+    write_text(run / CONFIG, write_toml(job.config))
+    for part in (job.checkpoint.tokenizer, job.checkpoint.images):
+        if part is not None:
+            part.save(run)
+    model = job.checkpoint.model
+    save_state(run, model, [], average_of(model, job.config.train).state, Progress(job.train.fingerprint))
+
+
+def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> Progress:
+    """Train a job into a run folder, which then holds its best model; returns its step and scores.
+
+    resume: go on from the folder's last state; otherwise the folder is made. Of several ranks the first
+    one makes it with `begin`, and all resume. SIGTERM and SIGINT end the loop behind the step in progress
+    with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder
+    holds another run, has no state to resume, or cannot be written, if the loss diverges or stops being a
+    number, and if another rank is lost.
+    """
+    keep_freed_memory()
+    if not resume:
+        begin(job, run)
+    trainer = Trainer(job, ranks)
+    progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
+    if progress.data != job.train.fingerprint:
+        raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
+    try:
+        _loop(trainer, run, observer, progress)
+    except RuntimeError as error:
+        if ranks.count > 1:
+            raise InputError(
+                f"rank {ranks.rank} failed, or lost another rank, behind step {progress.step} "
+                f"({_first_line(error)}): mend the cause, then continue with --resume {run}"
+            ) from error
+        raise
+    if progress.finished and progress.best_step != progress.step:
         observer.say(
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
     return progress
 
 
-def _step(
-    job: Job,
-    model: torch.nn.Module,
-    steppers: list[torch.optim.Optimizer],
-    epoch: int,
-    indices: list[int],
-    step: int,
-    rate: float,
-) -> dict[str, float]:
-    """One optimiser step over the samples `indices`; returns its loss, gradient norm and number of tokens."""
-    config = job.config.train
-    device = next(model.parameters()).device
-    seed_all(_step_seed(config.seed, step))
-    model.train()
-    pieces = [job.train.batch(part, epoch) for part in _divide(indices, config.gradient_accumulation_steps)]
-    counts: Counter[str] = sum((Counter(item_counts(piece)) for piece in pieces), Counter())
-    loss = torch.zeros((), device=device)
-    for piece in pieces:
-        piece_loss = _loss(job, piece.to(device), counts)
-        piece_loss.backward()  # type: ignore[no-untyped-call]
-        loss += piece_loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not math.isfinite(loss.item() + norm.item()):
-        raise InputError(
-            f"the loss or its gradient is no longer a number at step {step}: "
-            f"lower train.learning_rate (now {config.learning_rate}) or raise train.warmup_steps, "
-            f"and train into another --out"
-        )
-    for optimizer in steppers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), "grad_norm": norm.item(), "tokens": float(job.train.costs[indices].sum())}
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _loss(job: Job, batch: Batch, counts: Mapping[str, int]) -> Tensor:
-    """The batch's share of the step's loss: each term's sum over the step's number of items."""
-    config = job.config.train
-    model = job.checkpoint.model
-    device = next(model.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        terms = loss_terms(model, batch)
-    smoothing = config.label_smoothing_factor
-    return torch.stack([term.loss_sum(smoothing) / counts[name] for name, term in terms.items()]).sum()
+@dataclass(frozen=True)
+class StepData:
+    """What one rank computes on in one optimiser step."""
+
+    epoch: int
+    batches: list[tuple[Batch, bool]]
+    """One for each forward pass, and whether it counts."""
+    tokens: float
+    """Of all ranks."""
 
 
-def _divide(indices: list[int], parts: int) -> list[list[int]]:
+class Trainer:
+    """A job's model with what trains it, on this rank's device and spread over the ranks."""
+
+    def __init__(self, job: Job, ranks: Ranks = ALONE) -> None:
+        config = job.config.train
+        self.job, self.config, self.ranks = job, config, ranks
+        self.device = ranks.device()
+        self.model: Model = job.checkpoint.model.to(self.device)
+        for module in self.model.modules():
+            if isinstance(module, Block) and config.gradient_checkpointing:
+                recomputed = partial(checkpoint, module.forward, use_reentrant=False)
+                module.forward = recomputed  # type: ignore[method-assign]
+        self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
+        self.bf16 = config.precision == "bf16"
+        # The model to save: the first rank's whole copy of one that is spread.
+        self.saved = copy.deepcopy(self.model).cpu() if ranks.count > 1 and ranks.first else self.model
+        if ranks.count > 1:
+            spread(self.objective, ranks, config.shard_ranks, self.bf16)
+        self.optimizers = optimizers(self.model, config)
+        self.average: Average = average_of(self.model, config)
+
+    def data(self, epoch: int, indices: Sequence[int]) -> StepData:
+        """A step's samples as this rank computes on them.
+
+        The ranks and the accumulation divide the samples alike whatever their numbers are. Every rank
+        gets equally many parts: where there is none for it, one sample that does not count.
+        """
+        parts = _divide(indices, self.config.gradient_accumulation_steps * self.ranks.count)
+        mine = [(part, True) for part in parts[self.ranks.rank :: self.ranks.count]]
+        passes = math.ceil(len(parts) / self.ranks.count)
+        mine += [(indices[:1], False)] * (passes - len(mine))
+        train = self.job.train
+        batches = [(train.batch(part, epoch).to(self.device), counts) for part, counts in mine]
+        return StepData(epoch, batches, float(train.costs[list(indices)].sum()))
+
+    def step(self, data: StepData, step: int) -> dict[str, float]:
+        """One optimiser step over the data of all ranks; what there is to record of it."""
+        seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
+        self.objective.train()
+        loss = self._accumulate(data.batches)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        (total,) = self.ranks.sum([loss])
+        check_finite(step, self.config, total, norm.item())
+        rate = learning_rate(step, self.config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.model)
+        return {
+            "epoch": data.epoch,
+            "loss": total,
+            "grad_norm": norm.item(),
+            "learning_rate": rate,
+            "tokens": data.tokens,
+        }
+
+    def _accumulate(self, batches: Sequence[tuple[Batch, bool]]) -> float:
+        """Add the gradients of a step's loss to the parameters'; this rank's share of the loss."""
+        names = list(item_counts(batches[0][0]))
+        own = [sum(item_counts(batch)[name] for batch, counts in batches if counts) for name in names]
+        totals = dict(zip(names, map(int, self.ranks.sum(own)), strict=True))
+        loss = torch.zeros((), device=self.device)
+        for number, (batch, counts) in enumerate(batches, start=1):
+            if self.ranks.count > 1:
+                self.objective.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                part = self.objective(batch, totals) * float(counts)
+            part.backward()
+            loss += part.detach()
+        return loss.item()
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out scores of the weights that the model has now."""
+        return evaluate(self.objective, self.job.valid)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The model with the weights that it has now, whole; on ranks but the first None."""
+        if self.ranks.count > 1:
+            weights = {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
+            if not self.ranks.first:
+                return None
+            self.saved.load_state_dict(weights)
+        return replace(self.job.checkpoint, model=self.saved)
+
+
+def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
+    """Steps, scores and saved states from where `progress` is to the end."""
+    job, config, ranks = trainer.job, trainer.config, trainer.ranks
+    metrics = Metrics(run, progress.step) if ranks.first else None
+    trend = LossTrend(**progress.trend)
+    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
+    todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
+    observer.say(job.summary.text())
+    started = time.monotonic() - progress.seconds
+    with (
+        _interruptible() as interruption,
+        closing(observer),
+        prefetch(lambda item: trainer.data(*item), todo) as stream,
+    ):
+        observer.begin(job.config, progress.step)
+        while not progress.finished:
+            step = progress.step + 1
+            record = trainer.step(next(stream), step)
+            progress.step = step
+            progress.seconds = time.monotonic() - started
+            progress.finished = step == config.max_steps
+            record |= {"step": step, "seconds": progress.seconds}
+            observer.step(step, record)
+            if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
+                metrics.add(record)
+            trend.add(record["loss"])
+            check_trend(step, config, trend)
+            progress.trend = asdict(trend)
+            if step % config.eval_steps == 0 or progress.finished:
+                _evaluate(trainer, run, observer, progress, metrics, started)
+            # Any rank's signal stops all of them behind the same step.
+            number = ranks.max(interruption.number)
+            if step % config.save_steps == 0 or progress.finished or number:
+                save_state(run, trainer.model, trainer.optimizers, trainer.average.state, progress, ranks)
+                if ranks.first:
+                    keep = max(config.save_total_limit, config.average_checkpoints)
+                    drop_states(run, keep, config.save_steps)
+            if number and not progress.finished:
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                return
+
+
+def _evaluate(
+    trainer: Trainer,
+    run: Path,
+    observer: Observer,
+    progress: Progress,
+    metrics: Metrics | None,
+    started: float,
+) -> None:
+    """Score the averaged weights; if they are the best so far, they go into the run folder."""
+    config, step = trainer.config, progress.step
+    with replaced(trainer.model, trainer.average.weights(trainer.model, run)):
+        scores = evaluate(trainer.objective, trainer.job.valid)
+        check_finite(step, config, scores["loss"])
+        checkpoint = trainer.checkpoint()
+        if scores["loss"] < progress.best_scores.get("loss", math.inf):
+            progress.best_step, progress.best_scores = step, scores
+            if checkpoint:
+                hub.save(run, checkpoint)
+        progress.seconds = time.monotonic() - started
+        if metrics:
+            valid = {f"valid_{name}": score for name, score in scores.items()}
+            metrics.add({"step": step, "seconds": progress.seconds} | valid)
+        if checkpoint:
+            observer.evaluated(step, scores, checkpoint)
+    waited = (step - progress.best_step) // config.eval_steps
+    if 0 < config.early_stopping_patience <= waited and not progress.finished:
+        progress.finished = True
+        observer.say(f"Stopped at step {step}: no better score since step {progress.best_step}.")
+
+
+def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
     """Contiguous parts of nearly equal size, none empty."""
     size = math.ceil(len(indices) / parts)
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-def _step_seed(seed: int, step: int) -> int:
-    """The seed of one step: distinct for distinct (seed, step), both below 2^31."""
-    return (seed << 31) | step
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step on one rank: a hash of 63 bits."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass
+class _Interruption:
+    """The signal that asked the run to stop; 0: none."""
+
+    number: int = 0
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set in the main thread; a second signal acts as usual."""
-    interrupted = threading.Event()
+def _interruptible() -> Iterator[_Interruption]:
+    """Remember SIGINT and SIGTERM in the main thread; a second signal acts as usual."""
+    interruption = _Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+        yield interruption
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        interrupted.set()
+        interruption.number = number
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, handle)
     try:
-        yield interrupted
+        yield interruption
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

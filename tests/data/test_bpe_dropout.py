@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from qkv.config import Family, TokenizerConfig
 from qkv.data.bpe_dropout import BPEDropout
 from qkv.data.dataset import Ids, Sequences
+from qkv.data.files import TextFile
 from qkv.data.pairs import PairDataset
 from qkv.data.text import LanguageDataset
 from qkv.errors import InputError
@@ -66,7 +68,7 @@ def test_a_segmentation_says_the_same_text(kind: str, text: str, rate: float, se
     dropout = BPEDropout(made, rate)
     found = dropout.segment(ids, begins, np.random.default_rng(seed))
     assert "".join(map(made.token, found)) == "".join(map(made.token, ids))
-    assert len(found) <= dropout.most(Sequences([ids]))[0]
+    assert len(found) <= dropout.most(Sequences(ids, np.array([len(ids)])))[0]
     again = dropout.segment(ids, begins, np.random.default_rng(seed))
     assert found.tolist() == again.tolist()
 
@@ -77,7 +79,7 @@ def test_certain_dropout_leaves_the_symbols_and_their_number_is_the_most() -> No
     dropout = BPEDropout(made, 1.0)
     found = dropout.segment(ids, begins, np.random.default_rng(0))
     assert [made.token(id) for id in found] == list("theĠcatĠsat")
-    assert dropout.most(Sequences([ids])).tolist() == [11]
+    assert dropout.most(Sequences(ids, np.array([len(ids)]))).tolist() == [11]
 
 
 def test_segmentations_are_as_frequent_as_the_algorithm_makes_them() -> None:
@@ -133,6 +135,19 @@ def test_windows_begin_in_their_places(rate: float) -> None:
             assert found.labels.tolist() == cut.batch([0, i], epoch).labels.tolist()[-len(found.labels) :]
             different += found.labels.tolist() != expected.labels.tolist()
     assert (different > 0) == (rate > 0)
+
+
+def test_windows_of_files_are_those_of_their_texts(tmp_path: Path) -> None:
+    made = tokenizer()
+    files = [tmp_path / f"{i}.txt" for i in range(len(CORPUS))]
+    for file, text in zip(files, CORPUS, strict=True):
+        file.write_bytes(text.encode())
+    datasets = [
+        LanguageDataset(texts, made, 16, 7, training=True, dropout=BPEDropout(made, 0.4))
+        for texts in (CORPUS, [TextFile.open(file) for file in files])
+    ]
+    everything = [dataset.batch(range(len(dataset)), 1).ids.values.tolist() for dataset in datasets]
+    assert everything[0] == everything[1]
 
 
 def test_pairs_are_cut_anew_in_every_epoch_and_never_beyond_the_context() -> None:

@@ -52,7 +52,7 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
     files = [ImageFile("row 1 of a.parquet", _png(0)), ImageFile("row 2 of a.parquet", _png(1)[:60])]
     with pytest.raises(InputError, match=r"row 2 of a\.parquet"):
         ImageDataset(files, [0, 1], processor, 4)
-    with pytest.raises(InputError, match=r"no image file .*gone\.png"):
+    with pytest.raises(InputError, match=r"cannot read gone\.png: No such file"):
         ImageDataset([ImageFile("gone.png", Path("gone.png"))], [0], processor, 4)
     with pytest.raises(InputError, match=r"deep\.png: an image has more than 8 bits"):
         ImageDataset([ImageFile("deep.png", tmp_path / "deep.png")], [0], processor, 4)

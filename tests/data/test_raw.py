@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import qkv.data.files
+import qkv.data.raw
 from qkv.config import (
     BertConfig,
     DataConfig,
@@ -112,6 +114,54 @@ def test_a_table_of_texts_for_gpt(tmp_path: Path) -> None:
 def test_too_little_text_is_refused(tmp_path: Path, family: Family) -> None:
     with pytest.raises(InputError, match="too little text to hold out 10 %"):
         read(DataConfig(path=_write(tmp_path / "a.txt", "x")), family)
+
+
+@pytest.mark.parametrize("fraction", [0.07, 0.5])
+def test_files_too_large_for_memory_train_as_if_they_were_not(
+    fraction: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path / "a.txt", "\ufeffé one\ntwo €\n\n" * 9)
+    _write(tmp_path / "b.txt", "three 🙂 four\r\n" * 20)
+    data = DataConfig(path=str(tmp_path), valid_fraction=fraction)
+    small = read(data, "gpt")
+    monkeypatch.setattr(qkv.data.raw, "IN_MEMORY_BYTES", 10)
+    monkeypatch.setattr(qkv.data.files, "_PART_BYTES", 7)
+    large = read(data, "gpt")
+    assert not large.train.texts and large.train.files and large.describe() == small.describe()
+    for some, others in ((small.train, large.train), (small.valid, large.valid)):
+        assert some.texts == ["".join(file.parts()) for file in others.files]
+        assert len(some) == len(others)
+    assert "".join(large.texts()) == "".join(small.texts())
+    tokenizer = _tokenizer(small, "gpt")
+    assert _tokenizer(large, "gpt").definition == tokenizer.definition
+    config = RunConfig(model=GPTConfig(vocab_size=tokenizer.vocab_size, context=8))
+    for one, two in zip(
+        prepare(small, config, tokenizer, None), prepare(large, config, tokenizer, None), strict=True
+    ):
+        assert one.fingerprint == two.fingerprint and one.size_in_bytes == two.size_in_bytes
+        indices = range(len(one))
+        assert one.batch(indices, 1).ids.values.tolist() == two.batch(indices, 1).ids.values.tolist()  # type: ignore[attr-defined]
+
+
+def test_large_files_that_are_no_text_are_refused_as_small_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {
+        "empty.txt": b" \n" * 40,
+        "latin.txt": b"good\ngood\nb\xe4d\n" * 9,
+        "cut.txt": b"good\n" * 9 + b"\xe2\x82",
+    }
+    for name, content in broken.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        said = []
+        for limit, part in ((1000, 1), (10, 4), (10, 7)):
+            monkeypatch.setattr(qkv.data.raw, "IN_MEMORY_BYTES", limit)
+            monkeypatch.setattr(qkv.data.files, "_PART_BYTES", part)
+            with pytest.raises(InputError) as error:
+                read(DataConfig(path=str(path)), "gpt")
+            said.append(str(error.value))
+        assert len(set(said)) == 1 and str(path) in said[0]
 
 
 # ---------------------------------------------------------------- labelled texts

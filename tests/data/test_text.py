@@ -6,8 +6,10 @@ from corpus import character_tokenizer, characters
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qkv.data.files
 import qkv.data.text
 from qkv.config import TokenizerConfig
+from qkv.data.files import TextFile
 from qkv.data.text import LanguageDataset, pieces
 from qkv.errors import InputError
 from qkv.tokenizers import train_tokenizer
@@ -97,7 +99,20 @@ def test_pieces_have_the_tokens_of_the_whole_text(kind: str) -> None:
     check()
 
 
+@given(st.text(alphabet="ab\n é€", max_size=60), st.integers(1, 9))
+def test_a_file_read_in_parts_has_the_pieces_of_its_text(
+    tmp_path_factory: pytest.TempPathFactory, text: str, part: int
+) -> None:
+    path = tmp_path_factory.mktemp("file") / "a.txt"
+    path.write_text(f"x{text}", encoding="utf-8", newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qkv.data.text, "_PIECE", 3)
+        patch.setattr(qkv.data.files, "_PART_BYTES", part)
+        assert list(pieces(TextFile.open(path))) == list(pieces(f"x{text}"))
+
+
 def test_long_texts_are_divided() -> None:
+    assert len(list(pieces("a paragraph without line breaks\n\n" * 40_000))) > 10
     assert len(list(pieces("some words\n" * 100_000))) > 10
 
 

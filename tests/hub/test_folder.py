@@ -11,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def test_text_models_come_back_with_their_tokenizer(tmp_path: Path) -> None:
     tokenizer = json.loads((tmp_path / "deep" / "er" / "tokenizer_config.json").read_text())
     assert tokenizer["model_max_length"] == 16
     assert len({file.stat().st_mode for file in (tmp_path / "deep" / "er").iterdir()}) == 1
+
+
+def test_a_setting_of_training_alone_stays_out_of_the_folder(tmp_path: Path) -> None:
+    saved = checkpoint()
+    config = saved.model.config
+    saved.model.config = replace(config, drop_path=0.3)
+    hub.save(tmp_path, saved)
+    assert "drop_path" not in (tmp_path / "config.json").read_text()
+    assert hub.load(str(tmp_path)).model.config == config
 
 
 def test_image_models_come_back_with_their_settings(tmp_path: Path) -> None:

@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 
-from qkv.config import BertConfig, GPTConfig, RunConfig, TransformerConfig, ViTConfig
+from qkv.config import (
+    AugmentConfig,
+    BertConfig,
+    Family,
+    GPTConfig,
+    RunConfig,
+    TokenizerConfig,
+    TransformerConfig,
+    ViTConfig,
+)
+from qkv.data.augment import Augmentation
 from qkv.data.batches import MultiLabelBatch, ValueBatch
 from qkv.data.bpe_dropout import BPEDropout
+from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
 from qkv.data.contrastive import ContrastiveDataset
-from qkv.data.dataset import Dataset
+from qkv.data.dataset import TOKENIZERS, Dataset, digest
 from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
 from qkv.data.labelled import LabelledDataset, label_matrix
 from qkv.data.pairs import PairDataset
+from qkv.data.prefetch import prefetch
 from qkv.data.raw import SPLIT_SEED, Kind, Raw, Samples, bert_head, read, read_held_out
 from qkv.data.sampler import Sampler
 from qkv.data.tagged import TaggedDataset
 from qkv.data.text import LanguageDataset
 from qkv.errors import InputError
 from qkv.images import ImageProcessor
-from qkv.tokenizers import Tokenizer
+from qkv.tokenizers import Tokenizer, train_tokenizer
 
 __all__ = [
+    "Cache",
     "Dataset",
     "Raw",
     "Sampler",
     "Samples",
     "bert_head",
     "build",
+    "prefetch",
     "prepare",
     "read",
     "read_held_out",
+    "trained_tokenizer",
 ]
 
 
 def prepare(
-    raw: Raw, config: RunConfig, tokenizer: Tokenizer | None, images: ImageProcessor | None
+    raw: Raw,
+    config: RunConfig,
+    tokenizer: Tokenizer | None,
+    images: ImageProcessor | None,
+    cache: Cache = NO_CACHE,
 ) -> tuple[Dataset, Dataset]:
-    """What the configured model trains on, and what it is scored on.
+    """What the configured model trains on, and what it is scored on; prepared data are kept in the cache.
 
     Raises InputError for samples that the model cannot take: too long, broken, or with other labels.
     """
@@ -49,8 +70,35 @@ def prepare(
         raise InputError(
             f"the data have the labels {', '.join(raw.labels)}, but the model {', '.join(known)}"
         )
-    train = build(raw.train, config, tokenizer, images, training=True)
-    return train, build(raw.valid, config, tokenizer, images, training=False)
+    train = build(raw.train, config, tokenizer, images, training=True, cache=cache)
+    valid = build(raw.valid, config, tokenizer, images, training=False, cache=cache)
+    if cache.problem:
+        train.notes = (*train.notes, cache.problem)
+    return train, valid
+
+
+def trained_tokenizer(
+    config: TokenizerConfig, family: Family, raw: Raw, cache: Cache = NO_CACHE
+) -> Tokenizer:
+    """`train_tokenizer` on the training text, unless the cache has its answer from an earlier run."""
+    columns = raw.train.columns
+    total = sum(len(text) for column in columns for text in column)
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for text in raw.texts():
+            yield text
+            done += len(text)
+            cache.watch("characters read for the tokenizer", done, total)
+
+    def chunks() -> Chunks:
+        made = json.dumps(train_tokenizer(config, family, texts()).to_json()).encode()
+        yield 1, {"json": np.frombuffer(made, np.uint8)}
+
+    content = [digest(column)[0] for column in columns]
+    made_from = fingerprint("tokenizer", repr(config), family, *content)
+    found = cache.get(made_from, TOKENIZERS, chunks, "tokenizer trained", 1)
+    return Tokenizer.from_json(json.loads(found["json"].tobytes()))
 
 
 def _check_settings(kind: Kind, config: RunConfig) -> None:
@@ -59,8 +107,9 @@ def _check_settings(kind: Kind, config: RunConfig) -> None:
         raise InputError("data.whole_words is for masked language modelling: leave it out")
     if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
         raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
-    if config.train.label_smoothing_factor and kind in ("regression", "contrastive"):
-        raise InputError(f"train.label_smoothing_factor is for classes, not for {kind}: leave it out")
+    for name in ("label_smoothing_factor", "r_drop"):
+        if getattr(config.train, name) and kind in ("regression", "contrastive"):
+            raise InputError(f"train.{name} is for classes, not for {kind}: leave it out")
 
 
 def build(
@@ -69,6 +118,7 @@ def build(
     tokenizer: Tokenizer | None,
     images: ImageProcessor | None,
     training: bool = False,
+    cache: Cache = NO_CACHE,
 ) -> Dataset:
     """Samples as the configured model takes them. Raises InputError for those that it cannot take."""
     model, truncate = config.model, config.data.truncate
@@ -76,14 +126,18 @@ def build(
     if isinstance(model, ViTConfig):
         if images is None:
             raise InputError("the checkpoint has no preprocessor_config.json: how are images to be prepared?")
-        return ImageDataset(samples.images, samples.labels, images, model.patch_size)
+        varied = training and config.augment != AugmentConfig()
+        augmentation = Augmentation(config.augment, images, len(model.labels), seed) if varied else None
+        return ImageDataset(samples.images, samples.labels, images, model.patch_size, cache, augmentation)
     if tokenizer is None:
         raise InputError("the checkpoint has no tokenizer: it cannot read text; add its tokenizer.json")
     rate = config.data.bpe_dropout if training else 0.0
     dropout = BPEDropout(tokenizer, rate) if rate else None
     match model:
         case GPTConfig():
-            return LanguageDataset(samples.texts, tokenizer, model.context, seed, training, dropout)
+            return LanguageDataset(
+                samples.documents, tokenizer, model.context, seed, training, cache, dropout
+            )
         case TransformerConfig():
             return PairDataset(
                 samples.texts,
@@ -93,15 +147,16 @@ def build(
                 end_id=model.eos_id,
                 context=model.context,
                 truncate=truncate,
+                cache=cache,
                 dropout=dropout,
                 seed=seed,
             )
         case BertConfig():
-            return _for_bert(samples, config, model, tokenizer, seed)
+            return _for_bert(samples, config, model, tokenizer, seed, cache)
 
 
 def _for_bert(
-    samples: Samples, config: RunConfig, model: BertConfig, tokenizer: Tokenizer, seed: int
+    samples: Samples, config: RunConfig, model: BertConfig, tokenizer: Tokenizer, seed: int, cache: Cache
 ) -> Dataset:
     """What BERT learns each task from."""
     data, context = config.data, model.context
@@ -112,19 +167,21 @@ def _for_bert(
         tokenizer=tokenizer,
         context=context,
         truncate=data.truncate,
+        cache=cache,
     )
     match samples.kind:
         case "text":
-            return MaskedDataset(samples.texts, tokenizer, context, seed, data.whole_words)
+            return MaskedDataset(samples.texts, tokenizer, context, seed, cache, data.whole_words)
         case "multi_label":
             matrix = label_matrix(samples.label_sets, len(model.labels))
             return labelled(matrix, make=MultiLabelBatch)
         case "regression":
             return labelled(np.array(samples.values, dtype=np.float32), make=ValueBatch)
         case "tagging":
-            return TaggedDataset(samples.words, samples.tags, tokenizer, context, data.truncate)
+            return TaggedDataset(samples.words, samples.tags, tokenizer, context, data.truncate, cache)
         case "contrastive":
-            if not samples.pairs and model.dropout == model.attention_dropout == 0:
+            dropouts = (model.dropout, model.attention_dropout, model.drop_path, config.lora.dropout)
+            if not samples.pairs and not any(dropouts):
                 raise InputError(
                     "contrastive learning without a second text compares a text with itself under another "
                     "dropout: set model.dropout above 0"
@@ -138,6 +195,7 @@ def _for_bert(
                 candidates=data.candidates,
                 temperature=config.train.temperature,
                 seed=seed,
+                cache=cache,
             )
         case _:
             return labelled(samples.labels)

@@ -1,12 +1,13 @@
 """What the objectives are given: one kind of batch for each way to learn.
 
-Legend: T tokens of the batch, N sequences or images, M selected tokens or words, K labels, C channels.
+Legend: T tokens of the batch, N sequences or images, M selected tokens or words (or raw images),
+K labels or classes, C channels, S side in pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from qkv.ragged import Ragged
 class Batch:
     """Tensors and ragged sequences that belong together."""
 
-    def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device, ready for the model."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
@@ -111,7 +112,23 @@ class PairBatch(Batch):
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch(Batch):
-    """Normalised images (N, C, height, width) and their classes (N,)."""
+    """Normalised images (N, C, height, width) and their classes (N,), or each one's probabilities (N, K)."""
 
     images: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RawImageBatch(Batch):
+    """Pixels from which the device that trains makes the images of a batch."""
+
+    pixels: Tensor
+    """uint8 (M, C, S, S); there may be more than the batch has images."""
+    labels: Tensor
+    """(N,) or (N, K), as an ImageBatch has them."""
+    finish: Callable[[Tensor], Tensor]
+    """From `pixels` to normalised images (N, C, S, S)."""
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The finished images on that device."""
+        return ImageBatch(self.finish(self.pixels.to(device)), self.labels.to(device))

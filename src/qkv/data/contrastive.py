@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from qkv.data.batches import ContrastiveBatch
-from qkv.data.dataset import Dataset, Ids, Sequences, check_context, lay, slices
+from qkv.data.cache import NO_CACHE, Cache, fingerprint
+from qkv.data.dataset import Dataset, Ids, encode, lay
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
@@ -38,6 +39,7 @@ class ContrastiveDataset(Dataset):
         candidates: int,
         temperature: float,
         seed: int,
+        cache: Cache = NO_CACHE,
     ) -> None:
         """pairs: second texts; none: each text is its own pair, which dropout makes a different vector.
 
@@ -50,9 +52,11 @@ class ContrastiveDataset(Dataset):
                 f"contrastive learning, and its score, need at least two different texts to tell apart; here "
                 f"is 1 in {len(second)} samples"
             )
-        self.texts, notes = _encode(tokenizer, texts, context, truncate)
-        self.pairs, more = _encode(tokenizer, second, context, truncate) if pairs else (self.texts, ())
-        self.notes = notes + more
+        one = encode(tokenizer, texts, (), context, truncate, cache)
+        other = encode(tokenizer, pairs, (), context, truncate, cache) if pairs else one
+        self.texts, self.pairs = one.ids, other.ids
+        self.notes = one.notes + other.notes if pairs else one.notes
+        self.fingerprint = fingerprint("contrastive", one.fingerprint, other.fingerprint)
         numbers: dict[str, int] = {}
         self.identity = np.array([numbers.setdefault(text, len(numbers)) for text in second])
         self.temperature = torch.tensor(temperature)
@@ -67,6 +71,11 @@ class ContrastiveDataset(Dataset):
             members = self.order[self.bounds[first] : self.bounds[last]]
             longest = np.sort(lengths[members])[::-1].cumsum()
             self.costs[first:last] = longest[np.diff(self.bounds[first : last + 1]) - 1]
+
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each text and of each that belongs to one."""
+        return np.concatenate([self.texts.lengths, self.pairs.lengths])
 
     def group(self, index: int, epoch: int) -> Ids:
         """The texts of a group in that epoch, in which every text is in one."""
@@ -86,15 +95,3 @@ class ContrastiveDataset(Dataset):
         wrong = (owner[:, None] == owner) & (identity[:, None] != identity)  # (N, N)
         ids = [part[i] for part in (self.texts, self.pairs) for i in members.tolist()]
         return ContrastiveBatch(lay(ids), torch.from_numpy(wrong), self.temperature)
-
-
-def _encode(
-    tokenizer: Tokenizer, texts: Sequence[str], context: int, truncate: bool
-) -> tuple[Sequences, tuple[str, ...]]:
-    """Each text's ids in the tokenizer's template, and notes about what was cut."""
-    ids = Sequences(e.ids for some in slices(len(texts)) for e in tokenizer.encode_batch(texts[some]))
-    notes = check_context(ids.lengths, texts, context, truncate)
-    if not notes:
-        return ids, ()
-    short = tokenizer.shortened(context)
-    return Sequences(e.ids for some in slices(len(texts)) for e in short.encode_batch(texts[some])), notes

@@ -5,19 +5,28 @@ Legend: T tokens.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+import tokenizers
 import torch
 from torch import Tensor
 
 from qkv.data.batches import Batch
+from qkv.data.cache import Cache, Chunks, fingerprint
+from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.ragged import Layout, Ragged
 from qkv.tokenizers import ROLES, Tokenizer
 
 Ids = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+TOKENIZERS = f"tokenizers {tokenizers.__version__}"
+"""What turns texts into ids."""
 
 
 class Dataset(ABC):
@@ -28,6 +37,8 @@ class Dataset(ABC):
 
     costs: Ids
     """Tokens of each sample; where they differ from epoch to epoch, the most there can be."""
+    fingerprint: str
+    """A hash of the samples' content and of what turns it into ids or pixels: other data have another."""
     notes: tuple[str, ...] = ()
     """Sentences for the user about what was cut, left out or not understood."""
     size_in_bytes: int = 0
@@ -36,18 +47,23 @@ class Dataset(ABC):
     def __len__(self) -> int:
         return len(self.costs)
 
+    @property
+    def lengths(self) -> Ids:
+        """Tokens of each sample or, where samples are groups of texts, of each text."""
+        return self.costs
+
     @abstractmethod
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
         """The samples `indices`, in that order, as they are in that epoch."""
 
 
 class Sequences:
-    """Many short integer sequences in one array."""
+    """Many short integer sequences in one array, `values`, end to end."""
 
-    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
-        self.lengths: Ids = np.array([len(a) for a in arrays], dtype=np.int64)
-        self._values = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+    def __init__(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """values: all sequences end to end, of any integer type. lengths: of each."""
+        self.lengths: Ids = lengths.astype(np.int64)
+        self.values = values
         self._bounds = np.concatenate([[0], self.lengths.cumsum()])
 
     def __len__(self) -> int:
@@ -58,24 +74,120 @@ class Sequences:
 
     def join(self, first: int, last: int) -> Ids:
         """The sequences from `first` up to but without `last`, end to end."""
-        return self._values[self._bounds[first] : self._bounds[last]].astype(np.int64)
+        return self.values[self._bounds[first] : self._bounds[last]].astype(np.int64)
+
+    def without_empty(self) -> Sequences:
+        """Those that have any values."""
+        return Sequences(self.values, self.lengths[self.lengths > 0])
 
 
 def slices(length: int, size: int = 1024) -> Iterator[slice]:
-    """Slices that cover a sequence: the tokenizers want many texts at a time, but not all."""
-    return (slice(start, start + size) for start in range(0, length, size))
+    """Slices that cover a sequence, at least one: the tokenizers want many texts at a time, but not all."""
+    return (slice(start, start + size) for start in range(0, max(length, 1), size))
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Each text's ids without special tokens."""
-    for some in slices(len(texts)):
-        yield from tokenizer.plain_batch(texts[some])
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str], cache: Cache) -> tuple[Sequences, str]:
+    """Each text's ids without special tokens, and a fingerprint of texts and tokenizer."""
+    made_from = fingerprint("plain", tokenizer.definition, digest(texts)[0])
+    return _each(texts, tokenizer.plain_batch, id_dtype(tokenizer), made_from, cache), made_from
 
 
-def word_begins(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[bool]]:
-    """Where among each text's ids words begin."""
-    for some in slices(len(texts)):
-        yield from tokenizer.word_begins(texts[some])
+def word_begins(tokenizer: Tokenizer, texts: Sequence[str], cache: Cache) -> Sequences:
+    """For each id that `tokenise` gives, 1 if a word begins with it."""
+    made_from = fingerprint("begins", tokenizer.definition, digest(texts)[0])
+    return _each(texts, tokenizer.word_begins, np.uint8, made_from, cache)
+
+
+def _each(
+    texts: Sequence[str],
+    values: Callable[[Sequence[str]], Sequence[Sequence[int]]],
+    dtype: type[np.integer],
+    made_from: str,
+    cache: Cache,
+) -> Sequences:
+    """Values of each text's tokens."""
+
+    def chunks() -> Chunks:
+        for some in slices(len(texts)):
+            found = values(texts[some])
+            yield len(found), {"values": flat(found, dtype), "lengths": lengths_of(found)}
+
+    found = cache.get(made_from, TOKENIZERS, chunks, "texts tokenised", len(texts))
+    return Sequences(found["values"], found["lengths"])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts, or pairs of texts, in a tokenizer's template."""
+
+    ids: Sequences
+    segments: Sequences
+    notes: tuple[str, ...]
+    """About what was cut or not understood."""
+    fingerprint: str
+    """Of texts and tokenizer."""
+
+
+def encode(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    pairs: Sequence[str],
+    context: int,
+    truncate: bool,
+    cache: Cache,
+) -> Encoded:
+    """pairs: second texts, or none. Raises InputError for a text over the context that may not be cut."""
+
+    def found(tokenizer: Tokenizer) -> tuple[Sequences, Sequences]:
+        def chunks() -> Chunks:
+            for some in slices(len(texts)):
+                encodings = tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
+                ids = [e.ids for e in encodings]
+                segments = flat([e.segments for e in encodings], np.uint8)
+                yield (
+                    len(ids),
+                    {"ids": flat(ids, id_dtype(tokenizer)), "segments": segments, "lengths": lengths_of(ids)},
+                )
+
+        made_from = fingerprint("template", tokenizer.definition, content)
+        arrays = cache.get(made_from, TOKENIZERS, chunks, "texts tokenised", len(texts))
+        lengths = arrays["lengths"]
+        return Sequences(arrays["ids"], lengths), Sequences(arrays["segments"], lengths)
+
+    content = digest(texts)[0] + digest(pairs)[0]
+    ids, segments = found(tokenizer)
+    notes = check_context(ids.lengths, texts, context, truncate)
+    if notes:
+        ids, segments = found(tokenizer.shortened(context))
+    notes += check_vocabulary(ids.values, tokenizer)
+    return Encoded(ids, segments, notes, fingerprint(tokenizer.definition, content))
+
+
+def id_dtype(tokenizer: Tokenizer) -> type[np.integer]:
+    """The smallest type that all ids of the vocabulary fit in."""
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+
+
+def flat(sequences: Sequence[Sequence[int]], dtype: type[np.integer]) -> np.ndarray:
+    """Sequences end to end."""
+    return np.fromiter(chain.from_iterable(sequences), dtype)
+
+
+def lengths_of(sequences: Sequence[Sized]) -> np.ndarray:
+    """The length of each sequence."""
+    return np.fromiter(map(len, sequences), np.int32, len(sequences))
+
+
+def digest(texts: Iterable[str | TextFile]) -> tuple[bytes, int]:
+    """A hash of texts and of where each ends, and their size in UTF-8 bytes."""
+    sha, ends, size = hashlib.sha256(), [], 0
+    for text in texts:
+        for part in [text] if isinstance(text, str) else text.parts():
+            content = part.encode("utf-8", "surrogatepass")  # broken Unicode is for the tokenizer to refuse
+            sha.update(content)
+            size += len(content)
+        ends.append(size)
+    return sha.digest() + hashlib.sha256(np.array(ends, dtype="<i8").tobytes()).digest(), size
 
 
 def special_ids(tokenizer: Tokenizer) -> list[int]:
@@ -118,3 +230,9 @@ def check_context(lengths: Ids, texts: Sequence[str], context: int, truncate: bo
         f"{count} are longer than the model's context of {context} tokens; the longest has {lengths[i]:,} "
         f"and begins {texts[i][:40]!r}: raise model.context, or set data.truncate to cut them"
     )
+
+
+def check_vocabulary(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """A note about tokens that the vocabulary cannot say; scores count each as one token."""
+    count = 0 if tokenizer.unk_id is None else int((ids == tokenizer.unk_id).sum())
+    return (f"{count:,} of {len(ids):,} tokens are unknown to the tokenizer.",) if count else ()

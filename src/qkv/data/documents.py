@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qkv.data.batches import MaskedBatch
-from qkv.data.dataset import Dataset, Ids, Sequences, fit, join, lay, special_ids, tokenise
+from qkv.data.cache import NO_CACHE, Cache, fingerprint
+from qkv.data.dataset import Dataset, Ids, check_vocabulary, fit, join, lay, special_ids, tokenise
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
@@ -59,6 +59,7 @@ class MaskedDataset(Dataset):
         tokenizer: Tokenizer,
         context: int,
         seed: int,
+        cache: Cache = NO_CACHE,
         whole_words: bool = False,
     ) -> None:
         """documents: one sentence a line. whole_words: select all tokens of a word or none.
@@ -69,24 +70,25 @@ class MaskedDataset(Dataset):
         if context < 5:
             raise InputError(f"model.context is {context}; pairs of segments need at least 5 tokens")
         lines = [[line for line in document.split("\n") if line.strip()] for document in documents]
-        ids = iter(tokenise(tokenizer, [line for document in lines for line in document]))
+        ids, content = tokenise(tokenizer, [line for document in lines for line in document], cache)
         # Control characters alone make a line, but no token.
-        kept = [[sentence for sentence in islice(ids, len(document)) if sentence] for document in lines]
-        kept = [document for document in kept if document]
-        self.sentences = Sequences(sentence for document in kept for sentence in document)
-        self.bounds = np.cumsum(
-            [0, *(len(document) for document in kept)]
-        )  # document d has sentences bounds[d:d+2]
+        owner = np.repeat(np.arange(len(lines)), [len(document) for document in lines])[ids.lengths > 0]
+        counts = np.bincount(owner, minlength=len(lines))  # sentences of each document
+        counts = counts[counts > 0]
+        self.fingerprint = fingerprint("documents", content, counts.tobytes())
+        self.sentences = ids.without_empty()
+        self.bounds = np.concatenate([[0], counts.cumsum()])  # document d has sentences bounds[d:d+2]
         self.seed = seed
         self.chunks = list(self._chunks(context - 3))
-        if len(kept) < 2 or not self.chunks:
+        if len(counts) < 2 or not self.chunks:
             raise InputError(
                 f"next-sentence prediction needs at least 2 documents, a blank line between them and one "
-                f"sentence a line; found {len(kept)} with {len(self.sentences):,} sentences"
+                f"sentence a line; found {len(counts)} with {len(self.sentences):,} sentences"
             )
-        alone = int((np.diff(self.bounds) == 1).sum())
+        alone = int((counts == 1).sum())
         if alone:
             self.notes = (f"{alone:,} documents of one sentence serve only as random second segments.",)
+        self.notes += check_vocabulary(self.sentences.values, tokenizer)
         self.costs = np.array([chunk.budget + 3 for chunk in self.chunks])
         special = special_ids(tokenizer)
         self.is_text = np.ones(tokenizer.vocab_size, dtype=bool)  # (V,)

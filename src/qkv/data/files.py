@@ -7,7 +7,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,38 @@ def existing(location: str) -> Path:
 
 def read_text(path: Path) -> str:
     """A whole file, line ends as they are. Raises InputError if it is unreadable, empty, or not UTF-8."""
-    data = _read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    data = read_bytes(path).removeprefix(codecs.BOM_UTF8)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; convert it, "
-            f"for example with iconv -f latin1 -t utf-8"
-        ) from None
+        raise _not_utf8(path, error, line=1) from None
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises InputError if it cannot be read."""
+    with readable(path):
         return path.read_bytes()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Around the use of a file: an InputError that names it if it cannot be read."""
+    try:
+        yield
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError, line: int) -> InputError:
+    """line: in which the data begin that the error is about."""
+    line += error.object.count(b"\n", 0, error.start)
+    return InputError(
+        f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {line}; convert it, "
+        f"for example with iconv -f latin1 -t utf-8"
+    )
 
 
 def read_lines(path: Path) -> list[str]:
@@ -87,6 +101,74 @@ def read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
     if not words:
         raise InputError(f"{path} has no sentences")
     return words, tags
+
+
+# ---------------------------------------------------------------- texts too large for memory
+
+
+_PART_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A UTF-8 file's text, or some of it, that is read in parts; as a string it has a length and slices."""
+
+    path: Path
+    first: int
+    """The byte at which the text begins."""
+    last: int
+    """The byte before which it ends."""
+    characters: int
+
+    @staticmethod
+    def open(path: Path) -> TextFile:
+        """A whole file. Raises InputError as `read_text` does."""
+        with readable(path), path.open("rb") as file:
+            size = path.stat().st_size
+            first = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+        characters, blank = 0, True
+        for part in TextFile(path, first, size, 0).parts():
+            characters += len(part)
+            blank = blank and not part.strip()
+        if blank:
+            raise InputError(f"{path} is empty")
+        return TextFile(path, first, size, characters)
+
+    def __len__(self) -> int:
+        return self.characters
+
+    def __getitem__(self, part: slice) -> TextFile:
+        """The characters of a slice, without a step."""
+        first, last, _ = part.indices(self.characters)
+        return TextFile(self.path, self._byte(first), self._byte(last), max(0, last - first))
+
+    def _byte(self, character: int) -> int:
+        """Where in the file a character begins."""
+        byte = self.first
+        for part in self.parts():
+            if len(part) >= character:
+                return byte + len(part[:character].encode())
+            character -= len(part)
+            byte += len(part.encode())
+        return byte
+
+    def parts(self) -> Iterator[str]:
+        """The text in parts of about a million characters. Raises InputError if it can no longer be read."""
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        line, left = 1, self.last - self.first
+        with readable(self.path), self.path.open("rb") as file:
+            file.seek(self.first)
+            while left:
+                data = file.read(min(left, _PART_BYTES))
+                left -= len(data)
+                if not data:
+                    raise InputError(f"{self.path} has become shorter while it was read")
+                try:
+                    text = decoder.decode(data, final=not left)
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(self.path, error, line) from None
+                line += data.count(b"\n")
+                yield text
 
 
 # ---------------------------------------------------------------- tables

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qkv.data.batches import LabelledBatch, TextBatch
-from qkv.data.dataset import Dataset, Sequences, check_context, join, lay, slices
+from qkv.data.cache import NO_CACHE, Cache, fingerprint
+from qkv.data.dataset import Dataset, encode, join, lay
 from qkv.ragged import Ragged
-from qkv.tokenizers import Encoding, Tokenizer
+from qkv.tokenizers import Tokenizer
 
 
 class LabelledDataset(Dataset):
@@ -31,20 +32,18 @@ class LabelledDataset(Dataset):
         context: int,
         truncate: bool,
         make: Callable[[Ragged, Tensor, Tensor], TextBatch] = LabelledBatch,
+        cache: Cache = NO_CACHE,
     ) -> None:
         """pairs: second texts, or none. answers: what `make` puts into a batch, (all, ...).
 
         Raises InputError for a text over the context that may not be cut.
         """
-        encodings = _encode(tokenizer, texts, pairs)
-        lengths = np.array([len(e.ids) for e in encodings])
-        self.notes = check_context(lengths, texts, context, truncate)
-        if self.notes:
-            encodings = _encode(tokenizer.shortened(context), texts, pairs)
-        self.ids = Sequences(e.ids for e in encodings)
-        self.segments = Sequences(e.segments for e in encodings)
+        encoded = encode(tokenizer, texts, pairs, context, truncate, cache)
+        self.ids, self.segments, self.notes = encoded.ids, encoded.segments, encoded.notes
         self.answers = np.asarray(answers)  # (all, ...)
         self.make = make
+        answered = (self.answers.dtype.str, self.answers.tobytes())
+        self.fingerprint = fingerprint("labelled", encoded.fingerprint, *answered)
         self.costs = self.ids.lengths
 
     def batch(self, indices: Sequence[int], epoch: int) -> TextBatch:
@@ -54,15 +53,6 @@ class LabelledDataset(Dataset):
             join([self.segments[i] for i in indices]),
             torch.from_numpy(self.answers[list(indices)]),
         )
-
-
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str]) -> list[Encoding]:
-    """Each text, or each text and its pair, in the tokenizer's template."""
-    return [
-        encoding
-        for some in slices(len(texts))
-        for encoding in tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
-    ]
 
 
 def label_matrix(sets: Sequence[Sequence[int]], count: int) -> NDArray[np.bool_]:

@@ -11,7 +11,17 @@ import numpy as np
 
 from qkv.data.batches import PairBatch
 from qkv.data.bpe_dropout import BPEDropout
-from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, tokenise, word_begins
+from qkv.data.cache import NO_CACHE, Cache, fingerprint
+from qkv.data.dataset import (
+    Dataset,
+    Ids,
+    check_context,
+    check_vocabulary,
+    join,
+    lay,
+    tokenise,
+    word_begins,
+)
 from qkv.tokenizers import Tokenizer
 
 
@@ -28,6 +38,7 @@ class PairDataset(Dataset):
         end_id: int,
         context: int,
         truncate: bool,
+        cache: Cache = NO_CACHE,
         dropout: BPEDropout | None = None,
         seed: int = 0,
     ) -> None:
@@ -35,12 +46,16 @@ class PairDataset(Dataset):
 
         Raises InputError for a text over the context, unless cut.
         """
-        self.sources = Sequences(tokenise(tokenizer, sources))
-        self.targets = Sequences(tokenise(tokenizer.target, targets))
+        self.sources, source_content = tokenise(tokenizer, sources, cache)
+        self.targets, target_content = tokenise(tokenizer.target, targets, cache)
+        self.fingerprint = fingerprint("pairs", source_content, target_content)
         self.notes = tuple(
             f"{side}: {note}"
             for side, texts, ids in (("source", sources, self.sources), ("target", targets, self.targets))
-            for note in check_context(ids.lengths + 1, texts, context, truncate)
+            for note in (
+                *check_context(ids.lengths + 1, texts, context, truncate),
+                *check_vocabulary(ids.values, tokenizer),
+            )
         )
         self.room = context - 1  # beside the end or start token
         self.start = np.array([start_id])
@@ -49,7 +64,7 @@ class PairDataset(Dataset):
         self.dropout = dropout
         self.costs = self._tokens(self.sources.lengths, self.targets.lengths)
         if dropout is not None:
-            self.begins = [Sequences(word_begins(tokenizer, texts)) for texts in (sources, targets)]
+            self.begins = [word_begins(tokenizer, texts, cache) for texts in (sources, targets)]
             plain = self.costs.sum()
             self.costs = self._tokens(dropout.most(self.sources), dropout.most(self.targets))
             self.notes += (

@@ -9,14 +9,24 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from qkv.config import BertHead, DataConfig, Family, Task
-from qkv.data.files import TABLES, existing, read_conll, read_lines, read_table, read_text
+from qkv.data.files import (
+    TABLES,
+    TextFile,
+    existing,
+    read_bytes,
+    read_conll,
+    read_lines,
+    read_table,
+    read_text,
+    readable,
+)
 from qkv.data.labels import (
     divide,
     guess_task,
@@ -28,13 +38,18 @@ from qkv.data.labels import (
 )
 from qkv.data.text import pieces
 from qkv.errors import InputError
-from qkv.images import ImageProcessor
+from qkv.images import ImageProcessor, Region
 
 Kind = Literal["text", "pairs", "images"] | Task
 """Running text, sources with targets, labelled images, or what one of BERT's tasks needs."""
 
+AnyText = TypeVar("AnyText", str, TextFile)
+
 CONLL = ".conll"
 """A file of words with tags, one a line."""
+
+IN_MEMORY_BYTES = 256 << 20
+"""A GPT's text files stay on disk if they have more than this together; other text is held in memory."""
 
 SPLIT_SEED = 0
 """Held-out samples do not depend on the run's seed, so that runs with different seeds compare."""
@@ -58,13 +73,24 @@ class ImageFile:
     name: str
     source: Path | bytes
 
-    def pixels(self, processor: ImageProcessor) -> Tensor:
-        """uint8 (C, S, S). Raises InputError, naming the image, if it is broken."""
+    def pixels(self, processor: ImageProcessor, region: Region | None = None) -> Tensor:
+        """uint8 (C, S, S), of a region only if there is one. Raises InputError, naming a broken image."""
         try:
-            return processor.pixels(self.source)
+            return processor.pixels(self.source, region)
         except InputError as error:
             message = str(error)
             raise InputError(message if self.name in message else f"{self.name}: {message}") from None
+
+    def content(self) -> bytes:
+        """The file's bytes. Raises InputError if there is no such file."""
+        return self.source if isinstance(self.source, bytes) else read_bytes(self.source)
+
+    def size(self) -> int:
+        """How many bytes the file has. Raises InputError if there is no such file."""
+        if isinstance(self.source, bytes):
+            return len(self.source)
+        with readable(self.source):
+            return self.source.stat().st_size
 
     def shape(self) -> tuple[int, int]:
         """Shorter side and number of channels (1 or 3), by the file's header."""
@@ -95,9 +121,11 @@ class Samples:
     """Sentences to tag."""
     tags: list[list[int]] = field(default_factory=list)
     """Index of each word's tag among the labels."""
+    files: list[TextFile] = field(default_factory=list)
+    """Documents that are too large for memory, in place of texts."""
 
     def __len__(self) -> int:
-        return max(len(self.texts), len(self.images), len(self.words))
+        return max(len(self.texts), len(self.images), len(self.words), len(self.files))
 
     @property
     def task(self) -> Literal["auto", Task]:
@@ -107,6 +135,16 @@ class Samples:
                 return "auto"
             case task:
                 return task
+
+    @property
+    def documents(self) -> list[str] | list[TextFile]:
+        """Running text, wherever it is."""
+        return self.files or self.texts
+
+    @property
+    def columns(self) -> tuple[list[str] | list[TextFile], ...]:
+        """All text, in columns that may be empty; sentences to tag with blanks between their words."""
+        return self.documents, self.pairs, [" ".join(words) for words in self.words]
 
     def take(self, indices: Sequence[int]) -> Samples:
         """Some of the samples."""
@@ -118,6 +156,10 @@ class Samples:
         """How often each label, by its index, occurs."""
         several = (*self.label_sets, *self.tags)
         return Counter(self.labels) + Counter(label for labels in several for label in labels)
+
+    def spread(self, count: int) -> Samples:
+        """At most so many of the samples, evenly from the first to the last."""
+        return self.take(np.unique(np.linspace(0, len(self) - 1, count).astype(int)).tolist())
 
 
 @dataclass(frozen=True)
@@ -163,7 +205,7 @@ class Raw:
 
     def texts(self) -> Iterator[str]:
         """The training text, for a tokenizer to learn from."""
-        for column in (self.train.texts, self.train.pairs, map(" ".join, self.train.words)):
+        for column in self.train.columns:
             for text in column:
                 yield from pieces(text)
 
@@ -185,7 +227,8 @@ class Raw:
 
     def _count(self, samples: Samples) -> str:
         if self.kind == "text":
-            return f"{sum(map(len, samples.texts)):,} characters in {_plural(len(samples), 'document')}"
+            characters = sum(map(len, samples.documents))
+            return f"{characters:,} characters in {_plural(len(samples), 'document')}"
         nouns = {
             "classification": "labelled text",
             "tagging": "sentence",
@@ -244,14 +287,13 @@ def read(data: DataConfig, family: Family) -> Raw:
         return Raw(samples, valid, labels, f"all of {data.valid}")
     share = f"{100 * data.valid_fraction:g} %"
     if samples.kind == "text":
-        cut = _cut_documents if family == "bert" else _cut_characters
-        first, last = cut(samples.texts, 1 - data.valid_fraction)
-        if not first or not last:
+        train, valid = _cut(samples, family, 1 - data.valid_fraction)
+        if not len(train) or not len(valid):
             raise InputError(
                 f"{data.path} has too little text to hold out {share}: give more (blank lines separate "
                 f"documents for BERT), or data.valid"
             )
-        return Raw(Samples("text", first), Samples("text", last), labels, f"the last {share}")
+        return Raw(train, valid, labels, f"the last {share}")
     held_out = max(1, round(len(samples) * data.valid_fraction))
     if held_out >= len(samples):
         raise InputError(f"{data.path} has {len(samples)} samples, too few to hold some out; give data.valid")
@@ -289,7 +331,10 @@ def _read(
     if family == "bert" and (data.task != "auto" or path.suffix.lower() in (*TABLES, CONLL)):
         return _read_task(path, data, labels)
     if path.suffix.lower() not in TABLES:
-        documents = [read_text(file) for file in _text_files(path)]
+        files = _text_files(path)
+        if family == "gpt" and sum(file.stat().st_size for file in files) > IN_MEMORY_BYTES:
+            return Samples("text", files=[TextFile.open(file) for file in files]), ()
+        documents = [read_text(file) for file in files]
         return Samples("text", _divide_documents(documents) if family == "bert" else documents), ()
     return Samples("text", read_table(path, [data.text]).texts(data.text, "data.text")), ()
 
@@ -386,17 +431,26 @@ def _read_images(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple
 # ---------------------------------------------------------------- splitting running text
 
 
-def _cut_characters(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+def _cut(samples: Samples, family: Family, fraction: float) -> tuple[Samples, Samples]:
+    """The first part of running text and the rest; for BERT, whole documents."""
+    if samples.files:
+        first, last = _cut_characters(samples.files, fraction)
+        return Samples("text", files=first), Samples("text", files=last)
+    cut = _cut_documents if family == "bert" else _cut_characters
+    train, valid = cut(samples.texts, fraction)
+    return Samples("text", train), Samples("text", valid)
+
+
+def _cut_characters(documents: list[AnyText], fraction: float) -> tuple[list[AnyText], list[AnyText]]:
     """The first part of all characters, and the rest; one document may be cut in two."""
     left = int(sum(map(len, documents)) * fraction)
-    train: list[str] = []
     for i, document in enumerate(documents):
         if len(document) > left:
-            train, valid = [*train, document[:left]], [document[left:], *documents[i + 1 :]]
-            return [d for d in train if d], valid
-        train.append(document)
+            train, valid = documents[: i + 1], documents[i:]
+            train[i], valid[0] = document[:left], document[left:]
+            return [d for d in train if len(d)], valid
         left -= len(document)
-    return train, []
+    return documents, []
 
 
 def _cut_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:

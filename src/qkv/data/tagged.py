@@ -6,13 +6,29 @@ Legend: T tokens of the batch, N sentences, M words of the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
 from qkv.data.batches import TaggedBatch
-from qkv.data.dataset import Dataset, Ids, Sequences, check_context, join, lay, slices
+from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
+from qkv.data.dataset import (
+    TOKENIZERS,
+    Dataset,
+    Ids,
+    Sequences,
+    check_context,
+    check_vocabulary,
+    digest,
+    flat,
+    id_dtype,
+    join,
+    lay,
+    lengths_of,
+    slices,
+)
 from qkv.errors import InputError
-from qkv.tokenizers import Tokenizer, WordEncoding
+from qkv.tokenizers import Tokenizer
 
 
 class TaggedDataset(Dataset):
@@ -25,38 +41,62 @@ class TaggedDataset(Dataset):
         tokenizer: Tokenizer,
         context: int,
         truncate: bool,
+        cache: Cache = NO_CACHE,
     ) -> None:
         """tags: of each word. Raises InputError for a sentence over the context that may not be cut."""
         if len(tokenizer.word_spans("aa")) > 1:
             raise InputError("tagging needs words of several characters: set tokenizer.kind to wordpiece")
-        encodings = _encode(tokenizer, sentences)
-        lengths = np.array([len(e.ids) for e in encodings])
-        self.notes = check_context(lengths, [" ".join(words) for words in sentences], context, truncate)
+        counts = lengths_of(sentences)
+        content = digest(word for words in sentences for word in words)[0] + counts.tobytes()
+        of_words = np.fromiter(chain.from_iterable(tags), np.int64)  # the tag of each word
+        self.fingerprint = fingerprint("tagged", tokenizer.definition, content, of_words.tobytes())
+        self.ids, first = _encode(tokenizer, sentences, content, cache)
+        texts = [" ".join(words) for words in sentences]
+        self.notes = check_context(self.ids.lengths, texts, context, truncate)
         if self.notes:
-            encodings = _encode(tokenizer.shortened(context), sentences)
-        read = [
-            [(place, tag) for place, tag in zip(e.first, row, strict=True) if place is not None]
-            for e, row in zip(encodings, tags, strict=True)
-        ]
-        self.ids = Sequences(e.ids for e, row in zip(encodings, read, strict=True) if row)
-        self.first = Sequences([place for place, _ in row] for row in read if row)
-        self.tags = Sequences([tag for _, tag in row] for row in read if row)
-        self.costs = self.ids.lengths
-        words, tagged = sum(map(len, tags)), int(self.tags.lengths.sum())
-        if not tagged:
+            self.ids, first = _encode(tokenizer.shortened(context), sentences, content, cache)
+        self.notes += check_vocabulary(self.ids.values, tokenizer)
+        read = first >= 0
+        owner = np.repeat(np.arange(len(sentences)), counts)
+        tagged = np.bincount(owner[read], minlength=len(sentences))  # words of each sentence
+        self.first = Sequences(first[read], tagged)
+        self.tags = Sequences(of_words[read], tagged)
+        self.members = np.flatnonzero(tagged)
+        """Sentences of which a word is read."""
+        self.costs = self.ids.lengths[self.members]
+        if not len(self.members):
             raise InputError("no word has a token: is this the tokenizer of another language?")
-        if tagged < words:
-            self.notes += (
-                f"{words - tagged:,} of {words:,} words are left out: no token of theirs is read.",
-            )
+        if lost := int((~read).sum()):
+            self.notes += (f"{lost:,} of {len(read):,} words are left out: no token of theirs is read.",)
 
     def batch(self, indices: Sequence[int], epoch: int) -> TaggedBatch:
         """Ids (T,), the rows of first pieces (M,) and the tags (M,); the same in every epoch."""
-        ids = [self.ids[i] for i in indices]
+        members = self.members[list(indices)].tolist()
+        ids = [self.ids[i] for i in members]
         starts = np.cumsum([0, *map(len, ids)])[:-1]
-        first: list[Ids] = [start + self.first[i] for start, i in zip(starts, indices, strict=True)]
-        return TaggedBatch(lay(ids), join(first), lay([self.tags[i] for i in indices]))
+        first: list[Ids] = [start + self.first[i] for start, i in zip(starts, members, strict=True)]
+        return TaggedBatch(lay(ids), join(first), lay([self.tags[i] for i in members]))
 
 
-def _encode(tokenizer: Tokenizer, sentences: Sequence[Sequence[str]]) -> list[WordEncoding]:
-    return [words for some in slices(len(sentences)) for words in tokenizer.encode_words(sentences[some])]
+def _encode(
+    tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], content: bytes, cache: Cache
+) -> tuple[Sequences, np.ndarray]:
+    """Ids of each sentence in the tokenizer's template, and the place of each word's first token, or -1."""
+
+    def chunks() -> Chunks:
+        for some in slices(len(sentences)):
+            encodings = tokenizer.encode_words(sentences[some])
+            ids = [e.ids for e in encodings]
+            first = [[-1 if place is None else place for place in e.first] for e in encodings]
+            yield (
+                len(ids),
+                {
+                    "ids": flat(ids, id_dtype(tokenizer)),
+                    "lengths": lengths_of(ids),
+                    "first": flat(first, np.int32),
+                },
+            )
+
+    made_from = fingerprint("words", tokenizer.definition, content)
+    found = cache.get(made_from, TOKENIZERS, chunks, "sentences tokenised", len(sentences))
+    return Sequences(found["ids"], found["lengths"]), found["first"]

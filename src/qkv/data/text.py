@@ -7,30 +7,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
 from qkv.data.batches import LanguageBatch
 from qkv.data.bpe_dropout import BPEDropout
-from qkv.data.dataset import Dataset, Ids, join, lay, tokenise, word_begins
+from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
+from qkv.data.dataset import (
+    TOKENIZERS,
+    Dataset,
+    Ids,
+    check_vocabulary,
+    digest,
+    flat,
+    id_dtype,
+    join,
+    lay,
+)
+from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
-_SEAM = re.compile(r"(?<=\S)\n(?=\S)")
+_SEAM = re.compile(r"(?<=\S)\n(?=\S)|\n(?=\n\S)")
 _PIECE = 1 << 16
+_PIECES = 32
+"""As many at a time keep all threads of the tokenizer busy, and its memory small."""
 
 
-def pieces(text: str) -> Iterator[str]:
+def pieces(text: str | TextFile) -> Iterator[str]:
     """Parts of some ten thousand characters, whose tokens are those of the whole text.
 
-    Tokenizers split at white space before anything else, and see a lone line break alike in the
-    middle and at the end of a text. (One huge text costs them much memory.)
+    Tokenizers split at white space before anything else. They see a lone line break alike in the middle
+    and at the end of a text, and the last of several line breaks apart from those before it. (One huge
+    text costs them much memory.)
     """
-    start = 0
-    while seam := _SEAM.search(text, start + _PIECE):
-        yield text[start : seam.end()]
-        start = seam.end()
-    yield text[start:]
+    rest = ""
+    for part in [text] if isinstance(text, str) else text.parts():
+        rest += part
+        start = 0
+        while seam := _SEAM.search(rest, start + _PIECE):
+            yield rest[start : seam.end()]
+            start = seam.end()
+        rest = rest[start:]
+    yield rest
 
 
 class LanguageDataset(Dataset):
@@ -43,16 +63,22 @@ class LanguageDataset(Dataset):
 
     def __init__(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str] | Sequence[TextFile],
         tokenizer: Tokenizer,
         context: int,
         seed: int,
         training: bool,
+        cache: Cache = NO_CACHE,
         dropout: BPEDropout | None = None,
     ) -> None:
         """dropout: a window begins at its place, and holds as much of its text as has room."""
         eos = tokenizer.eos_id
-        self.stream = _end_to_end(texts, tokenizer, tokenise, eos)  # (length of all texts,)
+        content, self.size_in_bytes = digest(texts)
+        made_from = (tokenizer.definition, str(eos), content)
+        self.fingerprint = fingerprint("stream", *made_from)
+        self.stream = _end_to_end(
+            texts, tokenizer.plain_batch, eos, id_dtype(tokenizer), self.fingerprint, cache
+        )
         if len(self.stream) < 2:
             raise InputError("the text has fewer than 2 tokens; give more text")
         successors = len(self.stream) - 1
@@ -61,9 +87,9 @@ class LanguageDataset(Dataset):
         self.training = training
         self.dropout = dropout
         if dropout is not None:
-            self.begins = _end_to_end(texts, tokenizer, word_begins, None if eos is None else 1)
-        self.size_in_bytes = sum(len(text.encode()) for text in texts)
-        self.notes = _unknown(self.stream, tokenizer)
+            begins, of_eos = fingerprint("begins", *made_from), None if eos is None else 1
+            self.begins = _end_to_end(texts, tokenizer.word_begins, of_eos, np.uint8, begins, cache)
+        self.notes = check_vocabulary(self.stream, tokenizer)
         windows = len(self.stream) // self.width if training else -(-successors // self.width)
         self.costs = np.full(windows, self.width)
         if not training:
@@ -94,24 +120,22 @@ class LanguageDataset(Dataset):
 
 
 def _end_to_end(
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
-    values: Callable[[Tokenizer, Sequence[str]], Iterator[Sequence[int]]],
+    texts: Sequence[str] | Sequence[TextFile],
+    values: Callable[[Sequence[str]], Sequence[Sequence[int]]],
     before: int | None,
-) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Values of all tokens; `before` each text that of the end-of-text token, if there is one."""
-    parts: list[Sequence[int]] = [[]]
-    for text in texts:
-        parts += [] if before is None else [[before]]
-        parts += values(tokenizer, list(pieces(text)))
-    return np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+    dtype: type[np.integer],
+    made_from: str,
+    cache: Cache,
+) -> np.ndarray:
+    """Values of all tokens, (length of all texts,); `before` each text that of the end-of-text token."""
 
+    def chunks() -> Chunks:
+        begin = np.array([] if before is None else [before], dtype)
+        yield 0, {"values": np.zeros(0, dtype)}
+        for text in texts:
+            yield 0, {"values": begin}
+            parts = pieces(text)
+            while some := list(islice(parts, _PIECES)):
+                yield sum(map(len, some)), {"values": flat(values(some), dtype)}
 
-def _unknown(stream: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What to tell about tokens that the vocabulary cannot say."""
-    count = 0 if tokenizer.unk_id is None else int((stream == tokenizer.unk_id).sum())
-    if not count:
-        return ()
-    return (
-        f"{count:,} of {len(stream):,} tokens are unknown to the tokenizer; scores count them as one token.",
-    )
+    return cache.get(made_from, TOKENIZERS, chunks, "characters tokenised", sum(map(len, texts)))["values"]

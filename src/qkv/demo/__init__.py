@@ -18,11 +18,11 @@ from rich.console import Console
 from qkv.checkpoint import write_text
 from qkv.config import Family
 from qkv.demo import bert, gpt, transformer, vit
-from qkv.demo.lab import Lab
+from qkv.demo.lab import Lab, Part
 from qkv.errors import InputError
-from qkv.report import Section, page
+from qkv.report import page
 
-PARTS: dict[Family, Callable[[Lab], Section]] = {
+PARTS: dict[Family, Callable[[Lab], Part]] = {
     "gpt": gpt.part,
     "bert": bert.part,
     "transformer": transformer.part,
@@ -40,21 +40,21 @@ def run_demo(only: tuple[Family, ...], out: Path, console: Console, share: float
     _claim(out)
     lab = Lab(out, console, share)
     started = time.monotonic()
-    sections: list[Section] = []
+    parts: list[Part] = []
     numbers: dict[str, object] = {}
     for family in [family for family in PARTS if family in only]:
         console.rule(family)
         begun = time.monotonic()
-        section = PARTS[family](lab)
+        part = PARTS[family](lab)
         seconds = time.monotonic() - begun
-        sections.append(section)
-        numbers[family] = {"seconds": round(seconds, 1), "held_out": section.scores.plain()}
-        for name, row in section.scores.plain().items():
+        parts.append(part)
+        numbers[family] = {"seconds": round(seconds, 1), "held_out": part.scores.plain()}
+        for name, row in part.scores.plain().items():
             shown = "  ".join(
-                f"{m.name} {m.show(row[m.name])}" for m in section.scores.measures if m.name in row
+                f"{m.name} {m.show(row[m.name])}" for m in part.scores.measures if m.name in row
             )
             console.print(f"  {name}: {shown}", highlight=False, markup=False)
-        _write(out, sections, numbers)
+        _write(out, parts, numbers)
     console.print(
         f"{time.monotonic() - started:.0f} s. See {out / 'report.html'}", highlight=False, markup=False
     )
@@ -68,7 +68,7 @@ def _claim(out: Path) -> None:
         write_text(out / SCORES, "{}\n")
 
 
-def _write(out: Path, sections: list[Section], numbers: dict[str, object]) -> None:
+def _write(out: Path, parts: list[Part], numbers: dict[str, object]) -> None:
     """The page and the numbers about the families so far."""
     lead = (
         "Trained in minutes on what this Python installation already holds, and scored on data that they "
@@ -76,4 +76,5 @@ def _write(out: Path, sections: list[Section], numbers: dict[str, object]) -> No
         f"torch {torch.__version__}, {torch.get_num_threads()} threads."
     )
     write_text(out / SCORES, json.dumps(numbers, indent=2) + "\n")
-    write_text(out / "report.html", page("Four Transformers, one attention", lead, sections))
+    cards, sections = [part.card() for part in parts], [part.section() for part in parts]
+    write_text(out / "report.html", page("Four Transformers, one attention", lead, cards, sections))

@@ -26,6 +26,7 @@ from qkv.data.dataset import Ids
 from qkv.data.documents import MaskedDataset
 from qkv.demo.lab import (
     Lab,
+    Part,
     Run,
     accuracy,
     library,
@@ -38,7 +39,7 @@ from qkv.demo.lab import (
 )
 from qkv.pipelines import Encoder, from_pretrained
 from qkv.ragged import pack
-from qkv.report import Figure, Measure, Scores, Section, filled, heatmap, table
+from qkv.report import Figure, Measure, Scores, filled, heatmap, table
 
 PRETRAIN = RunConfig(
     # In short contexts masked words find their neighbours after some 1,000 steps, in long ones far later.
@@ -68,7 +69,7 @@ SENTENCES = (
 )
 
 
-def part(lab: Lab) -> Section:
+def part(lab: Lab) -> Part:
     """Make the data, pre-train, fine-tune, score and show."""
     need("sklearn")
     folder = lab.data("bert")
@@ -92,7 +93,7 @@ def part(lab: Lab) -> Section:
     encoder = cast(Encoder, from_pretrained(pretrained.folder))
     classifier = cast(Encoder, from_pretrained(tuned.folder))
     sizes = {split: len(rows) for split, rows in labelled.items()}
-    return Section(
+    return Part(
         key="bert",
         title="BERT: the English of the standard library",
         lead="First masked words and next sentences, on docstrings and on the manual's topics, a fifth of "

@@ -18,10 +18,10 @@ from qkv.attention import record
 from qkv.config import DataConfig, GPTConfig, RunConfig, TokenizerConfig, TrainConfig
 from qkv.data.text import LanguageDataset
 from qkv.demo.counts import KneserNey
-from qkv.demo.lab import Lab, library, lot, recorded, sharpest
+from qkv.demo.lab import Lab, Part, library, lot, recorded, sharpest
 from qkv.pipelines import TextGenerator, from_pretrained
 from qkv.ragged import pack
-from qkv.report import Figure, Measure, Scores, Section, continuation, heatmap
+from qkv.report import Figure, Measure, Scores, continuation, heatmap
 
 RECIPE = RunConfig(
     model=GPTConfig(dim=128, depth=3, heads=4, mlp_dim=512, context=256, dropout=0.1, attention_dropout=0.0),
@@ -47,7 +47,7 @@ PROMPTS = (
 LINE = "    for name, value in sorted(items): print(name, value)"
 
 
-def part(lab: Lab) -> Section:
+def part(lab: Lab) -> Part:
     """Make the data, train, score and show."""
     run = lab.train("gpt", _with_data(lab.data("gpt")))
     train, valid = run.job.train, run.job.valid
@@ -63,7 +63,7 @@ def part(lab: Lab) -> Section:
             None,
         )
     generator = cast(TextGenerator, from_pretrained(run.folder))
-    return Section(
+    return Part(
         key="gpt",
         title="GPT: the source of the standard library",
         lead="One in six modules of this Python's standard library, scored on others. The count models "

@@ -22,7 +22,7 @@ from qkv.checkpoint import read_metrics
 from qkv.config import RunConfig
 from qkv.console import TrainingBar
 from qkv.errors import InputError
-from qkv.report import Figure, Matrix, curve
+from qkv.report import Card, Figure, Matrix, Scores, Section, curve, score_table
 from qkv.train import Job, new_job, train
 
 
@@ -54,6 +54,31 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What the demo says about one model."""
+
+    key: str
+    """Its name in lists and anchors."""
+    title: str
+    lead: str
+    facts: dict[str, str]
+    scores: Scores
+    figures: tuple[Figure, ...]
+
+    def section(self) -> Section:
+        """The page's part about it."""
+        scores = Figure("Held-out scores", score_table(self.scores))
+        return Section(self.key, self.title, self.lead, self.facts, (scores, *self.figures))
+
+    def card(self) -> Card:
+        """Its first measure beside the best baseline's."""
+        measure, rows, ours = self.scores.measures[0], self.scores.rows, self.scores.ours
+        own, baseline = (self.scores.best(0, names) for names in (ours, rows.keys() - ours))
+        caption = f"{measure.name}; best baseline {measure.show(baseline)}"
+        return Card(self.title.split(":")[0], measure.show(own), caption, self.key)
+
+
+@dataclass(frozen=True)
 class Lab:
     """Where the demo writes and reports, and which share of each recipe's steps it takes."""
 
@@ -81,8 +106,7 @@ class Lab:
         shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         job = new_job(replace(config, train=settings))
-        with TrainingBar(self.console) as bar:
-            done = train(job, folder, bar)
+        done = train(job, folder, TrainingBar(self.console))
         return Run(folder, job, done.best_scores, time.monotonic() - started)
 
 

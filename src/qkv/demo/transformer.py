@@ -12,11 +12,11 @@ import torch
 
 from qkv.attention import record
 from qkv.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig, TransformerConfig
-from qkv.demo.lab import Lab, accuracy, lot, need, recorded, sharpest, write_table
+from qkv.demo.lab import Lab, Part, accuracy, lot, need, recorded, sharpest, write_table
 from qkv.metrics import translation_scores
 from qkv.pipelines import Translator, from_pretrained
 from qkv.ragged import pack
-from qkv.report import Figure, Measure, Scores, Section, heatmap, table
+from qkv.report import Figure, Measure, Scores, heatmap, table
 
 RECIPE = RunConfig(
     model=TransformerConfig(dim=128, depth=2, heads=4, mlp_dim=512, dropout=0.0, context=96),
@@ -37,7 +37,7 @@ EXAMPLE = "Thursday, March 5, 1987"
 Pairs = list[tuple[str, str]]
 
 
-def part(lab: Lab) -> Section:
+def part(lab: Lab) -> Part:
     """Make the data, train, score and show."""
     need("babel", "sacrebleu")
     folder = lab.data("transformer")
@@ -57,7 +57,7 @@ def part(lab: Lab) -> Section:
         "copy": sources,
         "majority": [Counter(target for _, target in train).most_common(1)[0][0]] * len(sources),
     }
-    return Section(
+    return Part(
         key="transformer",
         title="Transformer: English to Hungarian dates and quantities",
         lead="Real phrases of the Unicode CLDR by Babel, character by character. Hungarian puts the year "

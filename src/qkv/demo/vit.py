@@ -13,9 +13,9 @@ from PIL import Image
 
 from qkv.attention import record
 from qkv.config import DataConfig, RunConfig, TrainConfig, ViTConfig
-from qkv.demo.lab import Lab, accuracy, logistic_regression, lot, need, recorded
+from qkv.demo.lab import Lab, Part, accuracy, logistic_regression, lot, need, recorded
 from qkv.pipelines import ImageClassifier, from_pretrained
-from qkv.report import Figure, Measure, Scores, Section, gallery, overlay
+from qkv.report import Figure, Measure, Scores, gallery, overlay
 
 RECIPE = RunConfig(
     model=ViTConfig(image_size=0, patch_size=2, dim=64, depth=4, heads=4, mlp_dim=256, dropout=0.1),
@@ -30,7 +30,7 @@ RECIPE = RunConfig(
 )
 
 
-def part(lab: Lab) -> Section:
+def part(lab: Lab) -> Part:
     """Make the data, train, score and show."""
     need("sklearn")
     folder = lab.data("vit")
@@ -43,7 +43,7 @@ def part(lab: Lab) -> Section:
     linear = logistic_regression(flat["train"], labels["train"])
     majority = Counter(labels["train"]).most_common(1)[0][0]
     classifier = cast(ImageClassifier, from_pretrained(run.folder))
-    return Section(
+    return Part(
         key="vit",
         title="ViT: handwritten digits",
         lead="Scikit-learn's 1,797 digits as PNG files of 8×8 grey pixels, a folder for each class, a fifth "

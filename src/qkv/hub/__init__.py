@@ -1,13 +1,15 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
 `load` reads a folder or a Hub id, strictly; `save` writes a folder whole. The formats are `gpt2`,
-`openai-gpt`, `bert`, `vit` and `marian`, one table each in the files beside this one.
+`openai-gpt`, `bert`, `vit` and `marian`, one table each in the files beside this one, and peft's adapters
+of them.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,20 @@ import torch
 from safetensors.torch import save_file
 
 from qkv import files, images
-from qkv.config import AnyModelConfig, BertConfig, BertHead, Family, GPTConfig, TransformerConfig, ViTConfig
+from qkv.config import (
+    AnyModelConfig,
+    BertConfig,
+    BertHead,
+    Family,
+    GPTConfig,
+    LoraConfig,
+    TransformerConfig,
+    ViTConfig,
+)
 from qkv.errors import InputError
+from qkv.hub import adapters, sentence
 from qkv.hub import folder as folders
-from qkv.hub import sentence
+from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2
 from qkv.hub.marian import Marian
@@ -28,6 +40,8 @@ from qkv.hub.table import Format
 from qkv.hub.vit import VIT
 from qkv.images import ImageProcessor
 from qkv.layers import sinusoidal
+from qkv.lora import HEAD
+from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
@@ -51,6 +65,9 @@ class Checkpoint:
     """How many tokens of a text such a vector is of; None: as many as the model reads."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
+    base: str = ""
+    """Folder or Hub id of the checkpoint that the model's adapters belong to; such a model's folder has only
+    what it learned."""
 
 
 def load(
@@ -63,6 +80,8 @@ def load(
 ) -> Checkpoint:
     """A checkpoint from a folder or a Hub id, which huggingface_hub downloads and keeps in its cache.
 
+    Where that is an adapter in peft's format, the checkpoint is its base with the adapter in the weights.
+
     family: the only one that will do. head, labels: ask for this head of BERT, or classes of BERT or ViT;
     what of it the checkpoint does not have gets fresh weights. Without them the head that the checkpoint
     declares must be there.
@@ -70,7 +89,10 @@ def load(
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported.
     """
-    folder, pooling, normalize, max_tokens = sentence.read(folders.locate(source, revision))
+    found = folders.locate(source, revision)
+    if (adapter := adapters.read(found)) is not None:
+        return _load_adapted(found, adapter, family, head, labels)
+    folder, pooling, normalize, max_tokens = sentence.read(found)
     theirs = files.read_json(folder / folders.CONFIG)
     with files.blame(folder / folders.CONFIG):
         if (model_type := theirs.get("model_type")) not in _FORMATS:
@@ -104,6 +126,35 @@ def load(
         normalize=normalize,
         max_tokens=max_tokens,
         fresh=fresh,
+    )
+
+
+def _load_adapted(
+    folder: Path,
+    adapter: Adapter,
+    family: Family | None,
+    head: BertHead | None,
+    labels: tuple[str, ...],
+) -> Checkpoint:
+    """The checkpoint that a folder's adapters belong to, with them in its weights."""
+    with files.blame(folder / folders.ADAPTER):
+        base_folder = folders.locate(adapter.base, adapter.revision)
+        check_base(base_folder)
+        base = load(base_folder, family=family, head=head or adapter.head, labels=labels or adapter.labels)
+    config: AnyModelConfig = base.model.config
+    try:
+        adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)
+    except InputError as error:
+        raise InputError(f"the adapter in {folder} does not fit {adapter.base}: {error}") from None
+    has_images = (folder / images.FILE).is_file()
+    own = sentence.read(folder)
+    if own.pooling is not None:
+        base = replace(base, pooling=own.pooling, normalize=own.normalize, max_tokens=own.max_tokens)
+    return replace(
+        base,
+        tokenizer=_tokenizer(folder, config) or base.tokenizer,
+        images=ImageProcessor.load(folder) if has_images else base.images,
+        fresh=(),
     )
 
 
@@ -161,6 +212,36 @@ def _unfilled(config: AnyModelConfig) -> Model:
     return model
 
 
+# ---------------------------------------------------------------- adapting
+
+
+def check_base(source: str | Path, fresh: Collection[str] = ()) -> None:
+    """Raise InputError if adapters cannot belong to this checkpoint.
+
+    It must not be an adapter itself, nor lack more (`fresh`, as in `Checkpoint`) than a classifier.
+    """
+    if adapters.read(folders.locate(source)) is not None:
+        raise InputError(
+            f"{source} is itself an adapter: write its whole model with `qkv merge {source} FOLDER` first"
+        )
+    if untrained := [name for name in fresh if not name.startswith(HEAD)]:
+        raise InputError(
+            f"{source} has no {untrained[0].partition('.')[0]} head, and adapters alone cannot make one: "
+            "train without lora.rank"
+        )
+
+
+def adapt(checkpoint: Checkpoint, config: LoraConfig, base: str) -> None:
+    """Put fresh adapters into the model of a checkpoint that was loaded from `base`; only they and its
+    classifier are trained from then on, and only they are saved.
+    """
+    model: AnyModelConfig = checkpoint.model.config
+    rows = _format_of(model).table.layers(model.depth)
+    parts = {row.ours.removesuffix(".weight"): len(row.theirs) for row in rows}
+    add_adapters(checkpoint.model, config, parts)
+    checkpoint.base = base
+
+
 # ---------------------------------------------------------------- saving
 
 
@@ -182,6 +263,9 @@ def check_savable(config: AnyModelConfig) -> None:
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
 
+    Of a model with adapters only what was learned: adapter_config.json, adapter_model.safetensors and
+    labels.json instead of the first two.
+
     It is written beside and moved into place, so a failure leaves what was there before; what a kill -9
     leaves, `folder.replace` says. Raises InputError if the config cannot be expressed, the disk is full,
     or the folder cannot be written.
@@ -192,25 +276,27 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     if checkpoint.pooling is not None and not isinstance(config, BertConfig):
         raise InputError(f"sentence-transformers' pooling is for bert, not {config.family}")
     format = _format_of(config)
-    settings = {
-        "model_type": format.model_type,
-        **format.fields.write(config),
-        **format.rest(config, tokenizer),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-    }
-    tensors = format.table.save(model, config, format.bare(config))
+    if checkpoint.base:
+        weights = folders.ADAPTER_WEIGHTS
+        texts, tensors = adapters.write(model, config, format, checkpoint.base)
+    else:
+        weights, tensors = folders.WEIGHTS, format.table.save(model, config, format.bare(config))
+        settings = {
+            "model_type": format.model_type,
+            **format.fields.write(config),
+            **format.rest(config, tokenizer),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        }
+        texts = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
 
     def write(staging: Path) -> None:
-        save_file(tensors, staging / folders.WEIGHTS, metadata={"format": "pt"})
-        for name, values in (
-            (folders.CONFIG, settings),
-            (folders.GENERATION, format.generation(config)),
-        ):
+        save_file(tensors, staging / weights, metadata={"format": "pt"})
+        for name, values in texts.items():
             if values:
                 text = json.dumps(values, indent=2, ensure_ascii=False)
                 (staging / name).write_text(text + "\n", encoding="utf-8")
         # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
-        shutil.copymode(staging / folders.CONFIG, staging / folders.WEIGHTS)
+        shutil.copymode(staging / next(iter(texts)), staging / weights)
         if tokenizer is not None and not isinstance(config, ViTConfig):
             tokenizer.save(staging, context=config.context)
         if checkpoint.images is not None:
@@ -220,3 +306,13 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
             sentence.write(staging, config.dim, checkpoint.pooling, checkpoint.normalize, max_tokens)
 
     folders.replace(Path(folder), write)
+
+
+def merge(source: str | Path, folder: str | Path) -> None:
+    """Write the whole model of an adapter, a folder or a Hub id, to a folder.
+
+    Raises InputError if it is none, and like `load` and `save`.
+    """
+    if adapters.read(folders.locate(source)) is None:
+        raise InputError(f"{source} is not an adapter: it is a whole model already")
+    save(folder, load(source))

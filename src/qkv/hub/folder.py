@@ -22,12 +22,16 @@ GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDS = "model-*.safetensors"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LABELS = "labels.json"
 MODULES = "modules.json"
 SENTENCE = "sentence_bert_config.json"
 
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
-_FILES = (*_MODEL_FILES, GENERATION, MODULES)
+_FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS, LABELS)
 """What a checkpoint may consist of, as patterns, but for the modules of sentence-transformers."""
+_WEIGHTS = (Path(WEIGHTS), Path(ADAPTER_WEIGHTS))
 _STAGING = ".saving-"
 
 
@@ -79,20 +83,20 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def open_tensors(folder: Path) -> Iterator[dict[str, Slice]]:
+def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Slice]]:
     """All tensors of a folder's safetensors files, by name, read when they are indexed.
 
     Raises InputError if there are none, or a file is missing or broken.
     """
-    if (folder / INDEX).is_file():
+    if weights == WEIGHTS and (folder / INDEX).is_file():
         index = files.read_json(folder / INDEX)
         with files.blame(folder / INDEX):
             shards = {folder / name for name in index["weight_map"].values()}
-    elif (folder / WEIGHTS).is_file():
-        shards = {folder / WEIGHTS}
+    elif (folder / weights).is_file():
+        shards = {folder / weights}
     else:
         raise InputError(
-            f"{folder} has no {WEIGHTS}; pickled weights such as pytorch_model.bin are never loaded, because "
+            f"{folder} has no {weights}; pickled weights such as pytorch_model.bin are never loaded, because "
             "loading them runs code: convert them with transformers' save_pretrained"
         )
     with ExitStack() as stack:
@@ -133,8 +137,8 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
             new = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
             for name in new:
                 files.sync(staging / name)
-            for name in sorted(new, key=lambda name: (name == Path(WEIGHTS), name)):
-                if name == Path(WEIGHTS):  # an old index would hide the new weights
+            for name in sorted(new, key=lambda name: (name in _WEIGHTS, name)):
+                if name in _WEIGHTS:  # an old index would hide the new weights
                     for leftover in old - new:
                         (folder / leftover).unlink()
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -173,7 +177,8 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _checkpoint_files(folder: Path) -> set[Path]:
     """The files of the checkpoint in a folder; none if it holds something else."""
-    if not ((folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())):
+    whole = (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
+    if not (whole or ((folder / ADAPTER).is_file() and (folder / ADAPTER_WEIGHTS).is_file())):
         return set()
     patterns: Iterable[str] = (*_FILES, "*_Pooling/config.json", "*_Normalize/config.json")
     return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}

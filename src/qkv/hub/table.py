@@ -101,13 +101,19 @@ class Table:
     """Patterns of names that may be on disk and say nothing: constants and parts that are not built here."""
     old: tuple[tuple[str, str], ...] = ()
     """Endings of names in old checkpoints, and what they are called now."""
+    modules: tuple[tuple[str, str], ...] = ()
+    """What transformers' own models call the modules of a layer, where it is not as in the rows."""
 
     def name(self, name: str) -> str:
         """A name on disk as it is in the rows."""
         for old, new in self.old:
             if name.endswith(old):
                 name = name.removesuffix(old) + new
-        return name.removeprefix(self.prefix)
+        return _renamed(name.removeprefix(self.prefix), self.modules)
+
+    def in_memory(self, name: str) -> str:
+        """A name in the rows as transformers' own models have it."""
+        return _renamed(name, [(rows, memory) for memory, rows in self.modules])
 
     def match(self, names: Iterable[str]) -> dict[str, str]:
         """Names as they are in the rows -> names on disk. Raises InputError if two are the same tensor's."""
@@ -169,16 +175,14 @@ class Table:
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
         unexpected = [names[name] for name in disk if name not in known and not ignored.fullmatch(name)]
-        problems = {
-            "missing": missing,
-            "unexpected": unexpected,
-            "of a wrong shape": misshapen,
-            "different from what they are tied to": different,
-        }
-        if any(problems.values()):
-            raise InputError(
-                "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-            )
+        refuse(
+            {
+                "missing": missing,
+                "unexpected": unexpected,
+                "of a wrong shape": misshapen,
+                "different from what they are tied to": different,
+            }
+        )
         return tuple(kept)
 
     def save(self, model: nn.Module, config: AnyModelConfig, bare: bool) -> dict[str, Tensor]:
@@ -194,6 +198,20 @@ class Table:
     def on_disk(self, name: str, bare: bool) -> str:
         """A name in the rows as it is on disk."""
         return name if bare or name.startswith(self.outside) else self.prefix + name
+
+
+def _renamed(name: str, modules: Iterable[tuple[str, str]]) -> str:
+    """A module, or a tensor of it, by its other name; `{}` stands for the number of the layer."""
+    for one, other in modules:
+        if found := re.match(re.escape(one).replace(r"\{\}", r"(\d+)") + r"(?=\.|$)", name):
+            return other.format(found[1]) + name[found.end() :]
+    return name
+
+
+def refuse(problems: Mapping[str, list[str]]) -> None:
+    """Raise InputError if there are tensors with a problem, by the kind of problem."""
+    if any(problems.values()):
+        raise InputError("; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names))
 
 
 def _some(names: list[str], limit: int = 5) -> str:

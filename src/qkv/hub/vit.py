@@ -59,6 +59,14 @@ class VIT(Format[ViTConfig]):
         prefix="vit.",
         outside=("classifier.",),
         ignored=(r"pooler\.dense\.(weight|bias)",),
+        modules=(
+            ("layers.{}.attention.q_proj", "encoder.layer.{}.attention.attention.query"),
+            ("layers.{}.attention.k_proj", "encoder.layer.{}.attention.attention.key"),
+            ("layers.{}.attention.v_proj", "encoder.layer.{}.attention.attention.value"),
+            ("layers.{}.attention.o_proj", "encoder.layer.{}.attention.output.dense"),
+            ("layers.{}.mlp.fc1", "encoder.layer.{}.intermediate.dense"),
+            ("layers.{}.mlp.fc2", "encoder.layer.{}.output.dense"),
+        ),
     )
 
     def config(self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]) -> ViTConfig:

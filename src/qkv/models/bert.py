@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qkv.attention import Attention, Pattern
 from qkv.config import Activation, BertConfig, BertHead
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, Block, check_lengths, init_normal
+from qkv.layers import ACTIVATIONS, blocks, check_lengths, init_normal
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, BertConfig] = {
@@ -76,7 +76,7 @@ class Bert(nn.Module):
         self.positions = nn.Embedding(config.context, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = blocks(config)
         self.pooler: nn.Linear | None = None
         self.config = config
         init_normal(self)

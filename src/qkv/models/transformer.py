@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Attention, Cache, KeyValue, Pattern
 from qkv.config import TransformerConfig
-from qkv.layers import Block, check_lengths, init_xavier, sinusoidal
+from qkv.layers import blocks, check_lengths, init_xavier, sinusoidal
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -51,8 +51,8 @@ class Transformer(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.register_buffer("position_table", sinusoidal(config.context, config.dim), persistent=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.encoder = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.decoder = nn.ModuleList(Block(config, cross=True) for _ in range(config.depth))
+        self.encoder = blocks(config)
+        self.decoder = blocks(config, cross=True)
         self.encoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
         self.decoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
         # Zero in the paper; Marian's checkpoints have one.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qkv.attention import Attention, Pattern
 from qkv.config import ViTConfig
 from qkv.errors import InputError
-from qkv.layers import Block, init_normal
+from qkv.layers import blocks, init_normal
 from qkv.ragged import Layout, Ragged
 
 _SIZES: dict[str, tuple[ViTConfig, tuple[int, ...]]] = {
@@ -53,7 +53,7 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = blocks(config)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         self.config = config
         init_normal(self)

@@ -1,0 +1,119 @@
+"""How fast this machine multiplies matrices at best, and how much of that a model's training needs.
+
+Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is the share of that peak which the
+arithmetic of a model's training takes up, each multiplication counted once.
+
+Legend: S side of a square matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qkv.data import Dataset
+from qkv.errors import InputError
+from qkv.files import cache_folder, replace_file
+from qkv.models import Model
+from qkv.objectives import loss_terms
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SECONDS = 0.3
+"""How long a peak is measured; the product that is under way then is finished."""
+SAMPLES = 64
+"""How many samples tell what a token of a data set costs."""
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, with the number of threads that compute on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = None
+    with suppress(OSError):  # Linux alone says it there
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    name = found[1] if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of the device's best matrix product in "fp32" or "bf16".
+
+    Measured once for a device, precision and version of torch, and remembered in a file of the user's cache
+    folder. A machine that is busy meanwhile gives too low a number: delete the file to measure again.
+    """
+    path = cache_folder() / "roofline.json"
+    # How fp32 is multiplied, as itself or as TF32, is a setting.
+    how = torch.get_float32_matmul_precision() if precision == "fp32" else "native"
+    key = f"{device_name(device)}; torch {torch.__version__}; {precision} {how}"
+    known = _remembered(path)
+    if key not in known:
+        known[key] = _measure(device, DTYPES[precision])
+        with suppress(InputError, OSError):  # with a cache folder that is closed, it is measured every time
+            replace_file(path, lambda temporary: temporary.write_text(json.dumps(known, indent=2) + "\n"))
+    return known[key]
+
+
+def _remembered(path: Path) -> dict[str, float]:
+    """The peaks in the file; none if there is no such file, or if it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in values.items() if isinstance(v, float)} if isinstance(values, dict) else {}
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of (S, S) @ (S, S), S doubling from 256 to 16384 or until the time is up."""
+    best = 0.0
+    end = time.perf_counter() + SECONDS
+    for side in (256 << i for i in range(7)):
+        a, b = (torch.full((side, side), 0.5, device=device, dtype=dtype) for _ in range(2))  # (S, S)
+        for _ in range(4):  # the first warms up
+            _wait(device)
+            began = time.perf_counter()
+            torch.mm(a, b)
+            _wait(device)
+            done = time.perf_counter()
+            best = max(best, 2 * side**3 / (done - began))
+            if done > end:
+                return best
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def flops_per_token(model: Model, dataset: Dataset) -> float:
+    """Multiplications and additions of a training step over its tokens, as a mean over some of the samples.
+
+    Forward and backward pass, counted on the meta device, where nothing is computed: no recomputation, and
+    no gradients of frozen weights. Attention counts whole blocks, without regard to causal order.
+    """
+    indices = np.unique(np.linspace(0, len(dataset) - 1, SAMPLES).astype(int)).tolist()
+    twins: dict[int, torch.Tensor] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    } | {id(b): b.to("meta") for b in model.buffers()}
+    shadow = copy.deepcopy(model, twins)  # the model's make without its weights
+    with FlopCounterMode(display=False) as counter:
+        terms = loss_terms(shadow, dataset.batch(indices, epoch=0).to("meta"))
+        torch.stack([term.loss_sum() for term in terms.values()]).sum().backward()  # type: ignore[no-untyped-call]
+    return float(counter.get_total_flops() / dataset.costs[indices].sum())
+
+
+def full_rate(model: Model, dataset: Dataset, precision: str) -> float:
+    """Tokens a second at which training would take all of what the model's device can multiply."""
+    device = next(model.parameters()).device
+    return peak(device, precision) / flops_per_token(model, dataset)

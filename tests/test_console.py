@@ -1,0 +1,34 @@
+"""What takes long is shown, what does not is not."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+import qkv.console
+from qkv.console import PreparationBar
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, for the test to set."""
+    clock = [100.0]
+    monkeypatch.setattr(qkv.console.time, "monotonic", lambda: clock[0])
+    return clock
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_only_work_that_takes_long_is_shown(terminal: bool, now: list[float]) -> None:
+    out = io.StringIO()
+    with PreparationBar(Console(file=out, force_terminal=terminal, width=100)) as bar:
+        for done in range(1, 100):
+            now[0] += 0.01
+            bar("texts tokenised", done, 100)
+        assert out.getvalue() == ""
+        now[0] += 2
+        bar("texts tokenised", 100, 100)
+        bar.bar.refresh()
+    assert "texts tokenised" in out.getvalue() and "100" in out.getvalue()
+    assert terminal or out.getvalue().strip() == "100 of 100 texts tokenised so far"
