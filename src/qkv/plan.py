@@ -11,13 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -38,7 +41,7 @@ from qkv.runtime import multiplies_bfloat16, pick_device
 from qkv.train import Job, _step
 
 GPU = Roofline(
-    "assumed: a GPU that sustains 400 TFLOP/s in bf16 and 40 in fp32, and 2 TB/s, as an H100 does",
+    "assumed of each GPU, as an H100 sustains it",
     {torch.bfloat16: 400e12, torch.float32: 40e12},
     2e12,
 )
@@ -294,6 +297,14 @@ class Placement:
     """Of a step, communication not counted."""
     fits: bool
 
+    def name(self, devices: int) -> str:
+        """What it is called."""
+        if devices == 1:
+            return "one device"
+        if self.shards == 1:
+            return "replicated (DDP)"
+        return f"sharded over {self.shards} ({'FSDP2' if self.shards == devices else 'hybrid'})"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -317,8 +328,56 @@ class Plan:
 
     @property
     def rule_of_thumb(self) -> int:
-        """6 N: FLOPs per token of training, if attention were free (Kaplan et al. 2020, 2.1)."""
+        """6 N: training FLOPs per token without attention's own products (Kaplan et al. 2020, 2.1)."""
         return 6 * self.parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for programs: bytes, seconds and FLOPs."""
+        values = asdict(self) | {"rule_of_thumb": self.rule_of_thumb}
+        for one, placement in zip(values["placements"], self.placements, strict=True):
+            one["memory"]["total"] = placement.memory.total
+            one["chosen"] = placement is self.chosen
+        del values["chosen"]
+        return values
+
+    def describe(self) -> Iterator[str | Table]:
+        """For people: sentences and tables."""
+        yield f"{self.parameters:,} parameters; {self.tokens:,} tokens a step; {self.precision}"
+        yield (
+            f"FLOPs per token: {_short(self.forward_flops)} forward, {_short(self.training_flops)} training "
+            f"(6 N: {_short(self.rule_of_thumb)})"
+        )
+        if self.assumptions:
+            yield f"No data were read; assumed: {'; '.join(self.assumptions)}."
+        if self.devices > 1:
+            layouts = Table("layout", "checkpointing", box=SIMPLE_HEAD)
+            for name in ("micro-batch", "memory", "s/step", "fits"):
+                layouts.add_column(name, justify="right")
+            for one in self.placements:
+                layouts.add_row(
+                    one.name(self.devices),
+                    "yes" if one.checkpointing else "no",
+                    f"{one.sequences} x {one.gradient_accumulation_steps}",
+                    _size(one.memory.total),
+                    f"{one.seconds:.3g}",
+                    "chosen" if one is self.chosen else "yes" if one.fits else "no",
+                )
+            yield layouts
+        if self.chosen is None:
+            yield "None of these fits: plan for more GPUs, shorter sequences or a smaller model."
+            return
+        memory = Table(self.chosen.name(self.devices), box=SIMPLE_HEAD)
+        memory.add_column("memory", justify="right")
+        for field in fields(self.chosen.memory):
+            memory.add_row(field.name, _size(getattr(self.chosen.memory, field.name)))
+        memory.add_row("at most at once", _size(self.chosen.memory.total), style="bold")
+        yield memory
+        seconds = self.chosen.seconds
+        yield (
+            f"A step takes at least {seconds:.3g} s, {self.max_steps:,} steps {_hours(self.max_steps * seconds)}"
+            + (f", without what GPUs wait for each other, on {self.devices} GPUs" if self.devices > 1 else "")
+            + f". Roofline: {self.roofline}"
+        )
 
 
 def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length: int = 0) -> Plan:
@@ -337,7 +396,7 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
     devices = max(gpus, 1)
     total = len(SyntheticDataset(config, length))
     if total < devices:
-        assumptions += (f"{devices} sequences a step: train.batch_tokens holds {total}, fewer than GPUs",)
+        assumptions += (f"a sequence for each GPU, though train.batch_tokens is only {total} sequences",)
     share = max(math.ceil(total / devices), 1)  # of the sequences of a step
     roofline = GPU if simulated else _roofline(config, here)
 
@@ -384,11 +443,27 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
         training_flops=(one.forward_flops + one.backward_flops) // one.tokens,
         precision=config.train.precision,
         devices=devices,
-        roofline=roofline.name,
+        roofline=str(roofline),
         assumptions=assumptions,
         placements=tuple(placements),
         chosen=next((placement for placement in placements if placement.fits), None),
     )
+
+
+def _short(count: int) -> str:
+    """Such as 13.1 M."""
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:,}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _shards(devices: int) -> list[int]:
@@ -421,5 +496,5 @@ def _roofline(config: RunConfig, device: torch.device) -> Roofline:
     model = config.model
     shape = (min(config.train.batch_tokens, 2048), min(model.dim, 4096), min(model.mlp_dim, 8192))
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if cuda else f"this CPU, {torch.get_num_threads()} threads"
     return measure_roofline(device, shape, name)
