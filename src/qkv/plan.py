@@ -9,6 +9,7 @@ Legend: T tokens of a batch, N sequences or images, L tokens of a sequence, S si
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -89,40 +90,49 @@ def _labels(count: int) -> tuple[str, ...]:
 
 
 class SyntheticDataset(Dataset):
-    """Samples of the longest kind that the config allows, without meaning."""
+    """Samples of the longest kind that the config allows, without meaning.
+
+    Texts of BERT and the Transformer vary in length, so every second one is a token shorter: sequences
+    of equal lengths need less memory.
+    """
 
     def __init__(self, config: RunConfig, length: int = 0, samples: int = 0) -> None:
         """length: tokens of a text; 0: the context. samples: how many; 0: those of one optimiser step."""
         model = self.model = config.model
+        sides = 2 if isinstance(model, TransformerConfig) else 1
         if isinstance(model, ViTConfig):
-            self.length, cost = 0, (model.image_size // model.patch_size) ** 2
+            self.length = (model.image_size // model.patch_size) ** 2
         else:
             self.length = length or model.context
             if not 1 <= self.length <= model.context:
                 raise InputError(f"length is {length}; it must be from 1 to model.context {model.context}")
-            cost = self.length * (2 if isinstance(model, TransformerConfig) else 1)
-        self.costs = np.full(samples or max(config.train.batch_tokens // cost, 1), cost)
+        count = samples or max(config.train.batch_tokens // (sides * self.length), 1)
+        shorter = np.arange(count) % 2 if isinstance(model, BertConfig | TransformerConfig) else 0
+        self.lengths = np.maximum(self.length - shorter * np.ones(count, dtype=np.int64), 1)
+        self.costs = sides * self.lengths
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
         """A batch of the kind that the configured model learns from."""
         model, N = self.model, len(indices)
-        T = N * self.length
+        layout = Layout(tuple(self.lengths[list(indices)].tolist()), torch.device("cpu"))
+        T = layout.tokens
+
+        def texts() -> Ragged:
+            return Ragged(_ids(T), layout)
+
         match model:
             case GPTConfig():
-                return LanguageBatch(self._texts(N), _ids(T))
+                return LanguageBatch(texts(), _ids(T))
             case TransformerConfig():
-                return PairBatch(self._texts(N), self._texts(N), _ids(T))
+                return PairBatch(texts(), texts(), _ids(T))
             case BertConfig(head="classification"):
-                return LabelledBatch(self._texts(N), _ids(T), _ids(N))
+                return LabelledBatch(texts(), _ids(T), _ids(N))
             case BertConfig():
                 M = round(SELECTED * T)
-                return MaskedBatch(self._texts(N), _ids(T), torch.arange(M), _ids(M), _ids(N))
+                return MaskedBatch(texts(), _ids(T), torch.arange(M), _ids(M), _ids(N))
             case ViTConfig():
                 S = model.image_size
                 return ImageBatch(torch.zeros(N, model.channels, S, S), _ids(N))
-
-    def _texts(self, count: int) -> Ragged:
-        return Ragged(_ids(count * self.length), Layout((self.length,) * count, torch.device("cpu")))
 
 
 def _ids(count: int) -> Tensor:
@@ -373,11 +383,9 @@ class Plan:
         memory.add_row("at most at once", _size(self.chosen.memory.total), style="bold")
         yield memory
         seconds = self.chosen.seconds
-        yield (
-            f"A step takes at least {seconds:.3g} s, {self.max_steps:,} steps {_hours(self.max_steps * seconds)}"
-            + (f", without what GPUs wait for each other, on {self.devices} GPUs" if self.devices > 1 else "")
-            + f". Roofline: {self.roofline}"
-        )
+        apart = f" on {self.devices} GPUs, if none waits for another" if self.devices > 1 else ""
+        yield f"At least {seconds:.3g} s a step, {_hours(self.max_steps * seconds)} in all{apart}."
+        yield f"Roofline: {self.roofline}."
 
 
 def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length: int = 0) -> Plan:
@@ -415,25 +423,28 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
 
     limit = gpu_memory_gib * 2**30 * USABLE if gpus else math.inf
     first = min(config.train.gradient_accumulation_steps, share)
-    doubled = [first << i for i in range(share.bit_length()) if first << i <= share]
-    placements = []
-    for checkpointing, shards in product((False, True) if gpus else (False,), _shards(devices)):
-        for accumulation in doubled:
-            one = step(accumulation, checkpointing)
-            memory = _shard(one, shards, config.train.precision == "bf16")
-            if memory.total <= limit:
-                break
-        placements.append(
-            Placement(
-                shards,
-                checkpointing,
-                math.ceil(share / accumulation),
-                accumulation,
-                memory,
-                one.passes * accumulation / min(accumulation, 2) + one.update / shards,
-                memory.total <= limit,
-            )
+    doubled = [first << i for i in range(share.bit_length() if gpus else 1) if first << i <= share]
+
+    def memory(accumulation: int, checkpointing: bool, shards: int) -> Memory:
+        return _shard(step(accumulation, checkpointing), shards, config.train.precision == "bf16")
+
+    def placement(checkpointing: bool, shards: int) -> Placement:
+        """With the largest micro-batch that fits, or else the smallest."""
+        enough = bisect_left(doubled, True, key=lambda a: memory(a, checkpointing, shards).total <= limit)
+        accumulation = doubled[min(enough, len(doubled) - 1)]
+        one, need = step(accumulation, checkpointing), memory(accumulation, checkpointing, shards)
+        return Placement(
+            shards=shards,
+            checkpointing=checkpointing,
+            sequences=math.ceil(share / accumulation),
+            gradient_accumulation_steps=accumulation,
+            memory=need,
+            seconds=one.passes * accumulation / min(accumulation, 2) + one.update / shards,
+            fits=need.total <= limit,
         )
+
+    ways = product((False, True) if gpus else (False,), _shards(devices))
+    placements = [placement(*way) for way in ways]
     one = step(first, False)
     return Plan(
         parameters=one.parameters,
