@@ -103,7 +103,7 @@ def test_help_needs_no_torch():
     code += " assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("demo", "train", "eval", "generate", "translate", "fill", "classify", "embed"):
+    for command in ("demo", "train", "plan", "eval", "generate", "translate", "fill", "classify", "embed"):
         assert command in done.stdout
 
 

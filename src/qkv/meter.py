@@ -192,29 +192,35 @@ class Roofline:
         )
 
 
-def measure_roofline(device: torch.device, shape: tuple[int, int, int], name: str) -> Roofline:
-    """Rates of products (m, k) x (k, n) in float32 and bfloat16 and of copies, in about two seconds."""
-    m, k, n = shape
+def measure_roofline(device: torch.device, tokens: int, dim: int, mlp_dim: int) -> Roofline:
+    """Rates at the sizes of a feed-forward network, (tokens, dim) to (tokens, mlp_dim), in about a second.
+
+    Memory is written as operators write it: into a new tensor.
+    """
+    rows, cuda = min(tokens, 2048), device.type == "cuda"
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = (
-            torch.ones(m, k, dtype=dtype, device=device),
-            torch.ones(k, n, dtype=dtype, device=device),
-        )
-        product = torch.empty(m, n, dtype=dtype, device=device)
-        rates[dtype] = 2 * m * k * n / _fastest(partial(torch.mm, left, right, out=product), device)
-    source = torch.ones(1 << 25, device=device)  # 128 MiB: larger than caches
-    target = torch.empty_like(source)
-    return Roofline(name, rates, 2 * 4 * source.numel() / _fastest(partial(target.copy_, source), device))
+        x = torch.ones(rows, dim, dtype=dtype, device=device)
+        weight = torch.ones(dim, mlp_dim, dtype=dtype, device=device)
+        out = torch.empty(rows, mlp_dim, dtype=dtype, device=device)
+        seconds = _time(partial(torch.mm, x, weight, out=out), device)
+        rates[dtype] = 2 * rows * dim * mlp_dim / seconds
+    hidden = torch.ones(min(tokens, 16384), mlp_dim, device=device)
+    bandwidth = 2 * hidden.element_size() * hidden.numel() / _time(partial(torch.mul, hidden, 2.0), device)
+    name = torch.cuda.get_device_name(device) if cuda else f"this CPU, {torch.get_num_threads()} threads"
+    return Roofline(f"measured on {name}", rates, bandwidth)
 
 
-def _fastest(call: Callable[[], object], device: torch.device, budget: float = 0.4) -> float:
-    """Seconds of the fastest of many calls."""
-    best, start = float("inf"), time.perf_counter()
-    while time.perf_counter() - start < budget or best == float("inf"):
-        before = time.perf_counter()
+def _time(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
+    """Seconds of the fastest of the calls that `budget` seconds have room for: a busy machine slows some."""
+    times: list[float] = []
+    call()
+    while sum(times) < budget:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - before)
-    return best
+        times.append(time.perf_counter() - start)
+    return min(times)

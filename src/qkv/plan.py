@@ -71,13 +71,16 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
         if (
             model.vocab_size == type(model)().vocab_size and not config.init
         ):  # a fresh run trains its tokenizer
-            model = replace(model, vocab_size=config.tokenizer.vocab_size)
+            char = config.tokenizer.kind == "char"  # takes what occurs
+            model = replace(model, vocab_size=256 if char else config.tokenizer.vocab_size)
             notes.append(f"a vocabulary of {model.vocab_size:,} tokens")
         if isinstance(model, BertConfig) and model.head != "classification":
             model = replace(model, head="pretraining", labels=())
         elif isinstance(model, BertConfig) and not model.labels:
             model = replace(model, labels=_labels(2))
             notes.append("2 classes")
+    if config.init:
+        notes.append(f"the sizes of the config, not those of {config.init}")
     train = config.train
     if train.precision == "auto":
         bf16 = device.type == "cuda" or multiplies_bfloat16(device)
@@ -406,7 +409,10 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
     if total < devices:
         assumptions += (f"a sequence for each GPU, though train.batch_tokens is only {total} sequences",)
     share = max(math.ceil(total / devices), 1)  # of the sequences of a step
-    roofline = GPU if simulated else _roofline(config, here)
+    model = config.model
+    roofline = (
+        GPU if simulated else measure_roofline(here, config.train.batch_tokens, model.dim, model.mlp_dim)
+    )
 
     @cache
     def step(accumulation: int, checkpointing: bool) -> Step:
@@ -430,7 +436,11 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
 
     def placement(checkpointing: bool, shards: int) -> Placement:
         """With the largest micro-batch that fits, or else the smallest."""
-        enough = bisect_left(doubled, True, key=lambda a: memory(a, checkpointing, shards).total <= limit)
+
+        def fits(accumulation: int) -> bool:
+            return memory(accumulation, checkpointing, shards).total <= limit
+
+        enough = 0 if fits(first) else bisect_left(doubled, True, lo=1, key=fits)
         accumulation = doubled[min(enough, len(doubled) - 1)]
         one, need = step(accumulation, checkpointing), memory(accumulation, checkpointing, shards)
         return Placement(
@@ -440,7 +450,7 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
             gradient_accumulation_steps=accumulation,
             memory=need,
             seconds=one.passes * accumulation / min(accumulation, 2) + one.update / shards,
-            fits=need.total <= limit,
+            fits=fits(accumulation),
         )
 
     ways = product((False, True) if gpus else (False,), _shards(devices))
@@ -500,12 +510,3 @@ def _shard(step: Step, shards: int, bf16: bool) -> Memory:
         optimizer=memory.optimizer // shards,
         activations=step.most_activations,
     )
-
-
-def _roofline(config: RunConfig, device: torch.device) -> Roofline:
-    """The device's rates at the size of the model's feed-forward networks."""
-    model = config.model
-    shape = (min(config.train.batch_tokens, 2048), min(model.dim, 4096), min(model.mlp_dim, 8192))
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else f"this CPU, {torch.get_num_threads()} threads"
-    return measure_roofline(device, shape, name)
