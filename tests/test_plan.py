@@ -51,7 +51,7 @@ from qkv.recipes import default_recipe
 from qkv.train import _loss, _step, new_job
 
 CPU = torch.device("cpu")
-SIZES = {"dim": 64, "depth": 2, "heads": 4, "mlp_dim": 256, "dropout": 0.1}
+SIZES = {"dim": 64, "depth": 1, "heads": 4, "mlp_dim": 256, "dropout": 0.1}
 MODELS = {
     "gpt": GPTConfig(**SIZES, context=64, vocab_size=500),
     "bert": BertConfig(**SIZES, context=64, vocab_size=500),
@@ -168,7 +168,7 @@ def test_gradients_are_whole_when_a_second_part_runs():
 
 @pytest.mark.parametrize("family", ["bert", "transformer"])
 def test_checkpointing_computes_blocks_again_instead_of_keeping_them(family):
-    given = config(family, {"depth": 4})
+    given = config(family, {"depth": 3})
     plain, again = measured(given), measured(given, checkpointing=True)
     assert again.most_activations < 0.7 * plain.most_activations
     assert again.forward_flops == plain.forward_flops

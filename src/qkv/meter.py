@@ -30,7 +30,6 @@ _FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 
-
 Phase = Literal["forward", "backward", "update"]
 """Update: what runs without gradients, such as the optimiser."""
 
@@ -153,7 +152,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = _FLOPS.get(func.overloadpacket)
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
         traffic = 0 if "empty" in func.overloadpacket.__name__ else sum(map(_size, read + written))
-        self.work.append(Work(_phase(), flops, traffic, (read or written)[0].dtype))
+        if tensors := read or written:
+            self.work.append(Work(_phase(), flops, traffic, tensors[0].dtype))
 
 
 def _phase() -> Phase:

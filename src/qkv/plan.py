@@ -68,9 +68,7 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
             model = replace(model, labels=_labels(10))
             notes.append("10 classes")
     else:
-        if (
-            model.vocab_size == type(model)().vocab_size and not config.init
-        ):  # a fresh run trains its tokenizer
+        if not config.init and model.vocab_size == type(model)().vocab_size:  # the tokenizer is trained
             char = config.tokenizer.kind == "char"  # takes what occurs
             model = replace(model, vocab_size=256 if char else config.tokenizer.vocab_size)
             notes.append(f"a vocabulary of {model.vocab_size:,} tokens")
@@ -110,8 +108,9 @@ class SyntheticDataset(Dataset):
             if not 1 <= self.length <= model.context:
                 raise InputError(f"length is {length}; it must be from 1 to model.context {model.context}")
         count = samples or max(config.train.batch_tokens // (sides * self.length), 1)
-        shorter = np.arange(count) % 2 if isinstance(model, BertConfig | TransformerConfig) else 0
-        self.lengths = np.maximum(self.length - shorter * np.ones(count, dtype=np.int64), 1)
+        self.lengths = np.full(count, self.length)
+        if isinstance(model, BertConfig | TransformerConfig):
+            self.lengths[1::2] = max(self.length - 1, 1)
         self.costs = sides * self.lengths
 
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
@@ -266,7 +265,10 @@ def _bytes(values: Iterable[object]) -> int:
 
 @contextmanager
 def _gpu_attention(bf16: bool) -> Iterator[None]:
-    """Attention by the fused kernel of GPUs, which with dropout, too, stores no probabilities."""
+    """Attention by the fused kernel of GPUs, which with dropout, too, stores no probabilities.
+
+    torch has no GPU's choice of kernels where there is no GPU, so its function is replaced for a while.
+    """
     before = F.scaled_dot_product_attention
 
     def fused(
@@ -405,20 +407,20 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
     simulated = gpus > 0 and here.type != "cuda"
     config, assumptions = assume(config, torch.device("cuda") if gpus else here)
     devices = max(gpus, 1)
-    total = len(SyntheticDataset(config, length))
-    if total < devices:
-        assumptions += (f"a sequence for each GPU, though train.batch_tokens is only {total} sequences",)
-    share = max(math.ceil(total / devices), 1)  # of the sequences of a step
-    model = config.model
-    roofline = (
-        GPU if simulated else measure_roofline(here, config.train.batch_tokens, model.dim, model.mlp_dim)
-    )
+    sequences = len(SyntheticDataset(config, length))
+    if sequences < devices:
+        assumptions += (f"a sequence for each GPU, though train.batch_tokens is only {sequences} sequences",)
+        sequences = devices
+    share = math.ceil(sequences / devices)
+    model, train = config.model, config.train
+    roofline = GPU if simulated else measure_roofline(here, train.batch_tokens, model.dim, model.mlp_dim)
+    limit = gpu_memory_gib * 2**30 * USABLE if gpus else math.inf
 
     @cache
     def step(accumulation: int, checkpointing: bool) -> Step:
         parts = min(accumulation, 2)  # a third micro-batch needs no more memory than the second
         return measure_step(
-            replace(config, train=replace(config.train, gradient_accumulation_steps=parts)),
+            replace(config, train=replace(train, gradient_accumulation_steps=parts)),
             roofline,
             here,
             length=length,
@@ -427,46 +429,43 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
             gpu_kernels=simulated,
         )
 
-    limit = gpu_memory_gib * 2**30 * USABLE if gpus else math.inf
-    first = min(config.train.gradient_accumulation_steps, share)
-    doubled = [first << i for i in range(share.bit_length() if gpus else 1) if first << i <= share]
-
-    def memory(accumulation: int, checkpointing: bool, shards: int) -> Memory:
-        return _shard(step(accumulation, checkpointing), shards, config.train.precision == "bf16")
-
-    def placement(checkpointing: bool, shards: int) -> Placement:
-        """With the largest micro-batch that fits, or else the smallest."""
-
-        def fits(accumulation: int) -> bool:
-            return memory(accumulation, checkpointing, shards).total <= limit
-
-        enough = 0 if fits(first) else bisect_left(doubled, True, lo=1, key=fits)
-        accumulation = doubled[min(enough, len(doubled) - 1)]
-        one, need = step(accumulation, checkpointing), memory(accumulation, checkpointing, shards)
+    def placement(checkpointing: bool, shards: int, accumulation: int) -> Placement:
+        one, micro_batch = step(accumulation, checkpointing), math.ceil(share / accumulation)
+        memory = _shard(one, shards, train.precision == "bf16")
         return Placement(
             shards=shards,
             checkpointing=checkpointing,
-            sequences=math.ceil(share / accumulation),
+            sequences=micro_batch,
             gradient_accumulation_steps=accumulation,
-            memory=need,
-            seconds=one.passes * accumulation / min(accumulation, 2) + one.update / shards,
-            fits=fits(accumulation),
+            memory=memory,
+            seconds=one.passes * share / (micro_batch * min(accumulation, 2)) + one.update / shards,
+            fits=memory.total <= limit,
         )
 
-    ways = product((False, True) if gpus else (False,), _shards(devices))
-    placements = [placement(*way) for way in ways]
+    first = min(train.gradient_accumulation_steps, share)
+    more = [first << i for i in range(1, share.bit_length()) if first << i <= share]
+
+    def best(checkpointing: bool, shards: int) -> Placement:
+        """With the largest micro-batch that fits, or else the smallest."""
+        widest = placement(checkpointing, shards, first)
+        if widest.fits or not more:
+            return widest
+        enough = bisect_left(more, True, key=lambda a: placement(checkpointing, shards, a).fits)
+        return placement(checkpointing, shards, more[min(enough, len(more) - 1)])
+
+    placements = tuple(best(*way) for way in product((False, True) if gpus else (False,), _shards(devices)))
     one = step(first, False)
     return Plan(
         parameters=one.parameters,
-        tokens=one.tokens // min(first, 2) * first * devices,
-        max_steps=config.train.max_steps,
+        tokens=int(SyntheticDataset(config, length, sequences).costs.sum()),
+        max_steps=train.max_steps,
         forward_flops=one.forward_flops // one.tokens,
         training_flops=(one.forward_flops + one.backward_flops) // one.tokens,
-        precision=config.train.precision,
+        precision=train.precision,
         devices=devices,
         roofline=str(roofline),
         assumptions=assumptions,
-        placements=tuple(placements),
+        placements=placements,
         chosen=next((placement for placement in placements if placement.fits), None),
     )
 
