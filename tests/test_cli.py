@@ -265,8 +265,8 @@ def test_output_that_cannot_show_every_character(runs, encoding):
         ("generate", "Missing from qkv generate: RUN_OR_HUB_ID .*; see qkv generate --help"),
         ("generate x --top-l 3", "--top-l, 3; did you mean --top-[kp]?"),
         ("embed x -o", "Missing value .*--output.*; see qkv embed --help"),
-        ("tran", "tran; there are demo, train, eval, .*, embed$"),
-        ("", "demo, train, eval.*; see qkv --help"),
+        ("tran", "tran; there are demo, train, plan, eval, .*, embed$"),
+        ("", "demo, train, plan, eval.*; see qkv --help"),
     ],
 )
 @pytest.mark.parametrize("stdout", [StringIO, Terminal])

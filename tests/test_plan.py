@@ -313,6 +313,8 @@ def test_impossible_plans():
     for wrong in ({"gpus": -1}, {"gpu_memory_gib": 0.0}, {"length": 65}, {"length": -1}):
         with pytest.raises(InputError):
             plan(config("gpt"), **wrong)
+    with pytest.raises(InputError, match="length is for texts"):
+        plan(config("vit"), length=9)
 
 
 # ---------------------------------------------------------------- the command

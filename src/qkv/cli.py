@@ -88,7 +88,7 @@ def plan(
         recipe: transformer, bert, gpt or vit, a published size such as gpt2-xl or vit-b/16, or a recipe file.
         config: Settings.
         gpus: Number of GPUs to plan for, which need not be here; 0: the device that is here.
-        gpu_memory_gib: Memory of each GPU in GiB.
+        gpu_memory_gib: Memory of each of these GPUs in GiB.
         length: Tokens of a text; 0: the context, the most there can be.
         as_json: Print JSON: bytes, seconds and FLOPs.
     """

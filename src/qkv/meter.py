@@ -182,7 +182,7 @@ class Roofline:
 
     def __str__(self) -> str:
         rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {type}" for type, rate in self.flops.items())
-        return f"{rates.replace('torch.', '')}, {self.bandwidth / 1e9:.3g} GB/s ({self.name})"
+        return f"{rates.replace('torch.', '')}, {self.bandwidth / 1e9:,.0f} GB/s ({self.name})"
 
     def seconds(self, work: Iterable[Work]) -> float:
         """Time of operators one after the other, each held back by products or by memory alone."""

@@ -98,10 +98,15 @@ class SyntheticDataset(Dataset):
     """
 
     def __init__(self, config: RunConfig, length: int = 0, samples: int = 0) -> None:
-        """length: tokens of a text; 0: the context. samples: how many; 0: those of one optimiser step."""
+        """length: tokens of a text; 0: the context. samples: how many; 0: those of one optimiser step.
+
+        Raises InputError for a length that the model cannot have.
+        """
         model = self.model = config.model
         sides = 2 if isinstance(model, TransformerConfig) else 1
         if isinstance(model, ViTConfig):
+            if length:
+                raise InputError("length is for texts; that of an image follows from model.image_size")
             self.length = (model.image_size // model.patch_size) ** 2
         else:
             self.length = length or model.context
@@ -318,7 +323,7 @@ class Placement:
             return "one device"
         if self.shards == 1:
             return "replicated (DDP)"
-        return f"sharded over {self.shards} ({'FSDP2' if self.shards == devices else 'hybrid'})"
+        return f"sharded {self.shards} ({'FSDP2' if self.shards == devices else 'hybrid'})"
 
 
 @dataclass(frozen=True)
@@ -365,7 +370,7 @@ class Plan:
         if self.assumptions:
             yield f"No data were read; assumed: {'; '.join(self.assumptions)}."
         if self.devices > 1:
-            layouts = Table("layout", "checkpointing", box=SIMPLE_HEAD)
+            layouts = Table("layout", "recompute", box=SIMPLE_HEAD)
             for name in ("micro-batch", "memory", "s/step", "fits"):
                 layouts.add_column(name, justify="right")
             for one in self.placements:
@@ -389,7 +394,7 @@ class Plan:
         yield memory
         seconds = self.chosen.seconds
         apart = f" on {self.devices} GPUs, if none waits for another" if self.devices > 1 else ""
-        yield f"At least {seconds:.3g} s a step, {_hours(self.max_steps * seconds)} in all{apart}."
+        yield f"At least {seconds:.3g} s a step, {_time(self.max_steps * seconds)} in all{apart}."
         yield f"Roofline: {self.roofline}."
 
 
@@ -482,8 +487,11 @@ def _size(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+def _time(seconds: float) -> str:
+    for unit, name in ((3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} seconds"
 
 
 def _shards(devices: int) -> list[int]:
