@@ -261,7 +261,7 @@ def test_what_data_would_decide_is_assumed_and_said():
 @given(tokens=st.integers(1, 5000), length=st.integers(1, 64), family=st.sampled_from(FAMILIES))
 def test_the_synthetic_batch_is_what_the_sampler_would_take(tokens, length, family):
     given = config(family, batch_tokens=tokens)
-    data = SyntheticDataset(given, length)
+    data = SyntheticDataset(given, 0 if family == "vit" else length)
     longest = int(data.costs.max())
     assert len(data) * longest <= tokens or len(data) == 1
     assert (len(data) + 1) * longest > tokens
