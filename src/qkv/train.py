@@ -260,10 +260,14 @@ class Trainer:
         self.config, self.start, self.dataset, self.ranks = config, checkpoint, dataset, ranks
         self.model: Model = checkpoint.model
         self.device = next(self.model.parameters()).device
-        for module in self.model.modules():
-            if isinstance(module, Block) and config.gradient_checkpointing:
-                recomputed = partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
-                module.forward = recomputed  # type: ignore[method-assign]
+        if config.torch_compile and len(np.unique(dataset.costs)) > 1:
+            raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
+        for block in (module for module in self.model.modules() if isinstance(module, Block)):
+            if config.gradient_checkpointing:
+                recomputed = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+                block.forward = recomputed  # type: ignore[method-assign]
+            if config.torch_compile:
+                block.compile()
         self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
         self.bf16 = config.precision == "bf16"
         # The model to save: the first rank's whole copy of one that is spread.
@@ -349,10 +353,14 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
         prefetch(lambda item: trainer.data(*item), todo) as stream,
     ):
         observer.begin(job.config, progress.step)
+        first = progress.step + 1
         while not progress.finished:
             step = progress.step + 1
             record = trainer.step(next(stream), step)
             progress.step = step
+            if config.torch_compile and step == first:
+                warm_up = time.monotonic() - started - progress.seconds
+                observer.say(f"The first step, with compilation, took {warm_up:.0f} s.")
             progress.seconds = time.monotonic() - started
             progress.finished = step == config.max_steps
             record |= {"step": step, "seconds": progress.seconds}
