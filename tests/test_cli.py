@@ -103,8 +103,8 @@ def test_help_needs_no_torch():
     code += " assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = ("demo", "train", "eval", "generate", "translate", "fill", "classify", "tag", "embed", "merge")
-    for command in commands:
+    commands = "demo train plan eval generate translate fill classify tag embed merge"
+    for command in commands.split():
         assert command in done.stdout
 
 
@@ -286,8 +286,8 @@ def test_output_that_cannot_show_every_character(runs, encoding):
         ("embed x -o", "Missing value .*--output.*; see qkv embed --help"),
         ("train gpt --data x --lora.rank 4", "lora.rank adapts a trained model: name it with init"),
         ("train gpt --data x --lora.rank 4 --init y --train.optimizer muon", "muon is for whole matrices"),
-        ("tran", "tran; there are demo, train, eval, .*, merge$"),
-        ("", "demo, train, eval.*; see qkv --help"),
+        ("tran", "tran; there are demo, train, plan, eval, .*, merge$"),
+        ("", "demo, train, plan, eval.*; see qkv --help"),
     ],
 )
 @pytest.mark.parametrize("stdout", [StringIO, Terminal])

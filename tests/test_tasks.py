@@ -279,6 +279,17 @@ def test_settings_that_would_do_nothing_are_refused(
         new_job(dataclasses.replace(config, data=dataclasses.replace(config.data, **setting)))
 
 
+def test_compiled_blocks_need_samples_of_equal_length(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "gpt", torch_compile=True)
+    config = dataclasses.replace(
+        config,
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
+        data=dataclasses.replace(config.data, bpe_dropout=0.3),
+    )
+    with pytest.raises(InputError, match=r"leave out data\.bpe_dropout"):
+        new_job(config)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_r_drop_is_for_answers_that_are_distributions(task: str, tmp_path: Path) -> None:
     config = task_config(tmp_path, task, r_drop=1.0, max_steps=2, warmup_steps=1)

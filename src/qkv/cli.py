@@ -99,6 +99,65 @@ def train(
             print(json.dumps({"run": str(run), "step": done.best_step, "held_out": done.best_scores}))
 
 
+def plan(
+    recipe: Positional[Annotated[str, arg(metavar="FAMILY|PRESET|RECIPE")]],
+    config: Settings = default_recipe("gpt"),  # noqa: B008 - frozen; _plan_command gives the recipe's
+    gpus: int = 0,
+    gpu_memory_gib: float = 80.0,
+    length: int = 0,
+    as_json: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Tell what a run will need before it starts: parameters, FLOPs, memory, time, and a layout for GPUs.
+    `qkv plan gpt --model.depth 48 --gpus 64`; takes the settings of `qkv train`, and reads no data.
+
+    Args:
+        recipe: transformer, bert, gpt or vit, a published size such as gpt2-xl or vit-b/16, or a recipe file.
+        config: Settings.
+        gpus: Number of GPUs to plan for, which need not be here; 0: the device that is here.
+        gpu_memory_gib: Memory of each of these GPUs in GiB.
+        length: Tokens of a text; 0: the context, the most there can be.
+        as_json: Print JSON: bytes, seconds and FLOPs.
+    """
+    from rich.console import Console
+
+    from qkv.plan import plan as make_plan
+
+    planned = make_plan(config, gpus, gpu_memory_gib, length)
+    if as_json:
+        print(json.dumps(planned.as_dict(), indent=2))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for part in planned.describe():
+        console.print(part)
+
+
+def _plan_command(arguments: list[str]) -> Callable[[], None]:
+    """Parse what follows `qkv plan`: a family, a published size or a recipe file, and settings."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    if not named and "--help" not in arguments and "-h" not in arguments:
+        raise InputError(f"name what to plan: a recipe file, a preset or one of {', '.join(FAMILIES)}")
+    command = partial(_deferred(plan), config=_planned_config(named or "gpt"))
+    return tyro.cli(
+        command, args=arguments, prog=f"qkv plan {named}".rstrip(), config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _planned_config(named: str) -> RunConfig:
+    if named in FAMILIES:
+        return default_recipe(named)
+    from qkv.models import PRESETS
+
+    if named in PRESETS:
+        model = PRESETS[named]
+        vocabulary = getattr(model, "vocab_size", None)
+        usual = default_recipe(model.family)
+        tokenizer = replace(usual.tokenizer, vocab_size=vocabulary) if vocabulary else usual.tokenizer
+        return replace(usual, model=model, tokenizer=tokenizer)
+    if not Path(named).exists():
+        raise InputError(f"no recipe file or preset {named}; the presets are {', '.join(PRESETS)}")
+    return read_toml(Path(named))
+
+
 def _train_command(arguments: list[str]) -> Callable[[], None]:
     """Parse what follows `qkv train`: the recipe decides which settings there are and their defaults."""
     arguments = [re.sub(r"--data(?=$|=)", "--data.path", argument) for argument in arguments]
@@ -350,6 +409,7 @@ def _stderr(quiet: bool = False) -> Any:
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "train": train,
+    "plan": plan,
     "eval": evaluate,
     "generate": generate,
     "translate": translate,
@@ -386,8 +446,9 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            if arguments[:1] == ["train"]:
-                return _train_command(arguments[1:])
+            for name, parse in (("train", _train_command), ("plan", _plan_command)):
+                if arguments[:1] == [name]:
+                    return parse(arguments[1:])
             commands = {name: _deferred(command) for name, command in COMMANDS.items()}
             about = "Four Transformers, one attention."
             chosen = tyro.extras.subcommand_cli_from_dict(

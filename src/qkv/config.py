@@ -343,6 +343,9 @@ class TrainConfig:
     """How many of the last states stay."""
     early_stopping_patience: int = 0
     """Stop after so many scores in a row without a new best; 0: never."""
+    torch_compile: bool = False
+    """Compile the blocks with torch.compile, for samples of equal length: GPT's windows, images. It takes its
+    time at the first step of a run; torch keeps the result for the next."""
     gradient_checkpointing: bool = False
     """Compute blocks anew in the backward pass instead of keeping what is in them: less memory, more time."""
     shard_ranks: int = 1

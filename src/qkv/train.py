@@ -21,12 +21,11 @@ from types import FrameType
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from qkv import hub, lora
 from qkv.average import Average, average_of, replaced
 from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
-from qkv.config import RunConfig, read_toml, write_toml
+from qkv.config import RunConfig, TrainConfig, read_toml, write_toml
 from qkv.data import (
     Cache,
     Dataset,
@@ -215,12 +214,13 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     keep_freed_memory()
     if not resume:
         begin(job, run)
-    trainer = Trainer(job, ranks)
+    job.checkpoint.model.to(ranks.device())
+    trainer = Trainer(job.config.train, job.checkpoint, job.train, ranks)
     progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
     if progress.data != job.train.fingerprint:
         raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
     try:
-        _loop(trainer, run, observer, progress)
+        _loop(job, trainer, run, observer, progress)
     except RuntimeError as error:
         if ranks.count > 1:
             raise InputError(
@@ -251,17 +251,22 @@ class StepData:
 
 
 class Trainer:
-    """A job's model with what trains it, on this rank's device and spread over the ranks."""
+    """A checkpoint's model with what trains it, on the device where it is, and spread over the ranks."""
 
-    def __init__(self, job: Job, ranks: Ranks = ALONE) -> None:
-        config = job.config.train
-        self.job, self.config, self.ranks = job, config, ranks
-        self.device = ranks.device()
-        self.model: Model = job.checkpoint.model.to(self.device)
-        for module in self.model.modules():
-            if isinstance(module, Block) and config.gradient_checkpointing:
-                recomputed = partial(checkpoint, module.forward, use_reentrant=False)
-                module.forward = recomputed  # type: ignore[method-assign]
+    def __init__(
+        self, config: TrainConfig, checkpoint: Checkpoint, dataset: Dataset, ranks: Ranks = ALONE
+    ) -> None:
+        self.config, self.start, self.dataset, self.ranks = config, checkpoint, dataset, ranks
+        self.model: Model = checkpoint.model
+        self.device = next(self.model.parameters()).device
+        if config.torch_compile and len(np.unique(dataset.lengths)) > 1:
+            raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
+        for block in (module for module in self.model.modules() if isinstance(module, Block)):
+            if config.gradient_checkpointing:
+                recomputed = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+                block.forward = recomputed  # type: ignore[method-assign]
+            if config.torch_compile:
+                block.compile()
         self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
         self.bf16 = config.precision == "bf16"
         # The model to save: the first rank's whole copy of one that is spread.
@@ -281,9 +286,8 @@ class Trainer:
         mine = [(part, True) for part in parts[self.ranks.rank :: self.ranks.count]]
         passes = math.ceil(len(parts) / self.ranks.count)
         mine += [(indices[:1], False)] * (passes - len(mine))
-        train = self.job.train
-        batches = [(train.batch(part, epoch).to(self.device), counts) for part, counts in mine]
-        return StepData(epoch, batches, float(train.costs[list(indices)].sum()))
+        batches = [(self.dataset.batch(part, epoch).to(self.device), counts) for part, counts in mine]
+        return StepData(epoch, batches, float(self.dataset.costs[list(indices)].sum()))
 
     def step(self, data: StepData, step: int) -> dict[str, float]:
         """One optimiser step over the data of all ranks; what there is to record of it."""
@@ -323,10 +327,6 @@ class Trainer:
             loss += part.detach()
         return loss.item()
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out scores of the weights that the model has now."""
-        return evaluate(self.objective, self.job.valid)
-
     def checkpoint(self) -> Checkpoint | None:
         """The model with the weights that it has now, whole; on ranks but the first None."""
         if self.ranks.count > 1:
@@ -334,12 +334,12 @@ class Trainer:
             if not self.ranks.first:
                 return None
             self.saved.load_state_dict(weights)
-        return replace(self.job.checkpoint, model=self.saved)
+        return replace(self.start, model=self.saved)
 
 
-def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
+def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
     """Steps, scores and saved states from where `progress` is to the end."""
-    job, config, ranks = trainer.job, trainer.config, trainer.ranks
+    config, ranks = trainer.config, trainer.ranks
     metrics = Metrics(run, progress.step) if ranks.first else None
     trend = LossTrend(**progress.trend)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
@@ -352,10 +352,14 @@ def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -
         prefetch(lambda item: trainer.data(*item), todo) as stream,
     ):
         observer.begin(job.config, progress.step)
+        first = progress.step + 1
         while not progress.finished:
             step = progress.step + 1
             record = trainer.step(next(stream), step)
             progress.step = step
+            if config.torch_compile and step == first:
+                warm_up = time.monotonic() - started - progress.seconds
+                observer.say(f"The first step, with compilation, took {warm_up:.0f} s.")
             progress.seconds = time.monotonic() - started
             progress.finished = step == config.max_steps
             record |= {"step": step, "seconds": progress.seconds}
@@ -366,7 +370,7 @@ def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -
             check_trend(step, config, trend)
             progress.trend = asdict(trend)
             if step % config.eval_steps == 0 or progress.finished:
-                _evaluate(trainer, run, observer, progress, metrics, started)
+                _evaluate(job, trainer, run, observer, progress, metrics, started)
             # Any rank's signal stops all of them behind the same step.
             number = ranks.max(interruption.number)
             if step % config.save_steps == 0 or progress.finished or number:
@@ -381,6 +385,7 @@ def _loop(trainer: Trainer, run: Path, observer: Observer, progress: Progress) -
 
 
 def _evaluate(
+    job: Job,
     trainer: Trainer,
     run: Path,
     observer: Observer,
@@ -391,7 +396,7 @@ def _evaluate(
     """Score the averaged weights; if they are the best so far, they go into the run folder."""
     config, step = trainer.config, progress.step
     with replaced(trainer.model, trainer.average.weights(trainer.model, run)):
-        scores = evaluate(trainer.objective, trainer.job.valid)
+        scores = evaluate(trainer.objective, job.valid)
         check_finite(step, config, scores["loss"])
         checkpoint = trainer.checkpoint()
         if scores["loss"] < progress.best_scores.get("loss", math.inf):

@@ -102,11 +102,13 @@ def trained_tokenizer(
 
 
 def _check_settings(kind: Kind, config: RunConfig) -> None:
-    """Raise InputError for settings that would do nothing for such data."""
+    """Raise InputError for settings that would do nothing for such data, or do not go together."""
     if config.data.whole_words and (config.model.family, kind) != ("bert", "text"):
         raise InputError("data.whole_words is for masked language modelling: leave it out")
     if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
         raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
+    if config.data.bpe_dropout and config.train.torch_compile:
+        raise InputError("train.torch_compile needs samples of equal length: leave out data.bpe_dropout")
     for name in ("label_smoothing_factor", "r_drop"):
         if getattr(config.train, name) and kind in ("regression", "contrastive"):
             raise InputError(f"train.{name} is for classes, not for {kind}: leave it out")
