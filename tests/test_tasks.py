@@ -20,6 +20,7 @@ from qkv.evaluate import derived, evaluate, score
 from qkv.objectives import Objective
 from qkv.pipelines import Encoder, from_pretrained
 from qkv.report.run import REPORT, SAMPLES, RunReport
+from qkv.roofline import flops_per_token
 from qkv.train import Job, new_job, resumed_job, train
 
 TASKS = {
@@ -82,6 +83,14 @@ def test_scores_do_not_depend_on_the_size_of_batches(task: str, runs: dict[str, 
     objective, dataset = Objective(runs[task].job.checkpoint.model), runs[task].job.train
     whole = evaluate(objective, dataset)
     assert evaluate(objective, dataset, batch_tokens=30) == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_work_is_counted_for_each_task(task: str, runs: dict[str, Trained]) -> None:
+    model, dataset = runs[task].job.checkpoint.model, runs[task].job.train
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    found = flops_per_token(model, dataset)
+    assert 0.9 * 6 * matrices < found < 2 * 6 * matrices  # forward, and twice that backward; and attention
 
 
 def test_tags_that_mark_no_entities_have_a_macro_f1() -> None:
@@ -286,8 +295,10 @@ def test_compiled_blocks_need_samples_of_equal_length(tmp_path: Path) -> None:
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
         data=dataclasses.replace(config.data, bpe_dropout=0.3),
     )
-    with pytest.raises(InputError, match=r"leave out data\.bpe_dropout"):
+    with pytest.raises(InputError, match=r"leave it out with data\.bpe_dropout"):
         new_job(config)
+    with pytest.raises(InputError, match=r"leave it out with contrastive learning"):
+        new_job(task_config(tmp_path, "contrastive", torch_compile=True))
 
 
 @pytest.mark.parametrize("task", TASKS)

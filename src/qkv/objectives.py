@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -142,7 +143,10 @@ def contrastive(vectors: Tensor, batch: ContrastiveBatch) -> Contrastive:
     texts, pairs = F.normalize(vectors.float()).chunk(2)  # (N, D)
     right = torch.arange(len(texts), device=vectors.device)
     compared = batch.wrong | torch.eye(len(texts), dtype=torch.bool, device=vectors.device)  # (N, N)
-    with torch.autocast(vectors.device.type, enabled=False):
+    # Cosines in bfloat16 are too coarse to be divided by the temperature. The meta device has no autocast.
+    device = vectors.device.type
+    known = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if known else nullcontext():
         similarities = texts @ pairs.T / batch.temperature
     return Contrastive(similarities.masked_fill(~compared, -torch.inf), right)
 

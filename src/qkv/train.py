@@ -259,7 +259,7 @@ class Trainer:
         self.config, self.start, self.dataset, self.ranks = config, checkpoint, dataset, ranks
         self.model: Model = checkpoint.model
         self.device = next(self.model.parameters()).device
-        if config.torch_compile and len(np.unique(dataset.lengths)) > 1:
+        if config.torch_compile and len(np.unique(dataset.costs)) > 1:
             raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
         for block in (module for module in self.model.modules() if isinstance(module, Block)):
             if config.gradient_checkpointing:

@@ -107,8 +107,9 @@ def _check_settings(kind: Kind, config: RunConfig) -> None:
         raise InputError("data.whole_words is for masked language modelling: leave it out")
     if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
         raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
-    if config.data.bpe_dropout and config.train.torch_compile:
-        raise InputError("train.torch_compile needs samples of equal length: leave out data.bpe_dropout")
+    if config.train.torch_compile and (config.data.bpe_dropout or kind == "contrastive"):
+        what = "data.bpe_dropout" if config.data.bpe_dropout else "contrastive learning"
+        raise InputError(f"train.torch_compile needs samples of equal length: leave it out with {what}")
     for name in ("label_smoothing_factor", "r_drop"):
         if getattr(config.train, name) and kind in ("regression", "contrastive"):
             raise InputError(f"train.{name} is for classes, not for {kind}: leave it out")
