@@ -47,7 +47,7 @@ PEER_SETTINGS: dict[str, dict[str, bool]] = {
     "bf16": {"bf16": True, "fused": True, "malloc": True},
     "bf16, compiled": {"bf16": True, "fused": True, "malloc": True, "compile": True},
 }
-"""fp32 is what a peer does by itself here. The others also have fused AdamW and memory kept as qkv keeps it."""
+"""fp32 is what a peer does by itself here; the others also have fused AdamW, and keep memory as qkv does."""
 OURS: dict[str, dict[str, Any]] = {
     "qkv": {},
     "qkv, compiled": {"torch_compile": True},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -104,5 +107,9 @@ def run_line(line: str, monkeypatch) -> None:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         assert extras and set(extras[1].split(",")) <= project["optional-dependencies"].keys()
         assert (ROOT / words[words.index("-c") + 1]).is_file()
+    elif words[0] == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
     else:
         assert words[:3] == ["python", "-m", "venv"], line
