@@ -31,7 +31,7 @@ from qkv.config import (
 from qkv.data import Sampler
 from qkv.errors import InputError
 from qkv.layers import Block
-from qkv.meter import Meter, Roofline, Work
+from qkv.meter import Meter, Work
 from qkv.models import PRESETS, build
 from qkv.objectives import item_counts
 from qkv.plan import (
@@ -47,6 +47,7 @@ from qkv.plan import (
     synthetic_trainer,
 )
 from qkv.recipes import default_recipe
+from qkv.roofline import Roofline
 from qkv.train import Trainer, new_job
 
 CPU = torch.device("cpu")

@@ -1,17 +1,14 @@
 """What code costs on torch tensors: memory, floating-point operations and memory traffic, all counted.
 
 A `Meter` sees every operator that runs inside it. Under FakeTensorMode nothing is computed or allocated,
-so the step of a model that fits no machine is counted as exactly as that of a small one. A `Roofline`
-turns the counts into seconds (Williams et al. 2009).
+so the step of a model that fits no machine is counted as exactly as that of a small one.
 """
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -165,62 +162,3 @@ def _phase() -> Phase:
 def _size(tensor: Tensor) -> int:
     """Bytes of the elements, those of an expanded dimension once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-# ---------------------------------------------------------------- time
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What a device can sustain."""
-
-    name: str
-    flops: dict[torch.dtype, float]
-    """Floating-point operations a second in matrix products of a type."""
-    bandwidth: float
-    """Bytes read and written a second."""
-
-    def __str__(self) -> str:
-        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {type}" for type, rate in self.flops.items())
-        return f"{rates.replace('torch.', '')}, {self.bandwidth / 1e9:,.0f} GB/s ({self.name})"
-
-    def seconds(self, work: Iterable[Work]) -> float:
-        """Time of operators one after the other, each held back by products or by memory alone."""
-        slowest = min(self.flops.values())
-        return sum(
-            max(op.flops / self.flops.get(op.dtype, slowest), op.traffic / self.bandwidth) for op in work
-        )
-
-
-def measure_roofline(device: torch.device, tokens: int, dim: int, mlp_dim: int) -> Roofline:
-    """Rates at the sizes of a feed-forward network, (tokens, dim) to (tokens, mlp_dim), in about a second.
-
-    Memory is written as operators write it: into a new tensor.
-    """
-    rows, cuda = min(tokens, 2048), device.type == "cuda"
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(rows, dim, dtype=dtype, device=device)
-        weight = torch.ones(dim, mlp_dim, dtype=dtype, device=device)
-        out = torch.empty(rows, mlp_dim, dtype=dtype, device=device)
-        seconds = _time(partial(torch.mm, x, weight, out=out), device)
-        rates[dtype] = 2 * rows * dim * mlp_dim / seconds
-    hidden = torch.ones(min(tokens, 16384), mlp_dim, device=device)
-    bandwidth = 2 * hidden.element_size() * hidden.numel() / _time(partial(torch.mul, hidden, 2.0), device)
-    name = torch.cuda.get_device_name(device) if cuda else f"this CPU, {torch.get_num_threads()} threads"
-    return Roofline(f"measured on {name}", rates, bandwidth)
-
-
-def _time(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
-    """Seconds of the fastest of the calls that `budget` seconds have room for: a busy machine slows some."""
-    times: list[float] = []
-    call()
-    while sum(times) < budget:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)

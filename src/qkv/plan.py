@@ -44,10 +44,11 @@ from qkv.data.documents import SELECTED
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.layers import Block
-from qkv.meter import Meter, Roofline, measure_roofline
+from qkv.meter import Meter
 from qkv.models import Model, build
 from qkv.models.bert import LABELLED
 from qkv.ragged import Layout, Ragged
+from qkv.roofline import Roofline, measure_roofline
 from qkv.runtime import multiplies_bfloat16, pick_device
 from qkv.train import Trainer
 

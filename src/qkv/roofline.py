@@ -1,7 +1,8 @@
-"""How fast this machine multiplies matrices at best, and how much of that a model's training needs.
+"""How fast a device is, how much of that a model's training needs, and how long counted work takes at least.
 
-Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is the share of that peak which the
-arithmetic of a model's training takes up, each multiplication counted once.
+Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) is the share of a device's peak which the
+arithmetic of a model's training takes up, each multiplication counted once. A `Roofline` turns what a
+`Meter` counted into seconds (Williams et al. 2009).
 
 Legend: S side of a square matrix.
 """
@@ -13,7 +14,10 @@ import json
 import platform
 import re
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qkv.data import Dataset
 from qkv.errors import InputError
 from qkv.files import cache_folder, replace_file
+from qkv.meter import Work
 from qkv.models import Model
 from qkv.objectives import loss_terms
 
@@ -117,3 +122,59 @@ def full_rate(model: Model, dataset: Dataset, precision: str) -> float:
     """Tokens a second at which training would take all of what the model's device can multiply."""
     device = next(model.parameters()).device
     return peak(device, precision) / flops_per_token(model, dataset)
+
+
+# ---------------------------------------------------------------- predicted time
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a device can sustain."""
+
+    name: str
+    flops: dict[torch.dtype, float]
+    """Floating-point operations a second in matrix products of a type."""
+    bandwidth: float
+    """Bytes read and written a second."""
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {type}" for type, rate in self.flops.items())
+        return f"{rates.replace('torch.', '')}, {self.bandwidth / 1e9:,.0f} GB/s ({self.name})"
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Time of operators one after the other, each held back by products or by memory alone."""
+        slowest = min(self.flops.values())
+        return sum(
+            max(op.flops / self.flops.get(op.dtype, slowest), op.traffic / self.bandwidth) for op in work
+        )
+
+
+def measure_roofline(device: torch.device, tokens: int, dim: int, mlp_dim: int) -> Roofline:
+    """Rates at the sizes of a feed-forward network, (tokens, dim) to (tokens, mlp_dim), in about a second.
+
+    Memory is written as operators write it: into a new tensor.
+    """
+    rows = min(tokens, 2048)
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(rows, dim, dtype=dtype, device=device)
+        weight = torch.ones(dim, mlp_dim, dtype=dtype, device=device)
+        out = torch.empty(rows, mlp_dim, dtype=dtype, device=device)
+        seconds = _time(partial(torch.mm, x, weight, out=out), device)
+        rates[dtype] = 2 * rows * dim * mlp_dim / seconds
+    hidden = torch.ones(min(tokens, 16384), mlp_dim, device=device)
+    bandwidth = 2 * hidden.element_size() * hidden.numel() / _time(partial(torch.mul, hidden, 2.0), device)
+    return Roofline(f"measured on {device_name(device)}", rates, bandwidth)
+
+
+def _time(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
+    """Seconds of the fastest of the calls that `budget` seconds have room for: a busy machine slows some."""
+    times: list[float] = []
+    call()
+    while sum(times) < budget:
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
