@@ -18,7 +18,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from qkv.attention import Attention
 from qkv.errors import InputError
+from qkv.layers import Block
 from qkv.runtime import pick_device
 
 TIMEOUT = timedelta(minutes=10)
@@ -100,9 +102,6 @@ def spread(root: nn.Module, ranks: Ranks, shard_ranks: int, bf16: bool) -> None:
         fully_shard,
         register_fsdp_forward_method,
     )
-
-    from qkv.attention import Attention
-    from qkv.layers import Block
 
     if ranks.count % shard_ranks:
         raise InputError(
