@@ -27,14 +27,14 @@ RECIPE = RunConfig(
     model=GPTConfig(dim=128, depth=3, heads=4, mlp_dim=512, context=256, dropout=0.1, attention_dropout=0.0),
     tokenizer=TokenizerConfig(kind="bpe", vocab_size=1024),
     train=TrainConfig(
-        max_steps=640,
+        max_steps=900,
         batch_tokens=2048,
         optimizer="muon",
         learning_rate=3e-3,
         schedule="linear",
         warmup_steps=30,
         weight_decay=0.1,
-        eval_steps=160,
+        eval_steps=225,
     ),
 )
 HELD_OUT, TRAIN = 0.06, 0.17

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from qkv.attention import record
-from qkv.config import DataConfig, RunConfig, TrainConfig, ViTConfig
+from qkv.config import AugmentConfig, DataConfig, RunConfig, TrainConfig, ViTConfig
 from qkv.demo.lab import Lab, Part, accuracy, logistic_regression, lot, need, recorded
 from qkv.pipelines import ImageClassifier, from_pretrained
 from qkv.report import Figure, Measure, Scores, gallery, overlay
@@ -20,13 +20,15 @@ from qkv.report import Figure, Measure, Scores, gallery, overlay
 RECIPE = RunConfig(
     model=ViTConfig(image_size=0, patch_size=2, dim=64, depth=4, heads=4, mlp_dim=256, dropout=0.1),
     train=TrainConfig(
-        max_steps=600,
+        max_steps=1000,
         batch_tokens=2048,
+        optimizer="muon",
         learning_rate=2e-3,
         warmup_steps=50,
         weight_decay=0.05,
-        eval_steps=100,
+        eval_steps=200,
     ),
+    augment=AugmentConfig(crop_padding=1),
 )
 
 
