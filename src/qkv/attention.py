@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkv.dropout import dropout as drop
 from qkv.ragged import Layout
 
 KeyValue = tuple[Tensor, Tensor]
@@ -115,14 +116,8 @@ class _Block:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Tokens (Tq, H, E), (Tk, H, E), (Tk, H, E) -> this block's answers (its tokens, H, E)."""
-        answer = F.scaled_dot_product_attention(
-            self.queries.gather(query),
-            self.keys.gather(key),
-            self.keys.gather(value),
-            attn_mask=self.mask,
-            is_causal=self.causal and self.plain,
-            dropout_p=dropout,
-        )  # (B, H, Lq, E)
+        Q, K, V = self.queries.gather(query), self.keys.gather(key), self.keys.gather(value)
+        answer = _dense(Q, K, V, self.mask, self.causal and self.plain, dropout)  # (B, H, Lq, E)
         return self.queries.scatter(answer)
 
 
@@ -198,15 +193,39 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout:
         out = varlen_attn(query, key, value, *edges, window_size=window)
         assert isinstance(out, Tensor)
         return out
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu" and torch.is_grad_enabled():
-        # On CPU the backward of the fused kernel is 9 times slower in bfloat16 than in float32.
-        with torch.autocast("cpu", enabled=False):
-            return attend(query.float(), key.float(), value.float(), pattern, dropout).bfloat16()
     answers = [block.attend(query, key, value, dropout) for block in pattern.blocks]
     if not answers:
         return torch.zeros_like(query)
     out = torch.cat(answers) if len(answers) > 1 else answers[0]
     return out if pattern.order is None else out.index_select(0, pattern.order)
+
+
+_PRODUCTS = 512
+"""Most keys of a sequence for which training on a CPU keeps all probabilities: beyond, they cost more memory
+than the time they save."""
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    """Attention of a block: query (B, H, Lq, E), key and value (B, H, Lk, E) -> (B, H, Lq, E).
+
+    mask: True where a query may attend a key; causal: the lower triangle, without a mask.
+    """
+    training = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if not training:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
+    # The fused kernel's backward pass does not multiply in bfloat16 on CPUs.
+    with torch.autocast("cpu", enabled=False):
+        if key.shape[2] > _PRODUCTS:
+            Q, K, V = query.float(), key.float(), value.float()
+            return F.scaled_dot_product_attention(Q, K, V, mask, dropout, causal).bfloat16()
+        if causal:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)  # (B, H, Lq, Lk)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return drop(scores.softmax(-1), dropout) @ value
 
 
 def _varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool:

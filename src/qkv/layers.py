@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Attention, KeyValue, LayerCache, Pattern
 from qkv.config import Activation, ModelConfig
+from qkv.dropout import Dropout
 from qkv.errors import InputError
 from qkv.ragged import Layout
 
@@ -99,7 +100,7 @@ class Block(nn.Module):
             return nn.LayerNorm(config.dim, eps=config.norm_eps)
 
         self.norm_first = config.norm_first
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
         self.attention = Attention(config.dim, config.heads, config.attention_dropout)
         self.attention_norm = norm()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Packed
 from qkv.config import LoraConfig, RunConfig
+from qkv.dropout import Dropout
 from qkv.errors import InputError
 
 HEAD = ("pooler", "classifier")
@@ -46,7 +47,7 @@ class Adapted(Packed):
         self.B = nn.Parameter(linear.weight.new_zeros(parts, outputs, rank))  # (P, O / P, r)
         nn.init.kaiming_uniform_(self.A.flatten(0, 1), a=math.sqrt(5))
         self.config = config
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, I) -> (T, O)."""

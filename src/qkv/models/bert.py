@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Attention, Pattern
 from qkv.config import Activation, BertConfig, BertHead
+from qkv.dropout import Dropout
 from qkv.errors import InputError
 from qkv.layers import ACTIVATIONS, blocks, check_lengths, init_normal
 from qkv.ragged import Ragged
@@ -75,7 +76,7 @@ class Bert(nn.Module):
         self.segments = nn.Embedding(config.segments, config.dim)
         self.positions = nn.Embedding(config.context, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = blocks(config)
         self.pooler: nn.Linear | None = None
         self.config = config

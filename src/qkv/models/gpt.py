@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Attention, Cache, Pattern
 from qkv.config import GPTConfig
+from qkv.dropout import Dropout
 from qkv.layers import blocks, check_lengths, init_normal, rotary
 from qkv.ragged import Ragged
 
@@ -41,7 +42,7 @@ class GPT(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.context, config.dim) if learned else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = blocks(config)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         init_normal(self, config.depth)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Attention, Cache, KeyValue, Pattern
 from qkv.config import TransformerConfig
+from qkv.dropout import Dropout
 from qkv.layers import blocks, check_lengths, init_xavier, sinusoidal
 from qkv.ragged import Ragged
 
@@ -50,7 +51,7 @@ class Transformer(nn.Module):
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.register_buffer("position_table", sinusoidal(config.context, config.dim), persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.encoder = blocks(config)
         self.decoder = blocks(config, cross=True)
         self.encoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()

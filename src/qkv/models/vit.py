@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qkv.attention import Attention, Pattern
 from qkv.config import ViTConfig
+from qkv.dropout import Dropout
 from qkv.errors import InputError
 from qkv.layers import blocks, init_normal
 from qkv.ragged import Layout, Ragged
@@ -52,7 +53,7 @@ class ViT(nn.Module):
         self.patches = nn.Linear(config.channels * config.patch_size**2, config.dim)
         self.class_token = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = blocks(config)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         self.config = config
