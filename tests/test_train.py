@@ -243,7 +243,9 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     arguments = [str(tmp_path / "recipe.toml"), "--out", str(cut)]
     for wanted in (0, 1, 3):  # at 0, before any step is saved
         process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.DEVNULL)
-        while (not saved_states(cut) or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
+        while (
+            not (cut / "config.toml").exists() or len(read_metrics(cut)) < 20 * wanted
+        ) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL

@@ -24,7 +24,17 @@ import torch
 
 from qkv import hub, lora
 from qkv.average import Average, average_of, replaced
-from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
+from qkv.checkpoint import (
+    CONFIG,
+    Metrics,
+    Progress,
+    drop_states,
+    load_state,
+    save_state,
+    saved_states,
+    step_of,
+    write_text,
+)
 from qkv.config import BertHead, RunConfig, TrainConfig, read_toml, write_toml
 from qkv.data import (
     Cache,
@@ -41,10 +51,10 @@ from qkv.data.batches import Batch
 from qkv.data.cache import Watch, unwatched
 from qkv.data.summary import Summary, summarize
 from qkv.distributed import ALONE, Ranks, spread, whole
-from qkv.divergence import LossTrend, check_finite, check_trend
+from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
-from qkv.files import cache_folder
+from qkv.files import cache_folder, reason
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.layers import Block
@@ -191,16 +201,19 @@ def begin(job: Job, run: Path) -> None:
 
     Raises InputError if the folder holds a run already or cannot be written.
     """
-    if (run / CONFIG).exists():
+    if (run / CONFIG).exists() or any(map(step_of, saved_states(run))):
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
-    write_text(run / CONFIG, write_toml(job.config))
-    for part in (job.checkpoint.tokenizer, job.checkpoint.images):
-        if part is not None:
-            part.save(run)
     model = job.checkpoint.model
     save_state(run, model, [], average_of(model, job.config.train).state, Progress(job.train.fingerprint))
+    try:
+        for part in (job.checkpoint.tokenizer, job.checkpoint.images):
+            if part is not None:
+                part.save(run)
+    except OSError as error:
+        raise InputError(f"cannot write {run}: {reason(error)}") from error
+    write_text(run / CONFIG, write_toml(job.config))  # last: what has it can be resumed
 
 
 def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> Progress:
@@ -220,6 +233,10 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
     if progress.data != job.train.fingerprint:
         raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
+    if progress.step > trainer.config.max_steps:
+        raise InputError(
+            f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}"
+        )
     try:
         _loop(job, trainer, run, observer, progress)
     except RuntimeError as error:
@@ -338,7 +355,6 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
     """Steps, scores and saved states from where `progress` is to the end."""
     config, ranks = trainer.config, trainer.ranks
     metrics = Metrics(run, progress.step) if ranks.first else None
-    trend = LossTrend(**progress.trend)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
     todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
     observer.say(job.summary.text())
@@ -359,9 +375,8 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
             observer.step(step, record)
             if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
                 metrics.add(record)
-            trend.add(record["loss"])
-            check_trend(step, config, trend)
-            progress.trend = asdict(trend)
+            progress.trend.add(record["loss"])
+            check_trend(step, config, progress.trend)
             if step % config.eval_steps == 0 or progress.finished:
                 _evaluate(job, trainer, run, observer, progress, metrics, started)
             # Any rank's signal stops all of them behind the same step.
@@ -428,7 +443,7 @@ class _Interruption:
 
 @contextmanager
 def _interruptible() -> Iterator[_Interruption]:
-    """Remember SIGINT and SIGTERM in the main thread; a second signal acts as usual."""
+    """Remember SIGINT or SIGTERM in the main thread; a second signal acts as usual."""
     interruption = _Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
@@ -437,12 +452,15 @@ def _interruptible() -> Iterator[_Interruption]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         interruption.number = number
-        signal.signal(number, before[signal.Signals(number)])
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     for number in before:
         signal.signal(number, handle)
     try:
         yield interruption
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
