@@ -59,7 +59,8 @@ def test_a_killed_run_ends_as_one_that_was_not(variant, way, kills, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert (runs := list(tmp_path.glob("run-*[0-9]")))
+    runs = list(tmp_path.glob("run-*[0-9]"))
+    assert runs
     for run in runs:
         assert_same_run(tmp_path / "whole", run)
         assert timeless(tensorboard_points(run)) == timeless(tensorboard_points(tmp_path / "whole"))

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -361,7 +361,7 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
     started = time.monotonic() - progress.seconds
     with (
         _interruptible() as interruption,
-        closing(observer),
+        _closing(observer),
         prefetch(lambda item: trainer.data(*item), todo) as stream,
     ):
         observer.begin(job.config, progress.step)
@@ -432,6 +432,18 @@ def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one step on one rank: a hash of 63 bits."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def _closing(observer: Observer) -> Iterator[None]:
+    """Close the observer in any case; whatever went wrong before that is what the user hears of."""
+    try:
+        yield
+    except BaseException:
+        with suppress(InputError):
+            observer.close()
+        raise
+    observer.close()
 
 
 @dataclass
