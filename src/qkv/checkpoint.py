@@ -229,7 +229,7 @@ def _torch_checkpoint() -> Iterator[None]:
             yield
     except CheckpointException as error:
         for failure, _ in error.failures.values():
-            if isinstance(failure, OSError | SafetensorError):
+            if isinstance(failure, OSError | SafetensorError | KeyboardInterrupt):
                 raise failure from None
         raise
 
