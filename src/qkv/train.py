@@ -242,8 +242,8 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     except RuntimeError as error:
         if ranks.count > 1:
             raise InputError(
-                f"rank {ranks.rank} failed, or lost another rank, behind step {progress.step} "
-                f"({_first_line(error)}): mend the cause, then continue with --resume {run}"
+                f"behind step {progress.step} {ranks.failure(error)}: "
+                f"mend the cause, then continue with --resume {run}"
             ) from error
         raise
     if progress.finished and progress.best_step != progress.step:
@@ -251,10 +251,6 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
     return progress
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -307,7 +303,7 @@ class Trainer:
         """One optimiser step over the data of all ranks; what there is to record of it."""
         seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
         self.objective.train()
-        loss = self._accumulate(data.batches)
+        loss = self.backward(data.batches)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         (total,) = self.ranks.sum([loss])
         check_finite(step, self.config, total, norm.item())
@@ -326,7 +322,7 @@ class Trainer:
             "tokens": data.tokens,
         }
 
-    def _accumulate(self, batches: Sequence[tuple[Batch, bool]]) -> float:
+    def backward(self, batches: Sequence[tuple[Batch, bool]]) -> float:
         """Add the gradients of a step's loss to the parameters'; this rank's share of the loss."""
         names = list(item_counts(batches[0][0]))
         own = [sum(item_counts(batch)[name] for batch, counts in batches if counts) for name in names]
