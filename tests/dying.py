@@ -109,7 +109,7 @@ def main() -> None:
     while way == "time" and kills:
         run = folder / f"run-{number}"
         child = start(recipe, run, Death(run))
-        time.sleep(rng.uniform(0.0, seconds / 3))
+        time.sleep(rng.uniform(0.0, seconds))
         os.kill(child, signal.SIGKILL)
         if wait(child):
             number += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -405,3 +406,12 @@ def test_states_of_a_run_without_its_settings_are_not_taken_up(tmp_path):
     (tmp_path / "run" / "config.toml").unlink()
     with pytest.raises(InputError, match="already holds a run"):
         train(new_job(config), tmp_path / "run", Nobody())
+
+
+def test_a_finished_run_drops_the_state_that_it_was_killed_before_dropping(tmp_path):
+    run = tmp_path / "run"
+    train(new_job(run_config(tmp_path, "vit", max_steps=4, save_steps=2)), run, Nobody())
+    (last,) = saved_states(run)
+    shutil.copytree(last, last.with_name("step-000000002"))
+    train(resumed_job(run), run, Nobody(), resume=True)
+    assert saved_states(run) == [last]

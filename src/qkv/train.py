@@ -237,6 +237,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
         raise InputError(
             f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}"
         )
+    _drop_states(run, trainer)  # those that a killed process was about to
     try:
         _loop(job, trainer, run, observer, progress)
     except RuntimeError as error:
@@ -379,9 +380,7 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
             number = ranks.max(interruption.number)
             if step % config.save_steps == 0 or progress.finished or number:
                 save_state(run, trainer.model, trainer.optimizers, trainer.average.state, progress, ranks)
-                if ranks.first:
-                    keep = max(config.save_total_limit, config.average_checkpoints)
-                    drop_states(run, keep, config.save_steps)
+                _drop_states(run, trainer)
             if number and not progress.finished:
                 if number == signal.SIGINT:
                     raise KeyboardInterrupt
@@ -417,6 +416,13 @@ def _evaluate(
     if 0 < config.early_stopping_patience <= waited and not progress.finished:
         progress.finished = True
         observer.say(f"Stopped at step {step}: no better score since step {progress.best_step}.")
+
+
+def _drop_states(run: Path, trainer: Trainer) -> None:
+    """Keep the states that the settings ask for."""
+    config = trainer.config
+    if trainer.ranks.first:
+        drop_states(run, max(config.save_total_limit, config.average_checkpoints), config.save_steps)
 
 
 def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
