@@ -415,3 +415,19 @@ def test_a_finished_run_drops_the_state_that_it_was_killed_before_dropping(tmp_p
     shutil.copytree(last, last.with_name("step-000000002"))
     train(resumed_job(run), run, Nobody(), resume=True)
     assert saved_states(run) == [last]
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=4)
+    run = tmp_path / "run"
+
+    class Second(Nobody):
+        """Resumes the run that it watches."""
+
+        def step(self, step: int, record: Record) -> None:
+            with pytest.raises(InputError, match="another process is training in"):
+                train(resumed_job(run), run, Nobody(), resume=True)
+            super().step(step, record)
+
+    train(new_job(config), run, Second())
+    assert train(resumed_job(run), run, Nobody(), resume=True).finished

@@ -113,7 +113,10 @@ class _Dashboard(Tracker):
 
 
 class Trackio(_Dashboard):
-    """A database on this machine: `trackio show`."""
+    """A database on this machine: `trackio show`.
+
+    It forgets nothing: what a killed run had logged behind its last state is there twice, with equal values.
+    """
 
     package = "trackio"
 

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -54,7 +54,7 @@ from qkv.distributed import ALONE, Ranks, spread, whole
 from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
-from qkv.files import cache_folder, reason
+from qkv.files import cache_folder, locked, reason
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.layers import Block
@@ -221,9 +221,9 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
 
     resume: go on from the folder's last state; otherwise the folder is made. Of several ranks the first
     one makes it with `begin`, and all resume. SIGTERM and SIGINT end the loop behind the step in progress
-    with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder
-    holds another run, has no state to resume, or cannot be written, if the loss diverges or stops being a
-    number, and if another rank is lost.
+    with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder holds another run,
+    has no state to resume, cannot be written or is being written by another process, if the loss diverges
+    or stops being a number, and if another rank is lost.
     """
     keep_freed_memory()
     if not resume:
@@ -235,9 +235,9 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
         raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
     if progress.step > trainer.config.max_steps:
         raise InputError(
-            f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}"
+            f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}: "
+            f"raise it in {run / CONFIG}"
         )
-    _drop_states(run, trainer)  # those that a killed process was about to
     try:
         _loop(job, trainer, run, observer, progress)
     except RuntimeError as error:
@@ -351,16 +351,18 @@ class Trainer:
 def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
     """Steps, scores and saved states from where `progress` is to the end."""
     config, ranks = trainer.config, trainer.ranks
-    metrics = Metrics(run, progress.step) if ranks.first else None
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
     todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
     observer.say(job.summary.text())
     started = time.monotonic() - progress.seconds
     with (
+        _sole_writer(run) if ranks.first else nullcontext(),
         _interruptible() as interruption,
         _closing(observer),
         prefetch(lambda item: trainer.data(*item), todo) as stream,
     ):
+        metrics = Metrics(run, progress.step) if ranks.first else None
+        _drop_states(run, trainer)  # those that a killed process was about to
         observer.begin(job.config, progress.step)
         while not progress.finished:
             step = progress.step + 1
@@ -434,6 +436,19 @@ def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of one step on one rank: a hash of 63 bits."""
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def _sole_writer(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder. Raises InputError if one does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run))
+        except BlockingIOError:
+            raise InputError(f"another process is training in {run}: wait until it is done") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 @contextmanager
