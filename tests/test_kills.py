@@ -20,6 +20,7 @@ from qkv.config import RunConfig, write_toml
 VARIANTS = {
     "muon and the mean of states": {
         "optimizer": "muon",
+        "precision": "bf16",
         "average_checkpoints": 3,
         "save_total_limit": 2,
         "early_stopping_patience": 1,
