@@ -18,9 +18,11 @@ from gradients import gradients
 from safetensors.torch import load_file
 from test_train import Nobody, run_config
 
-from qkv.checkpoint import load_weights, read_metrics, saved_states
+from qkv.checkpoint import load_state, load_weights, read_metrics, saved_states
 from qkv.config import DataConfig, RunConfig, write_toml
 from qkv.distributed import ALONE
+from qkv.errors import InputError
+from qkv.optim import optimizers
 from qkv.pipelines import from_pretrained
 from qkv.train import new_job, train
 
@@ -157,8 +159,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
         assert process.wait(timeout=100) in (0, 1)  # torchrun itself ends with 1 when it is told to end
         arguments = ("--resume", out)
     finish(launch(2, *arguments))
-    assert [len(list(state.glob("*.safetensors"))) for state in saved_states(out)[-1:]] == [2]
     assert_close_runs(one, out)
+    parts = list(saved_states(out)[-1].glob("*.safetensors"))
+    assert len(parts) == 2
+    for part in parts:
+        hidden = part.rename(part.with_suffix(".hidden"))
+        model = new_job(config).checkpoint.model
+        with pytest.raises(InputError, match=f"{part.parent.name} (cannot be read: a part of|does not fit)"):
+            load_state(out, model, optimizers(model, config.train), {})
+        hidden.rename(part)
 
 
 def test_a_lost_rank_ends_the_run_which_can_be_resumed(alone, tmp_path):
