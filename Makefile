@@ -4,13 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-long lint format clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/qkv demo
 
 test: lint
 	$(BIN)/pytest
+
+test-long: $(VENV)/test.stamp
+	$(BIN)/pytest -m long
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

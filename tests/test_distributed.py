@@ -12,11 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import samples
 import torch
+from gradients import gradients
+from safetensors.torch import load_file
 from test_train import Nobody, run_config
 
-from qkv.checkpoint import load_weights, read_metrics, saved_states
-from qkv.config import RunConfig, write_toml
+from qkv.checkpoint import load_state, load_weights, read_metrics, saved_states
+from qkv.config import DataConfig, RunConfig, write_toml
+from qkv.distributed import ALONE
+from qkv.errors import InputError
+from qkv.optim import optimizers
 from qkv.pipelines import from_pretrained
 from qkv.train import new_job, train
 
@@ -33,10 +39,20 @@ def recipe(folder: Path, family: str, **changes) -> RunConfig:
 
 def launch(ranks: int, *arguments: object) -> subprocess.Popen[str]:
     """`qkv train` in so many processes; one is without torchrun."""
-    torchrun = ["torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}", "-m"]
-    command = [sys.executable, "-m", *(torchrun if ranks > 1 else ()), "qkv"]
+    if ranks > 1:
+        return torchrun(ranks, "-m", "qkv", "train", *arguments)
+    return start("-m", "qkv", "train", *arguments)
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.Popen[str]:
+    """A program or module in so many processes."""
+    settings = (f"--nproc-per-node={ranks}", f"--master-port={free_port()}")
+    return start("-m", "torch.distributed.run", *settings, *arguments)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*command, "train", *map(str, arguments)],
+        [sys.executable, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -103,6 +119,33 @@ def test_two_ranks_train_as_one(family, shard_ranks, alone, tmp_path):
     assert not list(folder.glob("two"))
 
 
+@pytest.mark.parametrize("family", ["transformer", "bert"])
+def test_loss_and_gradients_of_a_step_do_not_depend_on_how_it_is_divided(family, tmp_path):
+    config = recipe(tmp_path, family)
+    if family == "bert":  # two losses, over masked words and over pairs of sentences
+        config = dataclasses.replace(config, data=DataConfig(path=samples.documents(tmp_path, count=120)))
+    (tmp_path / "recipe.toml").write_text(write_toml(config))
+    finish(torchrun(2, Path(__file__).with_name("gradients.py"), tmp_path / "recipe.toml", tmp_path))
+    expected = gradients(config, ALONE, accumulation=1)
+    divided = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    assert len(divided) == 3
+    for found in (gradients(config, ALONE, accumulation=4), *divided):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_ranks_that_are_told_of_no_data_say_so_in_one_line_each(tmp_path):
+    process = launch(2, "gpt", "--data", tmp_path / "nowhere.txt", "--out", tmp_path / "run")
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 1  # torchrun's own
+    said = [line for line in err.splitlines() if line.startswith("qkv: ")]
+    assert f"qkv: no such file or folder: {tmp_path / 'nowhere.txt'}" in said
+    assert "qkv/cli.py" not in err
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
     _, config, one = alone["gpt"]
     sharded = dataclasses.replace(config.train, shard_ranks=2, save_steps=2, save_total_limit=3)
@@ -116,8 +159,15 @@ def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):
         assert process.wait(timeout=100) in (0, 1)  # torchrun itself ends with 1 when it is told to end
         arguments = ("--resume", out)
     finish(launch(2, *arguments))
-    assert [len(list(state.glob("*.safetensors"))) for state in saved_states(out)[-1:]] == [2]
     assert_close_runs(one, out)
+    parts = list(saved_states(out)[-1].glob("*.safetensors"))
+    assert len(parts) == 2
+    for part in parts:
+        hidden = part.rename(part.with_suffix(".hidden"))
+        model = new_job(config).checkpoint.model
+        with pytest.raises(InputError, match=f"{part.parent.name} (cannot be read: a part of|does not fit)"):
+            load_state(out, model, optimizers(model, config.train), {})
+        hidden.rename(part)
 
 
 def test_a_lost_rank_ends_the_run_which_can_be_resumed(alone, tmp_path):

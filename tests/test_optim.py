@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_train import run_config
 
 from qkv.config import BertConfig, GPTConfig, TrainConfig, TransformerConfig, ViTConfig
 from qkv.models import build
 from qkv.optim import learning_rate, optimizers
+from qkv.train import Trainer, new_job
 
 SCHEDULES = ["cosine", "linear", "inverse_sqrt", "constant"]
 
@@ -86,3 +88,68 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_every_other_parameter(m
     assert len(of_muon) == matrices
     assert {id(p) for p in [*of_muon, *of_adamw]} == {id(p) for p in model.parameters()}
     assert len(of_muon) + len(of_adamw) == len(list(model.parameters()))
+
+
+LABELS = ("a", "b")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("model", "above"),
+    [
+        (GPTConfig(**SIZES, vocab_size=9, context=9), {"norm"}),
+        (
+            BertConfig(**SIZES, vocab_size=9, context=9, head="classification", labels=LABELS),
+            {"pooler", "classifier"},
+        ),
+        (TransformerConfig(**SIZES, vocab_size=9, context=9), set()),
+        (
+            TransformerConfig(**SIZES, vocab_size=9, context=9, norm_first=True),
+            {"encoder_norm", "decoder_norm"},
+        ),
+        (ViTConfig(**SIZES, image_size=8, patch_size=4, labels=LABELS), {"norm", "classifier"}),
+    ],
+)
+def test_layer_decay_and_weight_decay_of_every_parameter_by_hand(model, above, optimizer):
+    model = build(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {
+        names[id(p)]: (group["lr_scale"], group["weight_decay"])
+        for made in optimizers(model, config(layer_decay=0.5, weight_decay=0.3, optimizer=optimizer))
+        for group in made.param_groups
+        for p in group["params"]
+    }
+    expected = {}
+    last = 0.5 if above else 1.0  # the last block's, which is the top where nothing is above it
+    for name, p in model.named_parameters():
+        first, second, *_ = [*name.split("."), ""]
+        if first in ("blocks", "encoder", "decoder"):
+            rate = {"0": last / 2, "1": last}[second]
+        else:
+            rate = 1.0 if first in above else last / 4  # embeddings
+        expected[name] = (rate, 0.3 if p.dim() >= 2 else 0.0)
+    assert found == expected
+
+
+def test_a_step_moves_each_layer_by_its_share_of_the_rate(tmp_path):
+    """AdamW's first step moves every parameter by its learning rate, whatever the gradient."""
+    run = run_config(tmp_path, "vit", warmup_steps=4, learning_rate=1e-3, weight_decay=0.0, layer_decay=0.5)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, depth=2))
+    job = new_job(run)
+    trainer = Trainer(run.train, job.checkpoint, job.train)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.step(trainer.data(0, range(20)), step=2)  # of 4 warm-up steps: half of the rate
+    for name, p in trainer.model.named_parameters():
+        share = {"blocks.0": 0.25, "blocks.1": 0.5, "classifi": 1.0, "norm.wei": 1.0, "norm.bia": 1.0}
+        moved = (p.detach() - before[name]).abs().max().item()
+        assert moved == pytest.approx(5e-4 * share.get(name[:8], 0.125), rel=1e-2), name
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(0, 5))
+def test_every_step_has_a_rate_even_with_few_of_them(schedule, warmup):
+    for steps in range(1, 8):
+        c = config(schedule=schedule, warmup_steps=warmup, max_steps=steps, learning_rate=1.0)
+        rates = [learning_rate(step, c) for step in range(1, steps + 1)]
+        assert all(0.0 < rate <= 1.0 for rate in rates[:-1])
+        assert 0.0 <= rates[-1] <= 1.0
+        assert all(rate == step / warmup for step, rate in enumerate(rates[:warmup], start=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,7 +244,9 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     arguments = [str(tmp_path / "recipe.toml"), "--out", str(cut)]
     for wanted in (0, 1, 3):  # at 0, before any step is saved
         process = subprocess.Popen([*command, *arguments], env=environment, stderr=subprocess.DEVNULL)
-        while (not saved_states(cut) or len(read_metrics(cut)) < 20 * wanted) and process.poll() is None:
+        while (
+            not (cut / "config.toml").exists() or len(read_metrics(cut)) < 20 * wanted
+        ) and process.poll() is None:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -351,3 +354,80 @@ def test_images_of_any_size_train(side, expected, tmp_path):
     config = run_config(tmp_path, "vit", max_steps=1)
     job = new_job(dataclasses.replace(config, data=DataConfig(path=str(tmp_path / "photos"))))
     assert job.config.model.image_size == expected
+
+
+@pytest.mark.parametrize("cut", [0, 5, 9, 11])
+def test_a_run_stops_early_at_the_right_evaluation_also_when_it_was_resumed(cut, tmp_path, monkeypatch):
+    config = run_config(
+        tmp_path, "vit", max_steps=40, eval_steps=2, save_steps=3, logging_steps=1, early_stopping_patience=3
+    )
+    losses = [5.0, 3.0, 4.0, 2.0, 2.0, 3.0, 2.5, 1.0]  # an equal one is not better
+    monkeypatch.setattr("qkv.train.evaluate", lambda objective, dataset: {"loss": losses[given_scores(run)]})
+    run = tmp_path / "run"
+    if cut:
+        with pytest.raises(KeyboardInterrupt):
+            train(new_job(config), run, Nobody(interrupt_at=cut))
+    nobody = Nobody()
+    done = train(resumed_job(run) if cut else new_job(config), run, nobody, resume=bool(cut))
+    assert (done.step, done.best_step, done.finished) == (14, 8, True)
+    assert "Stopped at step 14: no better score since step 8." in nobody.said
+    assert [r["step"] for r in read_metrics(run) if "valid_loss" in r] == [2, 4, 6, 8, 10, 12, 14]
+    assert train(resumed_job(run), run, Nobody(), resume=True) == done
+
+
+def given_scores(run: Path) -> int:
+    """How many evaluations a run has behind it."""
+    return sum("valid_loss" in record for record in read_metrics(run))
+
+
+def test_recomputing_blocks_changes_no_bit_of_a_run_with_dropout_and_drop_path(tmp_path):
+    config = run_config(tmp_path, "gpt", max_steps=6, eval_steps=3, logging_steps=1)
+    model = dataclasses.replace(config.model, depth=2, attention_dropout=0.2, drop_path=0.3)
+    for kept in (True, False):
+        changed = dataclasses.replace(config.train, gradient_checkpointing=not kept)
+        job = new_job(dataclasses.replace(config, model=model, train=changed))
+        train(job, tmp_path / str(kept), Nobody())
+    assert_equal_runs(tmp_path / "True", tmp_path / "False")
+
+
+def test_fewer_steps_than_were_done_are_an_error(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=4, save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(new_job(config), tmp_path / "run", Nobody(interrupt_at=3))
+    settings = tmp_path / "run" / "config.toml"
+    settings.write_text(settings.read_text().replace("max_steps = 4", "max_steps = 2"))
+    with pytest.raises(InputError, match=r"max_steps is 2, but .* is at step 3"):
+        train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True)
+
+
+def test_states_of_a_run_without_its_settings_are_not_taken_up(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=2)
+    train(new_job(config), tmp_path / "run", Nobody())
+    (tmp_path / "run" / "config.toml").unlink()
+    with pytest.raises(InputError, match="already holds a run"):
+        train(new_job(config), tmp_path / "run", Nobody())
+
+
+def test_a_finished_run_drops_the_state_that_it_was_killed_before_dropping(tmp_path):
+    run = tmp_path / "run"
+    train(new_job(run_config(tmp_path, "vit", max_steps=4, save_steps=2)), run, Nobody())
+    (last,) = saved_states(run)
+    shutil.copytree(last, last.with_name("step-000000002"))
+    train(resumed_job(run), run, Nobody(), resume=True)
+    assert saved_states(run) == [last]
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=4)
+    run = tmp_path / "run"
+
+    class Second(Nobody):
+        """Resumes the run that it watches."""
+
+        def step(self, step: int, record: Record) -> None:
+            with pytest.raises(InputError, match="another process is training in"):
+                train(resumed_job(run), run, Nobody(), resume=True)
+            super().step(step, record)
+
+    train(new_job(config), run, Second())
+    assert train(resumed_job(run), run, Nobody(), resume=True).finished

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from qkv.checkpoint import load_weights, saved_states
+from qkv.checkpoint import load_weights, regular_states
 from qkv.config import TrainConfig
 
 Weights = dict[str, Tensor]
@@ -78,10 +78,14 @@ _COUNT = "steps"
 
 
 class LastCheckpoints:
-    """The mean of the present weights and those of the last saved states, `count` in all."""
+    """The mean of the present weights and those of the last saved states, `count` in all.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    Only states saved at multiples of `every` steps count, so that an interrupt, which saves one in between,
+    changes nothing.
+    """
+
+    def __init__(self, count: int, every: int) -> None:
+        self.count, self.every = count, every
         self.state: Weights = {}
 
     def update(self, model: nn.Module) -> None:
@@ -92,7 +96,7 @@ class LastCheckpoints:
         """The mean, added up from the oldest to the newest."""
         present = {name: p.detach() for name, p in model.named_parameters()}
         total = {name: torch.zeros_like(p) for name, p in present.items()}
-        earlier = saved_states(run)[-(self.count - 1) :]
+        earlier = regular_states(run, self.every)[-(self.count - 1) :]
         for state in earlier:
             stored = load_weights(state, {name: torch.empty_like(p) for name, p in present.items()})
             for name, value in stored.items():
@@ -104,7 +108,9 @@ def average_of(model: nn.Module, config: TrainConfig) -> Average:
     """The average that the settings ask for."""
     if config.ema_decay:
         return MovingAverage(model, config.ema_decay)
-    return LastCheckpoints(config.average_checkpoints) if config.average_checkpoints > 1 else Last()
+    if config.average_checkpoints > 1:
+        return LastCheckpoints(config.average_checkpoints, config.save_steps)
+    return Last()
 
 
 @contextmanager

@@ -16,7 +16,8 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qkv.config import from_dict
 from qkv.distributed import ALONE, Ranks
+from qkv.divergence import LossTrend
 from qkv.errors import InputError
-from qkv.files import read_json, reason, replace_file, sync
+from qkv.files import blame, read_json, reason, replace_file, sync
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -49,8 +52,8 @@ class Progress:
     """Held-out scores of the model with the lowest loss so far, which the run folder holds."""
     finished: bool = False
     """Whether nothing is left to do: all steps are done, or the run stopped early."""
-    trend: dict[str, Any] = field(default_factory=dict)
-    """Fields of the `LossTrend` that tells whether the run diverges."""
+    trend: LossTrend = field(default_factory=LossTrend)
+    """Whether the run diverges."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,6 +72,11 @@ def saved_states(run: Path) -> list[Path]:
 def step_of(state: Path) -> int:
     """The step behind which a state was saved."""
     return int(state.name.removeprefix("step-"))
+
+
+def regular_states(run: Path, every: int) -> list[Path]:
+    """Those saved at multiples of `every` steps, oldest first: what a run that is never cut off saves."""
+    return [state for state in saved_states(run) if step_of(state) and step_of(state) % every == 0]
 
 
 def save_state(
@@ -103,9 +111,10 @@ def save_state(
                 no_dist=ranks.count == 1,
             )
         if ranks.first:
-            (partial / PROGRESS).write_text(json.dumps(vars(progress)), encoding="utf-8")
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for file in (*partial.iterdir(), partial):
                 sync(file)
+            shutil.rmtree(final, ignore_errors=True)  # a killed `begin` may have left one
             partial.rename(final)
             sync(final.parent)
         ranks.barrier()
@@ -118,10 +127,9 @@ def save_state(
 
 def drop_states(run: Path, keep: int, every: int) -> None:
     """Remove all states but the newest one and the last `keep` of those saved at multiples of `every`."""
-    states = saved_states(run)
-    regular = [state for state in states if step_of(state) and step_of(state) % every == 0]
-    for state in states[:-1]:
-        if state not in regular[-keep:]:
+    kept = regular_states(run, every)[-keep:]
+    for state in saved_states(run)[:-1]:
+        if state not in kept:
             shutil.rmtree(state, ignore_errors=True)
 
 
@@ -153,7 +161,8 @@ def load_state(
             for p in group["params"]:
                 if stored := fields.get(names[id(p)]):
                     optimizer.state[p] = stored
-    return Progress(**read_json(states[-1] / PROGRESS))
+    with blame(states[-1] / PROGRESS):
+        return from_dict(Progress, read_json(states[-1] / PROGRESS))
 
 
 def load_weights(state: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,6 +206,9 @@ def _stored_sizes(state: Path) -> dict[str, torch.Size]:
         stored: dict[str, Any] = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
     except (OSError, SafetensorError) as error:
         raise InputError(f"{state} cannot be read: {error}") from None
+    for name, about in stored.items():
+        if sum(prod(chunk.sizes) for chunk in about.chunks) != prod(about.size):
+            raise InputError(f"{state} cannot be read: a part of {name} is missing")
     return {name: about.size for name, about in stored.items()}
 
 
@@ -217,7 +229,7 @@ def _torch_checkpoint() -> Iterator[None]:
             yield
     except CheckpointException as error:
         for failure, _ in error.failures.values():
-            if isinstance(failure, OSError | SafetensorError):
+            if isinstance(failure, OSError | SafetensorError | KeyboardInterrupt):
                 raise failure from None
         raise
 

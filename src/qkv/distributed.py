@@ -59,6 +59,11 @@ class Ranks:
         """The largest value that a rank gives."""
         return self._reduce([value], "max")[0]
 
+    def failure(self, error: RuntimeError) -> str:
+        """What torch's error says of this rank, in one line."""
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"rank {self.rank} failed, or lost another rank ({said})"
+
     def _reduce(self, values: Sequence[float], operation: Literal["sum", "max"]) -> list[float]:
         if self.count == 1:
             return list(values)
@@ -73,7 +78,11 @@ ALONE = Ranks()
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the ranks that torchrun started; without torchrun this process is alone."""
+    """Join the ranks that torchrun started; without torchrun this process is alone.
+
+    Among several ranks torch's errors become InputErrors: most tell that another rank is gone, which has
+    told its own reason.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield ALONE
@@ -85,6 +94,8 @@ def process_group() -> Iterator[Ranks]:
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield ranks
+    except RuntimeError as error:
+        raise InputError(ranks.failure(error)) from error
     finally:
         torch.distributed.destroy_process_group()
 

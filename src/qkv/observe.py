@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from qkv.config import RunConfig
 from qkv.hub import Checkpoint
@@ -64,6 +65,7 @@ class Observers(Observer):
             observer.evaluated(step, scores, checkpoint)
 
     def close(self) -> None:
-        """Tell all."""
-        for observer in self.observers:
-            observer.close()
+        """Tell all, even if one fails."""
+        with ExitStack() as stack:
+            for observer in reversed(self.observers):
+                stack.callback(observer.close)

@@ -87,9 +87,8 @@ class TensorBoard(Tracker):
     package = "torch.utils.tensorboard"
 
     def open(self, config: RunConfig, step: int) -> Any:
-        """On resuming, TensorBoard is told to forget what was written of later steps."""
-        purge = step + 1 if step else None
-        return self.module.SummaryWriter(str(self.run / "tensorboard"), purge_step=purge)
+        """TensorBoard is told to forget what was written of later steps, by a run that was cut off."""
+        return self.module.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def log(self, values: Record, step: int) -> None:
         """One scalar each."""
@@ -114,7 +113,10 @@ class _Dashboard(Tracker):
 
 
 class Trackio(_Dashboard):
-    """A database on this machine: `trackio show`."""
+    """A database on this machine: `trackio show`.
+
+    It forgets nothing: what a killed run had logged behind its last state is there twice, with equal values.
+    """
 
     package = "trackio"
 

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -24,7 +24,17 @@ import torch
 
 from qkv import hub, lora
 from qkv.average import Average, average_of, replaced
-from qkv.checkpoint import CONFIG, Metrics, Progress, drop_states, load_state, save_state, write_text
+from qkv.checkpoint import (
+    CONFIG,
+    Metrics,
+    Progress,
+    drop_states,
+    load_state,
+    save_state,
+    saved_states,
+    step_of,
+    write_text,
+)
 from qkv.config import RunConfig, TrainConfig, read_toml, write_toml
 from qkv.data import (
     Cache,
@@ -42,10 +52,10 @@ from qkv.data.batches import Batch
 from qkv.data.cache import Watch, unwatched
 from qkv.data.summary import Summary, summarize
 from qkv.distributed import ALONE, Ranks, spread, whole
-from qkv.divergence import LossTrend, check_finite, check_trend
+from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
-from qkv.files import cache_folder
+from qkv.files import cache_folder, locked, reason
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.layers import Block
@@ -190,16 +200,19 @@ def begin(job: Job, run: Path) -> None:
 
     Raises InputError if the folder holds a run already or cannot be written.
     """
-    if (run / CONFIG).exists():
+    if (run / CONFIG).exists() or any(map(step_of, saved_states(run))):
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
-    write_text(run / CONFIG, write_toml(job.config))
-    for part in (job.checkpoint.tokenizer, job.checkpoint.images):
-        if part is not None:
-            part.save(run)
     model = job.checkpoint.model
     save_state(run, model, [], average_of(model, job.config.train).state, Progress(job.train.fingerprint))
+    try:
+        for part in (job.checkpoint.tokenizer, job.checkpoint.images):
+            if part is not None:
+                part.save(run)
+    except OSError as error:
+        raise InputError(f"cannot write {run}: {reason(error)}") from error
+    write_text(run / CONFIG, write_toml(job.config))  # last: what has it can be resumed
 
 
 def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> Progress:
@@ -207,9 +220,9 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
 
     resume: go on from the folder's last state; otherwise the folder is made. Of several ranks the first
     one makes it with `begin`, and all resume. SIGTERM and SIGINT end the loop behind the step in progress
-    with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder
-    holds another run, has no state to resume, or cannot be written, if the loss diverges or stops being a
-    number, and if another rank is lost.
+    with its state saved, SIGINT with KeyboardInterrupt. Raises InputError if the folder holds another run,
+    has no state to resume, cannot be written or is being written by another process, if the loss diverges
+    or stops being a number, and if another rank is lost.
     """
     keep_freed_memory()
     if not resume:
@@ -219,13 +232,18 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
     if progress.data != job.train.fingerprint:
         raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
+    if progress.step > trainer.config.max_steps:
+        raise InputError(
+            f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}: "
+            f"raise it in {run / CONFIG}"
+        )
     try:
         _loop(job, trainer, run, observer, progress)
     except RuntimeError as error:
         if ranks.count > 1:
             raise InputError(
-                f"rank {ranks.rank} failed, or lost another rank, behind step {progress.step} "
-                f"({_first_line(error)}): mend the cause, then continue with --resume {run}"
+                f"behind step {progress.step} {ranks.failure(error)}: "
+                f"mend the cause, then continue with --resume {run}"
             ) from error
         raise
     if progress.finished and progress.best_step != progress.step:
@@ -233,10 +251,6 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
     return progress
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)
@@ -293,7 +307,7 @@ class Trainer:
         """One optimiser step over the data of all ranks; what there is to record of it."""
         seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
         self.objective.train()
-        loss = self._accumulate(data.batches)
+        loss = self.backward(data.batches)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         (total,) = self.ranks.sum([loss])
         check_finite(step, self.config, total, norm.item())
@@ -312,7 +326,7 @@ class Trainer:
             "tokens": data.tokens,
         }
 
-    def _accumulate(self, batches: Sequence[tuple[Batch, bool]]) -> float:
+    def backward(self, batches: Sequence[tuple[Batch, bool]]) -> float:
         """Add the gradients of a step's loss to the parameters'; this rank's share of the loss."""
         names = list(item_counts(batches[0][0]))
         own = [sum(item_counts(batch)[name] for batch, counts in batches if counts) for name in names]
@@ -340,17 +354,18 @@ class Trainer:
 def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
     """Steps, scores and saved states from where `progress` is to the end."""
     config, ranks = trainer.config, trainer.ranks
-    metrics = Metrics(run, progress.step) if ranks.first else None
-    trend = LossTrend(**progress.trend)
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
     todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
     observer.say(job.summary.text())
     started = time.monotonic() - progress.seconds
     with (
+        _sole_writer(run) if ranks.first else nullcontext(),
         _interruptible() as interruption,
-        closing(observer),
+        _closing(observer),
         prefetch(lambda item: trainer.data(*item), todo) as stream,
     ):
+        metrics = Metrics(run, progress.step) if ranks.first else None
+        _drop_states(run, trainer)  # those that a killed process was about to
         observer.begin(job.config, progress.step)
         first = progress.step + 1
         while not progress.finished:
@@ -366,18 +381,15 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
             observer.step(step, record)
             if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
                 metrics.add(record)
-            trend.add(record["loss"])
-            check_trend(step, config, trend)
-            progress.trend = asdict(trend)
+            progress.trend.add(record["loss"])
+            check_trend(step, config, progress.trend)
             if step % config.eval_steps == 0 or progress.finished:
                 _evaluate(job, trainer, run, observer, progress, metrics, started)
             # Any rank's signal stops all of them behind the same step.
             number = ranks.max(interruption.number)
             if step % config.save_steps == 0 or progress.finished or number:
                 save_state(run, trainer.model, trainer.optimizers, trainer.average.state, progress, ranks)
-                if ranks.first:
-                    keep = max(config.save_total_limit, config.average_checkpoints)
-                    drop_states(run, keep, config.save_steps)
+                _drop_states(run, trainer)
             if number and not progress.finished:
                 if number == signal.SIGINT:
                     raise KeyboardInterrupt
@@ -415,6 +427,13 @@ def _evaluate(
         observer.say(f"Stopped at step {step}: no better score since step {progress.best_step}.")
 
 
+def _drop_states(run: Path, trainer: Trainer) -> None:
+    """Keep the states that the settings ask for."""
+    config = trainer.config
+    if trainer.ranks.first:
+        drop_states(run, max(config.save_total_limit, config.average_checkpoints), config.save_steps)
+
+
 def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
     """Contiguous parts of nearly equal size, none empty."""
     size = math.ceil(len(indices) / parts)
@@ -426,6 +445,31 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+@contextmanager
+def _sole_writer(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder. Raises InputError if one does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(run))
+        except BlockingIOError:
+            raise InputError(f"another process is training in {run}: wait until it is done") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+@contextmanager
+def _closing(observer: Observer) -> Iterator[None]:
+    """Close the observer in any case; whatever went wrong before that is what the user hears of."""
+    try:
+        yield
+    except BaseException:
+        with suppress(InputError):
+            observer.close()
+        raise
+    observer.close()
+
+
 @dataclass
 class _Interruption:
     """The signal that asked the run to stop; 0: none."""
@@ -435,7 +479,7 @@ class _Interruption:
 
 @contextmanager
 def _interruptible() -> Iterator[_Interruption]:
-    """Remember SIGINT and SIGTERM in the main thread; a second signal acts as usual."""
+    """Remember SIGINT or SIGTERM in the main thread; a second signal acts as usual."""
     interruption = _Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption
@@ -444,12 +488,15 @@ def _interruptible() -> Iterator[_Interruption]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         interruption.number = number
-        signal.signal(number, before[signal.Signals(number)])
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     for number in before:
         signal.signal(number, handle)
     try:
         yield interruption
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
 import tempfile
@@ -156,23 +154,12 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
 def _staging(folder: Path) -> Iterator[Path]:
     """A new folder in that folder, locked; those of killed processes, whose locks are gone, go."""
     for stale in folder.glob(f"{_STAGING}*"):
-        with suppress(OSError), _locked(stale):
+        with suppress(OSError), files.locked(stale):
             shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as name, ExitStack() as stack:
         with suppress(OSError):  # a file system without locks: nothing of it is ever taken for stale
-            stack.enter_context(_locked(Path(name)))
+            stack.enter_context(files.locked(Path(name)))
         yield Path(name)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process. Raises OSError if another holds it, or there are none."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoint_files(folder: Path) -> set[Path]:
