@@ -127,8 +127,8 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
 
     Each file is replaced at once, the weights last. So a power cut or kill -9 leaves the old weights or
     all that is new; but the old weights can then be beside new settings and tokenizer, which makes no
-    difference only while one and the same run saves. What a killed process was writing goes with the
-    next save.
+    difference only while one and the same run saves. Of a folder of models, some can then be old and some
+    new; a resumed run saves all of them again. What a killed process was writing goes with the next save.
     """
     made, kept = False, ""
     try:
