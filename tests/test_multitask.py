@@ -139,7 +139,7 @@ def test_learns_all_tasks_and_says_what_it_understood(trained: Trained) -> None:
     assert trained.said[0].startswith("mood: 216 labelled texts")
     assert trained.said[1].startswith("color: 108 sentences")
     page = (trained.folder / REPORT).read_text("utf-8")
-    for told in ("mood/label accuracy", "Data: mood", "Data: color", "What it does: color"):
+    for told in ("Held-out accuracy: color", "Data: mood", "Data: color", "What it does: color"):
         assert told in page
 
 

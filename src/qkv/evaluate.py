@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qkv.checkpoint import CONFIG
+from qkv.checkpoint import CONFIG, STATES
 from qkv.config import BertConfig, DataConfig, RunConfig, Task, read_toml
 from qkv.data import Dataset, MultiTaskDataset, Sampler, bert_head, build, read, read_held_out
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
@@ -132,10 +132,10 @@ def _task(model: Model, data: DataConfig) -> Literal["auto", Task]:
 
 
 def _settings(folder: Path) -> RunConfig | None:
-    """Those of a run folder, or of one task in the folder of one task; None if it is neither."""
+    """Those of a run folder, or of the task whose folder in a run it is; None if it is neither."""
     if (folder / CONFIG).exists():
         return read_toml(folder / CONFIG)
-    if (folder.parent / CONFIG).exists():
+    if folder.is_dir() and (folder.parent / STATES).is_dir():
         run = read_toml(folder.parent / CONFIG)
         return run.of_task(folder.name) if folder.name in run.tasks else None
     return None

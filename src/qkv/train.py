@@ -134,7 +134,7 @@ def _blaming(task: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"task {task}: {error}") from error
+        raise InputError(f"task {task}: {error}") from None
 
 
 def _head(config: RunConfig, raws: dict[str, Raw]) -> tuple[BertHead, tuple[str, ...]]:
@@ -145,6 +145,7 @@ def _head(config: RunConfig, raws: dict[str, Raw]) -> tuple[BertHead, tuple[str,
 
 
 def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache: Cache) -> Job:
+    """A job of one task, or of several, each made as if alone, over the checkpoint's encoder."""
     if not config.tasks:
         return _task_job(config, raws[""], checkpoint, cache)
     assert isinstance(checkpoint.model, Bert)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -183,12 +183,13 @@ def _learning(steps: Sequence[Record], scores: Sequence[Record], unit: str) -> I
     """Curves and scores; unit: of the loss."""
     yield Figure("Loss", curve(_points(steps, "loss"), _points(scores, "valid_loss"), unit))
     accuracies = [name for name in (scores[0] if scores else ()) if name.endswith("_accuracy")]
-    if accuracies:
+    for task, names in groupby(accuracies, lambda name: _title(name).rpartition("/")[0]):
         lines = [
             Line(_title(name).removesuffix(" accuracy"), _points(scores, name), look, dots=True)
-            for name, look in zip(accuracies, _LOOKS, strict=False)
+            for name, look in zip(names, _LOOKS, strict=False)
         ]
-        yield Figure("Held-out accuracy", plot(lines, "held-out accuracy", "share right"))
+        title = f"Held-out accuracy: {task}" if task else "Held-out accuracy"
+        yield Figure(title, plot(lines, "held-out accuracy", "share right"))
     rate = Line("learning rate", _points(steps, "learning_rate"))
     yield Figure("Learning rate", plot([rate], "learning rate", "learning rate"))
     norm = Line("gradient norm", _points(steps, "grad_norm"), smooth=True)
