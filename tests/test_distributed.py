@@ -12,17 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-import samples
 import torch
 from test_train import Nobody, run_config
 
 from qkv.checkpoint import load_weights, read_metrics, saved_states
-from qkv.config import DataConfig, RunConfig, write_toml
+from qkv.config import RunConfig, write_toml
 from qkv.pipelines import from_pretrained
 from qkv.train import new_job, train
 
 STEPS = 8
-TASKS = {"mood": samples.labelled, "color": samples.conll}
 
 
 def recipe(folder: Path, family: str, **changes) -> RunConfig:
@@ -111,18 +109,6 @@ def test_two_ranks_train_as_one(family, shard_ranks, alone, tmp_path):
     )
     assert_close_runs(one, run(2, tmp_path, dataclasses.replace(config, train=changed), tmp_path / "two"))
     assert not list(folder.glob("two"))
-
-
-def test_two_ranks_share_the_batches_of_several_tasks(tmp_path):
-    config = recipe(tmp_path, "bert", shard_ranks=2)
-    tasks = {name: DataConfig(path=make(tmp_path)) for name, make in TASKS.items()}
-    config = dataclasses.replace(config, data=DataConfig(), tasks=tasks)
-    one = tmp_path / "one"
-    train(new_job(config), one, Nobody())
-    two = run(2, tmp_path, config, tmp_path / "two")
-    assert_close_metrics(one, two)
-    for task in TASKS:
-        assert_close_models(one / task, two / task)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(alone, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import samples
+import test_distributed as distributed
 import torch
 from hub import theirs
 from safetensors.torch import load_file
@@ -209,6 +210,18 @@ def test_resume_is_exact(changes: dict, tmp_path: Path) -> None:
     for task in ("mood", "color"):
         one, other = (load_file(tmp_path / run / task / "model.safetensors") for run in ("whole", "cut"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_share_the_batches_of_each_task(tmp_path: Path) -> None:
+    config = recipe(tmp_path, **SHORT, shard_ranks=2, gradient_accumulation_steps=2)
+    still = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
+    config = dataclasses.replace(config, model=still)
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(new_job(config), one, Nobody())
+    distributed.run(2, tmp_path, config, two)
+    distributed.assert_close_metrics(one, two)
+    for task in config.tasks:
+        distributed.assert_close_models(one / task, two / task)
 
 
 def test_tasks_begin_from_a_checkpoint_with_fresh_heads(trained: Trained, tmp_path: Path) -> None:
