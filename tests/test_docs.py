@@ -19,7 +19,7 @@ from test_train import Nobody
 
 from qkv import recipes
 from qkv.cli import main
-from qkv.config import DataConfig
+from qkv.config import DataConfig, read_toml
 from qkv.train import new_job, train
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +38,12 @@ def tiny_recipe(family):
     model = replace(recipe.model, dim=32, depth=2, heads=2, mlp_dim=64)
     if family == "transformer":
         model = replace(model, context=48)
-    settings = replace(recipe.train, max_steps=3, batch_tokens=512, warmup_steps=1)
-    return replace(recipe, model=model, train=settings, tokenizer=replace(recipe.tokenizer, vocab_size=400))
+    return short(replace(recipe, model=model, tokenizer=replace(recipe.tokenizer, vocab_size=400)))
+
+
+def short(recipe):
+    """A few small steps of it."""
+    return replace(recipe, train=replace(recipe.train, max_steps=3, batch_tokens=512, warmup_steps=1))
 
 
 ORIGINAL = recipes.default_recipe
@@ -71,18 +75,30 @@ def folder(tmp_path_factory) -> Path:
         train(
             new_job(replace(recipe, data=DataConfig(path=data))), folder / "runs" / "demo" / family, Nobody()
         )
+    for block in BLOCKS:
+        language, code = block.values
+        if language == "toml":
+            (folder / recipe_name(code)).write_text(code, encoding="utf-8")
     return folder
+
+
+def recipe_name(code: str) -> str:
+    """The file that a recipe's first line names."""
+    return re.match(r"# (\S+\.toml)\n", code)[1]
 
 
 @pytest.mark.parametrize(("language", "code"), BLOCKS)
 def test_block_runs(language, code, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("qkv.cli.default_recipe", tiny_recipe)
+    monkeypatch.setattr("qkv.cli.read_toml", lambda path: short(read_toml(path)))
     if language == "python":
         exec(compile(code, "block", "exec"), {})
     elif language == "bash":
         for line in filter(None, code.splitlines()):
             run_line(line, monkeypatch)
+    elif language == "toml":
+        new_job(read_toml(Path(recipe_name(code))))
     else:
         assert language == "text"  # a drawing
 

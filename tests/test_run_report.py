@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_page_of_one_that_was_not_cut_off(tmp_path):
     assert "Step 9 of 12" in (cut / REPORT).read_text("utf-8")
     # As after kill -9: what was written behind the saved state belongs to no run.
     with (cut / SAMPLES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 12, "answers": []}) + "\n")
+        file.write(json.dumps({"step": 12, "task": "", "answers": []}) + "\n")
     job = resumed_job(cut)
     train(job, cut, RunReport(job, cut), resume=True)
     assert lines_of(whole) == lines_of(cut)

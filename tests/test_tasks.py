@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 def test_learns_scores_and_says_what_it_understood(task: str, runs: dict[str, Trained]) -> None:
     run, name = runs[task], TASKS[task][1]
     assert run.job.config.data.task == task
-    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in run.job.summary.about
+    assert {"multi_label": "Multi-label"}.get(task, task.capitalize()) in run.job.summaries[""].about
     assert run.best["loss"] == run.best[f"{name}_loss"] < 0.5 * run.untrained["loss"]
     assert score(str(run.folder))["loss"] == pytest.approx(run.best["loss"], rel=1e-4)
     again = score(str(run.folder), run.job.config.data.path)
@@ -179,7 +179,7 @@ def test_texts_are_their_own_pairs_under_dropout(tmp_path: Path) -> None:
         config, data=DataConfig(path=str(tmp_path / "texts.txt"), task="contrastive")
     )
     job = new_job(config)
-    assert "under another dropout" in job.summary.about
+    assert "under another dropout" in job.summaries[""].about
     untrained = evaluate(Objective(job.checkpoint.model), job.valid)
     assert train(job, tmp_path / "run", Nobody()).best_scores["loss"] < 0.7 * untrained["loss"]
     still = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)

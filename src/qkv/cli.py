@@ -71,7 +71,7 @@ def train(
     from qkv.train import begin, new_job, resumed_job
     from qkv.train import train as run_training
 
-    if resume is None and not config.data.path:
+    if resume is None and not config.data.path and not config.tasks:
         raise InputError("nothing to train on: give --data PATH")
     run = resume or out or Path("runs") / Path(recipe).stem
     with process_group() as ranks:

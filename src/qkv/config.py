@@ -12,7 +12,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -401,6 +401,9 @@ class RunConfig:
     model: AnyModelConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    tasks: dict[str, DataConfig] = field(default_factory=dict)
+    """In place of data, for BERT: the data of several tasks by name, which one encoder learns with a head
+    each (Liu et al. 2019)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -410,6 +413,30 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.model.family != "vit" and self.augment != AugmentConfig():
             raise InputError(f"augment varies images, but a {self.model.family} reads text: leave it out")
+        if self.tasks:
+            self._check_tasks()
+
+    def _check_tasks(self) -> None:
+        first = next(iter(self.tasks))
+        if self.model.family != "bert":
+            raise InputError(f"tasks are for bert: give a {self.model.family} its data with data.path")
+        if self.data != DataConfig():
+            raise InputError(f"data are those of tasks or of data, not both: set tasks.{first}, not data")
+        if self.lora.rank:
+            raise InputError("lora.rank adapts a model of one task: leave it out, or tasks")
+        for name, data in self.tasks.items():
+            # Names of folders beside `state`, where a run keeps what resuming needs.
+            if not (name.isascii() and name.isidentifier()) or name == "state":
+                raise InputError(
+                    f"a task is called {name!r}; names have letters, digits and underscores, begin with no "
+                    "digit, and are not 'state'"
+                )
+            if not data.path:
+                raise InputError(f"no data: name a file or folder with tasks.{name}.path")
+
+    def of_task(self, name: str) -> RunConfig:
+        """One of several tasks as a run of its own."""
+        return replace(self, data=self.tasks[name], tasks={})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -514,7 +541,7 @@ def model_config(values: dict[str, Any]) -> AnyModelConfig:
     return from_dict(MODEL_CONFIGS[family], values, "model.")
 
 
-_TABLES = ("model", "tokenizer", "data", "augment", "train", "lora")
+_TABLES = ("model", "tokenizer", "data", "tasks", "augment", "train", "lora")
 
 
 def run_config(values: dict[str, Any]) -> RunConfig:
@@ -524,10 +551,17 @@ def run_config(values: dict[str, Any]) -> RunConfig:
             raise InputError(f"unknown setting {key}; a recipe has init and the tables {', '.join(_TABLES)}")
         if not isinstance(value, str if key == "init" else dict):
             raise InputError(f"{key} = {value!r}: it must be {'a string' if key == 'init' else 'a table'}")
+    for name, value in values.get("tasks", {}).items():
+        if not isinstance(value, dict):
+            raise InputError(f"tasks.{name} = {value!r}: it must be a table, [tasks.{name}], with its path")
     return RunConfig(
         model=model_config(values.get("model", {})),
         tokenizer=from_dict(TokenizerConfig, values.get("tokenizer", {}), "tokenizer."),
         data=from_dict(DataConfig, values.get("data", {}), "data."),
+        tasks={
+            name: from_dict(DataConfig, table, f"tasks.{name}.")
+            for name, table in values.get("tasks", {}).items()
+        },
         augment=from_dict(AugmentConfig, values.get("augment", {}), "augment."),
         train=from_dict(TrainConfig, values.get("train", {}), "train."),
         lora=from_dict(LoraConfig, values.get("lora", {}), "lora."),
@@ -550,10 +584,14 @@ def read_toml(path: Path) -> RunConfig:
 
 def write_toml(config: RunConfig) -> str:
     """The resolved config as TOML text that `read_toml` reads back to an equal config."""
-    lines = [f"init = {_toml(config.init)}"]
-    for name in _TABLES:
+    tables = dataclasses.asdict(config)
+    lines = [f"init = {_toml(tables.pop('init'))}"]
+    tasks = tables.pop("tasks")
+    if tasks:
+        del tables["data"]
+    tables |= {f"tasks.{name}": data for name, data in tasks.items()}
+    for name, section in tables.items():
         lines += ["", f"[{name}]"]
-        section = dataclasses.asdict(getattr(config, name))
         lines += [f"{key} = {_toml(value)}" for key, value in section.items() if value is not None]
     return "\n".join(lines) + "\n"
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qkv.checkpoint import CONFIG
+from qkv.checkpoint import CONFIG, STATES
 from qkv.config import BertConfig, DataConfig, RunConfig, Task, read_toml
-from qkv.data import Dataset, Sampler, bert_head, build, read, read_held_out
-from qkv.data.batches import Batch, TaggedBatch
+from qkv.data import Dataset, MultiTaskDataset, Sampler, bert_head, build, read, read_held_out
+from qkv.data.batches import Batch, TaggedBatch, TaskBatch
 from qkv.errors import InputError
 from qkv.metrics import (
     entity_scores,
@@ -27,7 +28,7 @@ from qkv.metrics import (
     spearman,
     translation_scores,
 )
-from qkv.models import Model
+from qkv.models import Model, MultiTaskBert
 from qkv.objectives import Objective, Term
 from qkv.pipelines import Translator, from_pretrained
 
@@ -41,25 +42,46 @@ def evaluate(objective: Objective, dataset: Dataset, batch_tokens: int = 8192) -
 
     For each loss term `<term>_loss` (nats, or squares of a value's unit) and, but for values,
     `<term>_accuracy`; `loss`, their sum; and what `derived` and, for language models, `perplexity` and
-    `bits_per_byte` tell. The answer does not depend on batch_tokens.
+    `bits_per_byte` tell. Of several tasks, all of these as `task/name`, and in `loss` the sum over tasks. The
+    answer does not depend on batch_tokens.
     """
-    device = next(objective.parameters()).device
     was_training = objective.training
     objective.eval()
+    if isinstance(dataset, MultiTaskDataset):
+        parts = {task: _scores(objective, part, batch_tokens, task) for task, part in dataset.tasks.items()}
+        scores = joined(parts)
+    else:
+        scores = _scores(objective, dataset, batch_tokens)
+    objective.train(was_training)
+    return scores
+
+
+def joined(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The scores of several tasks as those of one model, whose loss is the sum of theirs."""
+    scores: dict[str, Any] = {"loss": sum(part["loss"] for part in parts.values())}
+    for task, part in parts.items():
+        scores |= {f"{task}/{name}": score for name, score in part.items()}
+    return scores
+
+
+def _scores(objective: Objective, dataset: Dataset, batch_tokens: int, task: str = "") -> dict[str, float]:
+    """Of one task: of a multi-task model that of this name."""
+    device = next(objective.parameters()).device
+    model = objective.model.tasks[task] if isinstance(objective.model, MultiTaskBert) else objective.model
     losses: dict[str, float] = defaultdict(float)
     correct: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     answers: dict[str, list[Answers]] = defaultdict(list)
     for indices in Sampler(dataset.costs, batch_tokens, seed=0).epoch(0):
         batch = dataset.batch(indices, epoch=0).to(device)
-        for name, term in objective.terms(batch).items():
+        for term_name, term in objective.terms(TaskBatch(task, batch) if task else batch).items():
+            name = term_name.removeprefix(f"{task}/")
             losses[name] += term.loss_sum().item()
             counts[name] += len(term)
             if (right := term.correct()) is not None:
                 correct[name] += int(right)
             if name in ("label", "labels", "value", "tag"):
                 answers[name] += _answers(term, batch)
-    objective.train(was_training)
     scores = {"loss": sum(losses[name] / counts[name] for name in losses)}
     for name, count in counts.items():
         scores[f"{name}_loss"] = losses[name] / count
@@ -69,7 +91,7 @@ def evaluate(objective: Objective, dataset: Dataset, batch_tokens: int = 8192) -
         scores["perplexity"] = math.exp(min(scores["next_token_loss"], 700.0))
         scores["bits_per_byte"] = losses["next_token"] / math.log(2) / dataset.size_in_bytes
     for name, parts in answers.items():
-        scores |= derived(name, parts, getattr(objective.model.config, "labels", ()))
+        scores |= derived(name, parts, getattr(model.config, "labels", ()))
     return scores
 
 
@@ -109,18 +131,36 @@ def _task(model: Model, data: DataConfig) -> Literal["auto", Task]:
             return data.task
 
 
+def _settings(folder: Path) -> RunConfig | None:
+    """Those of a run folder, or of the task whose folder in a run it is; None if it is neither."""
+    if (folder / CONFIG).exists():
+        return read_toml(folder / CONFIG)
+    if folder.is_dir() and (folder.parent / STATES).is_dir():
+        run = read_toml(folder.parent / CONFIG)
+        return run.of_task(folder.name) if folder.name in run.tasks else None
+    return None
+
+
 def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | str]:
     """Scores of a run folder or checkpoint on all of `data`; "" takes the run's own held-out data.
 
-    Column names are those of the run's config. Translations are also decoded with beam search and
-    compared by `translation_scores`. Raises InputError for data that do not suit the model.
+    Column names are those of the run's config. Of a run of several tasks all are scored, each on its own
+    held-out data; a task's folder in it is scored as a run of that task. Translations are also decoded
+    with beam search and compared by `translation_scores`. Raises InputError for data that do not suit the
+    model.
     """
+    settings = _settings(Path(source))
+    if settings and settings.tasks:
+        folders = {name: str(Path(source) / name) for name in settings.tasks}
+        if data:
+            named = ", ".join(folders.values())
+            raise InputError(f"{source} has several tasks: score one on other data, as {named}")
+        return joined({name: score(folder) for name, folder in folders.items()})
     pipeline = from_pretrained(source)
     if isinstance(pipeline, Translator):
         translation_scores([""], [""])  # fails at once without sacreBLEU
     model = pipeline.model
-    path = Path(source) / CONFIG
-    run = read_toml(path) if path.exists() else RunConfig(model=model.config, data=DataConfig())
+    run = settings or RunConfig(model=model.config, data=DataConfig())
     labels: tuple[str, ...] = getattr(model.config, "labels", ())
     family = model.config.family
     if not data and not run.data.path:

@@ -30,9 +30,10 @@ from qkv.data.batches import (
     PairBatch,
     RawImageBatch,
     TaggedBatch,
+    TaskBatch,
     ValueBatch,
 )
-from qkv.models import GPT, Bert, Model, Transformer, ViT
+from qkv.models import GPT, Bert, Model, MultiTaskBert, Transformer, ViT
 
 # ---------------------------------------------------------------- kinds of loss
 
@@ -215,6 +216,8 @@ def item_counts(batch: Batch) -> dict[str, int]:
             return {"tag": len(batch.labels.values)}
         case ContrastiveBatch():
             return {"pair": len(batch.wrong)}
+        case TaskBatch():
+            return {f"{batch.task}/{name}": count for name, count in item_counts(batch.batch).items()}
         case _:
             raise TypeError(f"no objective learns from a {type(batch).__name__}")
 
@@ -229,6 +232,7 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
     2021, 3.1). labels: which labels a text has. value: a number of a text or a pair.
     tag: the class of a word, by its first piece (Devlin et al. 2018, 5.3).
     pair: which text belongs to a text, by the cosine of mean vectors (Gao et al. 2021, equations 1 and 4).
+    A task's terms are called task/term.
     """
     match model, batch:
         case GPT(), LanguageBatch():
@@ -255,6 +259,9 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
             return {"tag": CrossEntropy(logits, batch.labels.values)}
         case Bert(), ContrastiveBatch():
             return {"pair": contrastive(model.features(batch.ids).mean(), batch)}
+        case MultiTaskBert(), TaskBatch():
+            terms = loss_terms(model.tasks[batch.task], batch.batch)
+            return {f"{batch.task}/{name}": term for name, term in terms.items()}
         case Transformer(), PairBatch():
             return {
                 "target_token": CrossEntropy(model(batch.source, batch.inputs).logits.values, batch.labels)

@@ -72,6 +72,8 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
 
     Raises InputError for what cannot be planned.
     """
+    if config.tasks:
+        raise InputError("plans know nothing of several tasks: plan the one that needs most, with data.task")
     if config.data.task == "contrastive":
         raise InputError("plans know nothing of groups of texts: leave out data.task contrastive")
     model, notes = config.model, []

@@ -107,14 +107,17 @@ def flops_per_token(model: Model, dataset: Dataset) -> float:
     Forward and backward pass, counted on the meta device, where nothing is computed: no recomputation, and
     no gradients of frozen weights. Attention counts whole blocks, without regard to causal order.
     """
-    indices = np.unique(np.linspace(0, len(dataset) - 1, SAMPLES).astype(int)).tolist()
+    indices = np.unique(np.linspace(0, len(dataset) - 1, SAMPLES).astype(int))
+    groups = dataset.groups[indices]
     twins: dict[int, torch.Tensor] = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     } | {id(b): b.to("meta") for b in model.buffers()}
     shadow = copy.deepcopy(model, twins)  # the model's make without its weights
     with FlopCounterMode(display=False) as counter:
-        terms = loss_terms(shadow, dataset.batch(indices, epoch=0).to("meta"))
-        torch.stack([term.loss_sum() for term in terms.values()]).sum().backward()  # type: ignore[no-untyped-call]
+        for group in np.unique(groups):
+            batch = dataset.batch(indices[groups == group].tolist(), epoch=0).to("meta")
+            terms = loss_terms(shadow, batch)
+            torch.stack([term.loss_sum() for term in terms.values()]).sum().backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops() / dataset.costs[indices].sum())
 
 

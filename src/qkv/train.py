@@ -35,10 +35,11 @@ from qkv.checkpoint import (
     step_of,
     write_text,
 )
-from qkv.config import RunConfig, TrainConfig, read_toml, write_toml
+from qkv.config import BertHead, DataConfig, RunConfig, TrainConfig, read_toml, write_toml
 from qkv.data import (
     Cache,
     Dataset,
+    MultiTaskDataset,
     Raw,
     Sampler,
     Samples,
@@ -59,7 +60,7 @@ from qkv.files import cache_folder, locked, reason
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.layers import Block
-from qkv.models import Model, build
+from qkv.models import Bert, Model, MultiTaskBert, build
 from qkv.objectives import Objective, item_counts
 from qkv.observe import Observer
 from qkv.optim import learning_rate, optimizers
@@ -78,10 +79,10 @@ class Job:
     checkpoint: Checkpoint
     train: Dataset
     valid: Dataset
-    summary: Summary
-    """What was understood of the data."""
-    examples: Samples
-    """A few held-out samples, to show what the model makes of them."""
+    summaries: dict[str, Summary]
+    """What was understood of the data of each task; of those of a single one under the name ""."""
+    examples: dict[str, Samples]
+    """A few held-out samples of each, to show what the model makes of them."""
 
 
 def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
@@ -96,14 +97,16 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
-    data = replace(config.data, path=_absolute(config.data.path), valid=_absolute(config.data.valid))
+    data, tasks = _located(config.data), {name: _located(data) for name, data in config.tasks.items()}
     folder = Path(config.init).expanduser()
     init = str(folder.absolute()) if config.init and folder.is_dir() else config.init
-    config = replace(config, data=data, train=replace(config.train, precision=precision), init=init)
-    raw = read(config.data, config.model.family)
+    config = replace(
+        config, data=data, tasks=tasks, train=replace(config.train, precision=precision), init=init
+    )
+    raws = _read(config)
     seed_all(config.train.seed)
     cache = Cache(cache_folder() / "data", watch)
-    return _job(config, raw, _load(config, raw) if config.init else _fresh(config, raw, cache), cache)
+    return _job(config, raws, _load(config, raws) if config.init else _fresh(config, raws, cache), cache)
 
 
 def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
@@ -111,10 +114,12 @@ def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
-    raw = read(config.data, config.model.family)
-    return _job(
-        config, raw, Checkpoint(build(config.model), tokenizer, images), Cache(cache_folder() / "data", watch)
-    )
+    checkpoint = Checkpoint(build(config.model), tokenizer, images)
+    return _job(config, _read(config), checkpoint, Cache(cache_folder() / "data", watch))
+
+
+def _located(data: DataConfig) -> DataConfig:
+    return replace(data, path=_absolute(data.path), valid=_absolute(data.valid))
 
 
 def _absolute(location: str) -> str:
@@ -122,7 +127,57 @@ def _absolute(location: str) -> str:
     return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
 
 
-def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
+def _read(config: RunConfig) -> dict[str, Raw]:
+    """The data of each task; those of a single one under the name ""."""
+    if not config.tasks:
+        return {"": read(config.data, config.model.family)}
+    raws = {}
+    for name, data in config.tasks.items():
+        with _blaming(name):
+            raws[name] = read(data, config.model.family)
+    return raws
+
+
+@contextmanager
+def _blaming(task: str) -> Iterator[None]:
+    """Around what is done for one of several tasks: an InputError names it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"task {task}: {error}") from None
+
+
+def _head(config: RunConfig, raws: dict[str, Raw]) -> tuple[BertHead, tuple[str, ...]]:
+    """The head that a Bert has for the data, and its labels; that of an encoder for several tasks."""
+    if config.tasks:
+        return "pooler", ()
+    return bert_head(raws[""].kind), raws[""].labels
+
+
+def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache: Cache) -> Job:
+    """A job of one task, or of several, each made as if alone, over the checkpoint's encoder."""
+    if not config.tasks:
+        return _task_job(config, raws[""], checkpoint, cache)
+    assert isinstance(checkpoint.model, Bert)
+    heads = {name: (bert_head(raw.kind), raw.labels) for name, raw in raws.items()}
+    model = MultiTaskBert(checkpoint.model, heads)
+    jobs = {}
+    for name, raw in raws.items():
+        with _blaming(name):
+            own = replace(checkpoint, model=model.tasks[name])
+            jobs[name] = _task_job(config.of_task(name), raw, own, cache)
+    labels = {name: raw.labels for name, raw in raws.items()}
+    return Job(
+        replace(config, model=model.config, tasks={name: job.config.data for name, job in jobs.items()}),
+        replace(checkpoint, model=model),
+        MultiTaskDataset({name: job.train for name, job in jobs.items()}, labels),
+        MultiTaskDataset({name: job.valid for name, job in jobs.items()}, labels),
+        {name: job.summaries[""] for name, job in jobs.items()},
+        {name: job.examples[""] for name, job in jobs.items()},
+    )
+
+
+def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
     config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
     if raw.kind == "contrastive":
@@ -134,13 +189,14 @@ def _job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> J
         hub.adapt(checkpoint, config.lora, config.init)
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
     summary = summarize(raw, train, valid)
-    return Job(config, checkpoint, train, valid, summary, raw.valid.spread(EXAMPLES))
+    return Job(config, checkpoint, train, valid, {"": summary}, {"": raw.valid.spread(EXAMPLES)})
 
 
-def _load(config: RunConfig, raw: Raw) -> Checkpoint:
+def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
-    head = bert_head(raw.kind) if config.model.family == "bert" else None
-    loaded = hub.load(config.init, family=config.model.family, head=head, labels=raw.labels)
+    head, labels = _head(config, raws)
+    bert = config.model.family == "bert"
+    loaded = hub.load(config.init, family=config.model.family, head=head if bert else None, labels=labels)
     if config.lora.rank:
         hub.check_base(config.init, fresh=loaded.fresh)
     theirs = loaded.model.config
@@ -160,20 +216,22 @@ def _load(config: RunConfig, raw: Raw) -> Checkpoint:
 _DROPOUTS = ("dropout", "attention_dropout", "drop_path")
 
 
-def _fresh(config: RunConfig, raw: Raw, cache: Cache) -> Checkpoint:
+def _fresh(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Checkpoint:
     """A new model, and the tokenizer or image processor that fits the data."""
     model = config.model
     if model.family == "vit":
+        raw = raws[""]
         size = model.image_size or _image_size(raw, model.patch_size)
         model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
         images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
         return Checkpoint(build(model), images=images)
-    tokenizer = trained_tokenizer(config.tokenizer, model.family, raw, cache)
+    tokenizer = trained_tokenizer(config.tokenizer, model.family, list(raws.values()), cache)
     model = replace(model, vocab_size=tokenizer.vocab_size)
     if model.family == "transformer":
         model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
     elif model.family == "bert":
-        model = replace(model, head=bert_head(raw.kind), labels=raw.labels)
+        head, labels = _head(config, raws)
+        model = replace(model, head=head, labels=labels)
     return Checkpoint(build(model), tokenizer)
 
 
@@ -231,7 +289,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     trainer = Trainer(job.config.train, job.checkpoint, job.train, ranks)
     progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
     if progress.data != job.train.fingerprint:
-        raise InputError(f"the data at {job.config.data.path} have changed since {run} began: train anew")
+        raise InputError(f"the data of {run} have changed since it began: train anew")
     if progress.step > trainer.config.max_steps:
         raise InputError(
             f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}: "
@@ -354,9 +412,10 @@ class Trainer:
 def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
     """Steps, scores and saved states from where `progress` is to the end."""
     config, ranks = trainer.config, trainer.ranks
-    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed)
+    sampler = Sampler(job.train.costs, config.batch_tokens, config.seed, job.train.groups)
     todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
-    observer.say(job.summary.text())
+    for task, summary in job.summaries.items():
+        observer.say(f"{task}: {summary.text()}" if task else summary.text())
     started = time.monotonic() - progress.seconds
     with (
         _sole_writer(run) if ranks.first else nullcontext(),

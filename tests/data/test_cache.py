@@ -182,7 +182,7 @@ def test_a_tokenizer_learns_from_the_words_of_sentences(tmp_path: Path) -> None:
     config, cache = TokenizerConfig(kind="wordpiece", vocab_size=60), Cache(tmp_path)
     for words in ([["one"], ["two"]], [["ten"], ["nine"]]):
         samples = Samples("tagging", words=words, tags=[[0], [1]])
-        made = trained_tokenizer(config, "bert", Raw(samples, samples, (), ""), cache)
+        made = trained_tokenizer(config, "bert", [Raw(samples, samples, (), "")], cache)
         assert all(made.unk_id not in made.plain(word) for (word,) in words)
     assert len(_entries(tmp_path)) == 2
 
@@ -214,7 +214,7 @@ def test_a_tokenizer_is_the_same_after_it_was_stored(tmp_path: Path) -> None:
         config = TokenizerConfig(kind=kind, vocab_size=300)  # type: ignore[arg-type]
         raw = Raw(Samples("text", TEXTS), Samples("text", TEXTS), (), "")
         made = train_tokenizer(config, "bert", raw.texts())
-        first, second = (trained_tokenizer(config, "bert", raw, Cache(tmp_path)) for _ in range(2))
+        first, second = (trained_tokenizer(config, "bert", [raw], Cache(tmp_path)) for _ in range(2))
         made.save(tmp_path)
         for other in (first, second, Tokenizer.load(tmp_path)):
             assert other.definition == made.definition and other.special == made.special

@@ -57,3 +57,19 @@ def test_batches_are_nearly_full() -> None:
     costs = np.random.default_rng(0).integers(1, 60, 3000)
     batches = Sampler(costs, 1000, 0).epoch(0)
     assert costs.sum() / (1000 * len(batches)) > 0.95
+
+
+@given(**settings_of, groups=st.integers(1, 4))
+def test_batches_hold_samples_of_one_group(costs: np.ndarray, tokens: int, seed: int, groups: int) -> None:
+    group = np.arange(len(costs)) * groups // len(costs)
+    batches = Sampler(costs, tokens, seed, group).epoch(0)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(costs)))
+    assert all(len(set(group[batch])) == 1 for batch in batches)
+
+
+def test_groups_have_their_share_of_the_batches_throughout() -> None:
+    group = np.repeat([0, 1], [3000, 1000])
+    batches = Sampler(np.full(4000, 5), 50, 0, group).epoch(0)
+    shares = [np.mean([group[batch[0]] for batch in batches[i : i + 100]]) for i in range(0, 400, 100)]
+    assert len(batches) == 400
+    assert np.mean(shares) == 0.25 and max(shares) < 0.4 and min(shares) > 0.1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from qkv.data.dataset import TOKENIZERS, Dataset, digest
 from qkv.data.documents import MaskedDataset
 from qkv.data.images import ImageDataset
 from qkv.data.labelled import LabelledDataset, label_matrix
+from qkv.data.multitask import MultiTaskDataset
 from qkv.data.pairs import PairDataset
 from qkv.data.prefetch import prefetch
 from qkv.data.raw import SPLIT_SEED, Kind, Raw, Samples, bert_head, read, read_held_out
@@ -40,6 +42,7 @@ from qkv.tokenizers import Tokenizer, train_tokenizer
 __all__ = [
     "Cache",
     "Dataset",
+    "MultiTaskDataset",
     "Raw",
     "Sampler",
     "Samples",
@@ -78,15 +81,15 @@ def prepare(
 
 
 def trained_tokenizer(
-    config: TokenizerConfig, family: Family, raw: Raw, cache: Cache = NO_CACHE
+    config: TokenizerConfig, family: Family, raws: Sequence[Raw], cache: Cache = NO_CACHE
 ) -> Tokenizer:
-    """`train_tokenizer` on the training text, unless the cache has its answer from an earlier run."""
-    columns = raw.train.columns
+    """`train_tokenizer` on all training text, unless the cache has its answer from an earlier run."""
+    columns = [column for raw in raws for column in raw.train.columns]
     total = sum(len(text) for column in columns for text in column)
 
     def texts() -> Iterator[str]:
         done = 0
-        for text in raw.texts():
+        for text in chain.from_iterable(raw.texts() for raw in raws):
             yield text
             done += len(text)
             cache.watch("characters read for the tokenizer", done, total)

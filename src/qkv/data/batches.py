@@ -102,6 +102,18 @@ class ContrastiveBatch(Batch):
 
 
 @dataclass(frozen=True, eq=False)
+class TaskBatch(Batch):
+    """A batch of one of several tasks."""
+
+    task: str
+    batch: Batch
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """The task's batch on that device."""
+        return replace(self, batch=self.batch.to(device))
+
+
+@dataclass(frozen=True, eq=False)
 class PairBatch(Batch):
     """Source ids (S,), the target ids (T,) that the decoder reads, and each one's successor (T,)."""
 

@@ -52,6 +52,11 @@ class Dataset(ABC):
         """Tokens of each sample or, where samples are groups of texts, of each text."""
         return self.costs
 
+    @property
+    def groups(self) -> Ids:
+        """A number for each sample: a batch holds samples of one number only. Usually there is but one."""
+        return np.zeros(len(self), dtype=np.int64)
+
     @abstractmethod
     def batch(self, indices: Sequence[int], epoch: int) -> Batch:
         """The samples `indices`, in that order, as they are in that epoch."""

@@ -16,11 +16,15 @@ _POOL = 64
 class Sampler:
     """Batches of sample indices: a pure function of the seed and the epoch.
 
-    A batch holds at most `batch_tokens` tokens, or one sample that is longer than that.
+    A batch holds at most `batch_tokens` tokens, or one sample that is longer than that. Where samples are
+    of several groups, the batches of all groups are shuffled together, so that each group has its share of
+    the steps throughout (Liu et al. 2019, algorithm 1).
     """
 
-    def __init__(self, costs: Ids, batch_tokens: int, seed: int) -> None:
+    def __init__(self, costs: Ids, batch_tokens: int, seed: int, groups: Ids | None = None) -> None:
+        """costs, groups: as of a Dataset; without groups, there is one."""
         self.costs = costs
+        self.groups = np.zeros(len(costs), dtype=np.int64) if groups is None else groups
         self.batch_tokens = batch_tokens
         self.seed = seed
 
@@ -28,12 +32,9 @@ class Sampler:
         """The batches of an epoch: every sample once, in random order, samples of similar cost together."""
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.costs))
-        pool = max(1, int(_POOL * self.batch_tokens / max(self.costs.mean(), 1.0)))
         batches: list[list[int]] = []
-        for start in range(0, len(order), pool):
-            members = order[start : start + pool]
-            members = members[np.argsort(self.costs[members], kind="stable")]
-            batches += self._cut(members.tolist(), self.costs[members].tolist())
+        for group in np.unique(self.groups):
+            batches += self._of_group(order[self.groups[order] == group])
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def batches(self, start_step: int = 0) -> Iterator[tuple[int, list[int]]]:
@@ -44,6 +45,16 @@ class Sampler:
             for batch in batches[skip:]:
                 yield epoch, batch
             skip = max(0, skip - len(batches))
+
+    def _of_group(self, order: Ids) -> list[list[int]]:
+        """The batches of a group's samples, which are in random order."""
+        pool = max(1, int(_POOL * self.batch_tokens / max(self.costs[order].mean(), 1.0)))
+        batches: list[list[int]] = []
+        for start in range(0, len(order), pool):
+            members = order[start : start + pool]
+            members = members[np.argsort(self.costs[members], kind="stable")]
+            batches += self._cut(members.tolist(), self.costs[members].tolist())
+        return batches
 
     def _cut(self, members: Sequence[int], costs: Sequence[int]) -> list[list[int]]:
         """Split in order, each part as long as the tokens allow."""

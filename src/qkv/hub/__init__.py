@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from qkv.images import ImageProcessor
 from qkv.layers import sinusoidal
 from qkv.lora import HEAD
 from qkv.lora import adapt as add_adapters
-from qkv.models import Bert, Model, Transformer, ViT, build
+from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
 _FORMATS: dict[str, Format[Any]] = {f.model_type: f for f in (GPT2(), GPT1(), BERT(), VIT(), Marian())}
@@ -260,16 +260,39 @@ def check_savable(config: AnyModelConfig) -> None:
         raise InputError(f"such a model cannot be saved: {obstacle}")
 
 
+def by_task(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
+    """The checkpoint of each task of a multi-task model by name; any other one under the name ""."""
+    if not isinstance(checkpoint.model, MultiTaskBert):
+        return {"": checkpoint}
+    found = {task: replace(checkpoint, model=model) for task, model in checkpoint.model.tasks.items()}
+    for task, model in checkpoint.model.tasks.items():
+        if model.config.head == "none":  # contrastive learning
+            found[task] = replace(found[task], pooling="mean", normalize=True)
+    return found
+
+
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
 
     Of a model with adapters only what was learned: adapter_config.json, adapter_model.safetensors and
-    labels.json instead of the first two.
+    labels.json instead of the first two. Of a multi-task model a folder a task, each with all of these.
 
     It is written beside and moved into place, so a failure leaves what was there before; what a kill -9
     leaves, `folder.replace` says. Raises InputError if the config cannot be expressed, the disk is full,
     or the folder cannot be written.
     """
+    writers = {name: _writer(one) for name, one in by_task(checkpoint).items()}
+
+    def write(staging: Path) -> None:
+        for name, fill in writers.items():
+            (staging / name).mkdir(exist_ok=True)
+            fill(staging / name)
+
+    folders.replace(Path(folder), write)
+
+
+def _writer(checkpoint: Checkpoint) -> Callable[[Path], None]:
+    """What writes the files of a checkpoint into an empty folder. Raises InputError if it cannot be."""
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     config: AnyModelConfig = model.config
     check_savable(config)
@@ -305,7 +328,7 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
             max_tokens = checkpoint.max_tokens or config.context
             sentence.write(staging, config.dim, checkpoint.pooling, checkpoint.normalize, max_tokens)
 
-    folders.replace(Path(folder), write)
+    return write
 
 
 def merge(source: str | Path, folder: str | Path) -> None:

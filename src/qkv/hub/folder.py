@@ -29,7 +29,7 @@ SENTENCE = "sentence_bert_config.json"
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
 _FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS, LABELS)
 """What a checkpoint may consist of, as patterns, but for the modules of sentence-transformers."""
-_WEIGHTS = (Path(WEIGHTS), Path(ADAPTER_WEIGHTS))
+_WEIGHTS = (WEIGHTS, ADAPTER_WEIGHTS)
 _STAGING = ".saving-"
 
 
@@ -49,6 +49,10 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if is_folder:
         if revision is not None:
             raise InputError(f"{path} is a folder; a revision belongs to a Hub id")
+        if not any((path / name).is_file() for name in (CONFIG, ADAPTER, MODULES)):
+            inside = sorted(str(file.parent) for file in path.glob(f"[!.]*/{CONFIG}"))
+            if inside:
+                raise InputError(f"{path} is a folder of models: name one of {', '.join(inside)}")
         return path
     if exists:
         raise InputError(f"{path} is a file; give the folder of a checkpoint")
@@ -121,8 +125,8 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
 
     Each file is replaced at once, the weights last. So a power cut or kill -9 leaves the old weights or
     all that is new; but the old weights can then be beside new settings and tokenizer, which makes no
-    difference only while one and the same run saves. What a killed process was writing goes with the
-    next save.
+    difference only while one and the same run saves. Of a folder of models, some can then be old and some
+    new; a resumed run saves all of them again. What a killed process was writing goes with the next save.
     """
     made, kept = False, ""
     try:
@@ -135,11 +139,11 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
             new = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
             for name in new:
                 files.sync(staging / name)
-            for name in sorted(new, key=lambda name: (name in _WEIGHTS, name)):
-                if name in _WEIGHTS:  # an old index would hide the new weights
+            for name in sorted(new, key=lambda name: (name.name in _WEIGHTS, name)):
+                if name.name in _WEIGHTS:  # an old index would hide the new weights
                     for leftover in old - new:
                         (folder / leftover).unlink()
-                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(folder / name)
                 kept = ""
         files.sync(folder)

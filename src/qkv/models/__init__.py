@@ -6,10 +6,11 @@ from qkv.config import AnyModelConfig, BertConfig, GPTConfig, TransformerConfig
 from qkv.models import bert, gpt, transformer, vit
 from qkv.models.bert import Bert
 from qkv.models.gpt import GPT
+from qkv.models.multitask import MultiTaskBert
 from qkv.models.transformer import Transformer
 from qkv.models.vit import ViT
 
-__all__ = ["GPT", "PRESETS", "Bert", "Model", "Transformer", "ViT", "build"]
+__all__ = ["GPT", "PRESETS", "Bert", "Model", "MultiTaskBert", "Transformer", "ViT", "build"]
 
 Model = Transformer | Bert | GPT | ViT
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,11 +23,11 @@ import torch
 from qkv.checkpoint import read_metrics, write_text
 from qkv.config import Family, RunConfig, write_toml
 from qkv.data.summary import Split, Spread, Summary
-from qkv.hub import Checkpoint
+from qkv.hub import Checkpoint, by_task
 from qkv.models import Model
 from qkv.observe import Observer, Record
 from qkv.pipelines import pipeline
-from qkv.report.exhibits import exhibit
+from qkv.report.exhibits import Exhibit, exhibit
 from qkv.report.page import Card, Figure, Measure, Scores, Section, page, score_table, shares, table
 from qkv.report.plot import Line, Look, Point, curve, plot
 from qkv.roofline import device_name
@@ -55,9 +55,14 @@ class RunReport(Observer):
         self.job = job
         self.run = run
         self.full_rate = full_rate
-        self.exhibit = exhibit(job.checkpoint, job.examples, job.summary.labels)
+        checkpoints = by_task(job.checkpoint)
+        found = {
+            task: exhibit(checkpoints[task], samples, job.summaries[task].labels)
+            for task, samples in job.examples.items()
+        }
+        self.exhibits = {task: shown for task, shown in found.items() if shown is not None}
         self.history: list[dict[str, Any]] = []
-        """The lines of samples.jsonl: a step and the answers behind it."""
+        """The lines of samples.jsonl: a step, a task, and the answers behind it."""
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Take up the samples until `step`; those of later steps are from a run that was cut off."""
@@ -68,10 +73,13 @@ class RunReport(Observer):
 
     def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Ask the model, and write the page."""
-        if self.exhibit is not None:
+        if self.exhibits:
+            device = str(next(checkpoint.model.parameters()).device)
+            checkpoints = by_task(checkpoint)
             with _evaluating(checkpoint.model):
-                asked = pipeline(checkpoint, str(next(checkpoint.model.parameters()).device))
-                self.history.append({"step": step, "answers": self.exhibit.ask(asked)})
+                for task, shown in self.exhibits.items():
+                    answers = shown.ask(pipeline(checkpoints[task], device))
+                    self.history.append({"step": step, "task": task, "answers": answers})
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.history)
             write_text(self.run / SAMPLES, "".join(lines))
         self.write()
@@ -89,7 +97,11 @@ class RunReport(Observer):
             return
         last = steps[-1]
         family = _NAMES[config.model.family]
-        unit = "squared error" if config.data.task == "regression" else "nats"
+        units = [
+            "squared error" if data.task == "regression" else "nats"
+            for data in (config.tasks or {"": config.data}).values()
+        ]
+        unit = " + ".join(sorted(set(units)))
         lead = (
             f"Step {last['step']:,} of {config.train.max_steps:,} after {_duration(last['seconds'])} of "
             f"training; this page was written at {time.strftime('%Y-%m-%d %H:%M:%S %Z')}."
@@ -97,7 +109,7 @@ class RunReport(Observer):
         sections = [
             Section("learning", "How it learns", "", {}, tuple(_learning(steps, scores, unit))),
             *self._samples(),
-            _data(self.job.summary),
+            *(_data(summary, task) for task, summary in self.job.summaries.items()),
             self._setting(),
         ]
         html = page(f"{family}: {self.run.name}", lead, self._cards(steps, scores), sections)
@@ -118,17 +130,21 @@ class RunReport(Observer):
             yield Card("Speed", f"{rate:,.0f}", f"tokens a second{share}", "setting")
 
     def _samples(self) -> Iterator[Section]:
-        if self.exhibit is None or not self.history:
-            return
-        last, earlier = self.history[-1], self.history[:-1]
-        html = f"{self.exhibit.show(last['answers'])}<p>{escape(self.exhibit.caption)}</p>"
+        """A section for each task whose answers are shown."""
+        for task, asked in self.exhibits.items():
+            if lines := [line for line in self.history if line["task"] == task]:
+                yield self._answers(task, asked, lines)
+
+    def _answers(self, task: str, asked: Exhibit[Any], lines: Sequence[dict[str, Any]]) -> Section:
+        last, earlier = lines[-1], lines[:-1]
+        html = f"{asked.show(last['answers'])}<p>{escape(asked.caption)}</p>"
         every = max(1, -(-len(earlier) // _EARLIER))
         for line in reversed(earlier[::every]):
-            shown = self.exhibit.show(line["answers"])
+            shown = asked.show(line["answers"])
             html += f"<details><summary>at step {line['step']:,}</summary>{shown}</details>"
-        title = f"{self.exhibit.title} at step {last['step']:,}"
+        title = f"{asked.title} at step {last['step']:,}"
         figure = Figure(title, html, wide=True)
-        yield Section("samples", "What it does", "", {}, (figure,))
+        return _section("samples", "What it does", task, "", figure)
 
     def _setting(self) -> Section:
         job = self.job
@@ -147,6 +163,11 @@ class RunReport(Observer):
         return Section("setting", "Machine and settings", "", facts, (figure,))
 
 
+def _section(key: str, title: str, task: str, lead: str, *figures: Figure) -> Section:
+    """Of one of several tasks by its name, or "" of the only one."""
+    return Section(f"{key}-{task}" if task else key, f"{title}: {task}" if task else title, lead, {}, figures)
+
+
 @contextmanager
 def _evaluating(model: Model) -> Iterator[None]:
     """In evaluation mode, then as it was; that a young model's texts are cut is no news."""
@@ -162,12 +183,13 @@ def _learning(steps: Sequence[Record], scores: Sequence[Record], unit: str) -> I
     """Curves and scores; unit: of the loss."""
     yield Figure("Loss", curve(_points(steps, "loss"), _points(scores, "valid_loss"), unit))
     accuracies = [name for name in (scores[0] if scores else ()) if name.endswith("_accuracy")]
-    if accuracies:
+    for task, names in groupby(accuracies, lambda name: _title(name).rpartition("/")[0]):
         lines = [
             Line(_title(name).removesuffix(" accuracy"), _points(scores, name), look, dots=True)
-            for name, look in zip(accuracies, _LOOKS, strict=False)
+            for name, look in zip(names, _LOOKS, strict=False)
         ]
-        yield Figure("Held-out accuracy", plot(lines, "held-out accuracy", "share right"))
+        title = f"Held-out accuracy: {task}" if task else "Held-out accuracy"
+        yield Figure(title, plot(lines, "held-out accuracy", "share right"))
     rate = Line("learning rate", _points(steps, "learning_rate"))
     yield Figure("Learning rate", plot([rate], "learning rate", "learning rate"))
     norm = Line("gradient norm", _points(steps, "grad_norm"), smooth=True)
@@ -200,7 +222,7 @@ def _title(name: str) -> str:
     return name.removeprefix("valid_").replace("_", " ")
 
 
-def _data(summary: Summary) -> Section:
+def _data(summary: Summary, task: str) -> Section:
     """What there is to learn from."""
     splits = (summary.train, summary.valid)
     figures = [Figure("Samples", table(("", "training", "held out"), _rows(*splits)))]
@@ -215,7 +237,7 @@ def _data(summary: Summary) -> Section:
     if remarks := list(summary.remarks()):
         items = "".join(f"<li>{escape(remark)}</li>" for remark in remarks)
         figures.append(Figure("Remarks", f"<ul>{items}</ul>", wide=bool(summary.labels)))
-    return Section("data", "Data", summary.about, {}, tuple(figures))
+    return _section("data", "Data", task, summary.about, *figures)
 
 
 def _rows(*splits: Split) -> Iterator[tuple[str, ...]]:
