@@ -22,9 +22,9 @@ import torch
 from qkv.config import Family
 from qkv.data import Dataset, Sampler, prefetch
 from qkv.data.batches import Batch
+from qkv.job import Job, new_job
 from qkv.objectives import item_counts, loss_terms
 from qkv.recipes import default_recipe
-from qkv.train import Job, new_job
 
 BATCHES, STEPS, ROUNDS = 200, 5, 5
 

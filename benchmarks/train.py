@@ -37,7 +37,7 @@ from qkv.objectives import Objective, item_counts
 from qkv.ragged import pack
 from qkv.roofline import peak
 from qkv.runtime import keep_freed_memory, pick_device
-from qkv.train import StepData, Trainer
+from qkv.trainer import StepData, Trainer
 
 SECONDS = 4.0
 """How long one process steps, after three steps that do not count."""

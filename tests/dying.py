@@ -25,10 +25,11 @@ import torch.utils.tensorboard
 from torch.distributed.checkpoint import hf_storage
 
 from qkv.config import read_toml
+from qkv.job import new_job, resumed_job
 from qkv.observe import Observers
 from qkv.report.run import RunReport
 from qkv.trackers import TensorBoard
-from qkv.train import new_job, resumed_job, train
+from qkv.train import train
 
 _IMPORTED = (pydantic.main, torch._dynamo, torch.utils.tensorboard, hf_storage)
 """What takes children long to import."""

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qkv.config import RunConfig, read_toml
 from qkv.distributed import Ranks, process_group, whole
-from qkv.train import Trainer, new_job
+from qkv.job import new_job
+from qkv.trainer import Trainer
 
 STEPS = (range(64), range(0, 70, 5), [3, 4, 5], [7])
 """Samples of the steps; the last one has fewer than there are ranks."""

@@ -15,9 +15,10 @@ from qkv.checkpoint import Progress, drop_states, load_weights, save_state, save
 from qkv.config import RunConfig
 from qkv.evaluate import evaluate
 from qkv.hub import Checkpoint, load
+from qkv.job import new_job, resumed_job
 from qkv.objectives import Objective
 from qkv.observe import Observer, Record
-from qkv.train import new_job, resumed_job, train
+from qkv.train import train
 
 
 def steps_of(model: torch.nn.Module, count: int):

@@ -22,9 +22,10 @@ from qkv.checkpoint import load_state, load_weights, read_metrics, saved_states
 from qkv.config import DataConfig, RunConfig, write_toml
 from qkv.distributed import ALONE
 from qkv.errors import InputError
+from qkv.job import new_job
 from qkv.optim import optimizers
 from qkv.pipelines import from_pretrained
-from qkv.train import new_job, train
+from qkv.train import train
 
 STEPS = 8
 

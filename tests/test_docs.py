@@ -20,7 +20,8 @@ from test_train import Nobody
 from qkv import recipes
 from qkv.cli import main
 from qkv.config import DataConfig, read_toml
-from qkv.train import new_job, train
+from qkv.job import new_job
+from qkv.train import train
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,10 +16,11 @@ from qkv.cli import main
 from qkv.config import write_toml
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
+from qkv.job import Job, new_job, resumed_job
 from qkv.observe import Observer, Observers, Record
 from qkv.report.run import RunReport
 from qkv.trackers import TensorBoard
-from qkv.train import Job, new_job, resumed_job, train
+from qkv.train import train
 
 MIB = 2**20
 VARIANT = "adamw and a moving average"

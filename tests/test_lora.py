@@ -16,10 +16,11 @@ from qkv.config import BertConfig, DataConfig, LoraConfig, RunConfig, read_toml
 from qkv.errors import InputError
 from qkv.evaluate import score
 from qkv.hub import Checkpoint
+from qkv.job import new_job, resumed_job
 from qkv.lora import Adapted
 from qkv.models import build
 from qkv.pipelines import from_pretrained
-from qkv.train import new_job, resumed_job, train
+from qkv.train import train
 
 LORA = LoraConfig(rank=4, alpha=8)
 

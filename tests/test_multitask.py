@@ -21,6 +21,7 @@ from qkv.data import Sampler
 from qkv.data.multitask import MultiTaskDataset
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
+from qkv.job import Job, new_job, resumed_job
 from qkv.models import MultiTaskBert
 from qkv.objectives import Objective, item_counts
 from qkv.observe import Observers
@@ -29,7 +30,7 @@ from qkv.plan import plan
 from qkv.ragged import Ragged, pack
 from qkv.report.run import REPORT, RunReport
 from qkv.roofline import flops_per_token
-from qkv.train import Job, new_job, resumed_job, train
+from qkv.train import train
 
 SHORT = {"max_steps": 12, "save_steps": 5, "eval_steps": 4, "logging_steps": 1, "warmup_steps": 2}
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from test_train import run_config
 
 from qkv.config import BertConfig, GPTConfig, TrainConfig, TransformerConfig, ViTConfig
+from qkv.job import new_job
 from qkv.models import build
 from qkv.optim import learning_rate, optimizers
-from qkv.train import Trainer, new_job
+from qkv.trainer import Trainer
 
 SCHEDULES = ["cosine", "linear", "inverse_sqrt", "constant"]
 

@@ -30,6 +30,7 @@ from qkv.config import (
 )
 from qkv.data import Sampler
 from qkv.errors import InputError
+from qkv.job import new_job
 from qkv.layers import Block
 from qkv.meter import Meter, Work
 from qkv.models import PRESETS, build
@@ -48,7 +49,7 @@ from qkv.plan import (
 )
 from qkv.recipes import default_recipe
 from qkv.roofline import Roofline
-from qkv.train import Trainer, new_job
+from qkv.trainer import Trainer
 
 CPU = torch.device("cpu")
 SIZES = {"dim": 64, "depth": 1, "heads": 4, "mlp_dim": 256, "dropout": 0.1}

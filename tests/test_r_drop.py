@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from test_train import FAMILIES, run_config
 
+from qkv.job import new_job
 from qkv.objectives import Objective, item_counts, loss_terms
-from qkv.train import new_job
 
 
 def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from test_train import FAMILIES, run_config
 
 from qkv import roofline
 from qkv.data.text import LanguageDataset
-from qkv.train import new_job
+from qkv.job import new_job
 
 CPU = torch.device("cpu")
 

@@ -19,10 +19,11 @@ from qkv.checkpoint import read_metrics
 from qkv.config import DataConfig, RunConfig
 from qkv.console import TrainingBar
 from qkv.errors import InputError
+from qkv.job import Job, new_job, resumed_job
 from qkv.observe import Observer, Observers, Record
 from qkv.pipelines import from_pretrained
 from qkv.report.run import REPORT, SAMPLES, RunReport
-from qkv.train import Job, new_job, resumed_job, train
+from qkv.train import train
 
 SHOWN = {
     "gpt": "It goes on",

@@ -17,11 +17,12 @@ from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig
 from qkv.errors import InputError
 from qkv.evaluate import derived, evaluate, score
+from qkv.job import Job, new_job, resumed_job
 from qkv.objectives import Objective
 from qkv.pipelines import Encoder, from_pretrained
 from qkv.report.run import REPORT, SAMPLES, RunReport
 from qkv.roofline import flops_per_token
-from qkv.train import Job, new_job, resumed_job, train
+from qkv.train import train
 
 TASKS = {
     "multi_label": (samples.multi_label, "labels"),

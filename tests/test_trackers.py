@@ -19,9 +19,10 @@ from qkv.checkpoint import CONFIG, read_metrics
 from qkv.config import RunConfig, write_toml
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
+from qkv.job import new_job
 from qkv.observe import Observer, Observers
 from qkv.trackers import TRACKERS, trackers
-from qkv.train import new_job, train
+from qkv.train import train
 
 NO_MODEL = Checkpoint(torch.nn.Module())
 Points = dict[str, list[tuple[int, float]]]

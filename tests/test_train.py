@@ -34,10 +34,11 @@ from qkv.config import (
 from qkv.errors import InputError
 from qkv.evaluate import evaluate, score
 from qkv.hub import Checkpoint
+from qkv.job import Job, new_job, resumed_job
 from qkv.objectives import Objective, item_counts
 from qkv.observe import Observer, Record
 from qkv.pipelines import from_pretrained
-from qkv.train import Job, new_job, resumed_job, train
+from qkv.train import train
 
 SIZES = {"dim": 32, "depth": 1, "heads": 2, "mlp_dim": 64, "dropout": 0.1}
 MODELS = {

@@ -64,11 +64,12 @@ def train(
     """
     from qkv.console import PreparationBar, TrainingBar
     from qkv.distributed import process_group
+    from qkv.job import new_job, resumed_job
     from qkv.observe import Observer, Observers
     from qkv.report.run import RunReport
     from qkv.roofline import full_rate
     from qkv.trackers import trackers
-    from qkv.train import begin, new_job, resumed_job
+    from qkv.train import begin
     from qkv.train import train as run_training
 
     if resume is None and not config.data.path and not config.tasks:

@@ -50,7 +50,7 @@ from qkv.models.bert import LABELLED
 from qkv.ragged import Layout, Ragged
 from qkv.roofline import Roofline, measure_roofline
 from qkv.runtime import multiplies_bfloat16, pick_device
-from qkv.train import Trainer
+from qkv.trainer import Trainer
 
 GPU = Roofline(
     "assumed of each GPU, as an H100 sustains it",

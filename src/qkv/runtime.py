@@ -48,8 +48,8 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's settings in malloc
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed instead of giving it back to the system; others do as they do.
 
-    Training frees and takes the same large blocks at every step, and fresh pages from the system cost
-    more time than what is computed in them (benchmarks/train.py --malloc). It holds for the whole process.
+    Training frees and takes the same large blocks at every step, and the system clears fresh pages before it
+    gives them out. It holds for the whole process.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""The one training loop, for every family and objective, in one process or many.
+"""The one training loop, for every family and objective.
 
 Everything random is a function of the seed, the step and the rank, so a run that was cut off and
 resumed ends with the weights of one that was not.
@@ -6,24 +6,19 @@ resumed ends with the weights of one that was not.
 
 from __future__ import annotations
 
-import copy
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-import torch
-
-from qkv import hub, lora
-from qkv.average import Average, average_of, replaced
+from qkv import hub
+from qkv.average import average_of, replaced
 from qkv.checkpoint import (
     CONFIG,
     Metrics,
@@ -35,222 +30,17 @@ from qkv.checkpoint import (
     step_of,
     write_text,
 )
-from qkv.config import BertHead, DataConfig, RunConfig, TrainConfig, read_toml, write_toml
-from qkv.data import (
-    Cache,
-    Dataset,
-    MultiTaskDataset,
-    Raw,
-    Sampler,
-    Samples,
-    bert_head,
-    prefetch,
-    prepare,
-    read,
-    trained_tokenizer,
-)
-from qkv.data.batches import Batch
-from qkv.data.cache import Watch, unwatched
-from qkv.data.summary import Summary, summarize
-from qkv.distributed import ALONE, Ranks, spread, whole
+from qkv.config import write_toml
+from qkv.data import Sampler, prefetch
+from qkv.distributed import ALONE, Ranks
 from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
-from qkv.files import cache_folder, locked, reason
-from qkv.hub import Checkpoint
-from qkv.images import ImageProcessor
-from qkv.layers import Block
-from qkv.models import Bert, Model, MultiTaskBert, build
-from qkv.objectives import Objective, item_counts
+from qkv.files import locked, reason
+from qkv.job import Job
 from qkv.observe import Observer
-from qkv.optim import learning_rate, optimizers
-from qkv.runtime import keep_freed_memory, multiplies_bfloat16, pick_device, seed_all
-from qkv.tokenizers import Tokenizer
-
-EXAMPLES = 12
-"""How many held-out samples a job keeps to show what the model makes of them."""
-
-
-@dataclass
-class Job:
-    """A run made ready: the resolved config, the model with what prepares its input, and the samples."""
-
-    config: RunConfig
-    checkpoint: Checkpoint
-    train: Dataset
-    valid: Dataset
-    summaries: dict[str, Summary]
-    """What was understood of the data of each task; of those of a single one under the name ""."""
-    examples: dict[str, Samples]
-    """A few held-out samples of each, to show what the model makes of them."""
-
-
-def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
-    """Read the data, then make or load what turns it into a model's input, and the model.
-
-    The resolved config has the vocabulary, labels and image size that the data decided, the precision
-    that the machine decided, and absolute paths. With `init` the model is the checkpoint's, but for
-    its dropouts. watch: told how far the preparation of the data is. Raises InputError for anything that
-    cannot work, before any training.
-    """
-    lora.check(config)
-    precision = config.train.precision
-    if precision == "auto":
-        precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
-    data, tasks = _located(config.data), {name: _located(data) for name, data in config.tasks.items()}
-    folder = Path(config.init).expanduser()
-    init = str(folder.absolute()) if config.init and folder.is_dir() else config.init
-    config = replace(
-        config, data=data, tasks=tasks, train=replace(config.train, precision=precision), init=init
-    )
-    raws = _read(config)
-    seed_all(config.train.seed)
-    cache = Cache(cache_folder() / "data", watch)
-    return _job(config, raws, _load(config, raws) if config.init else _fresh(config, raws, cache), cache)
-
-
-def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
-    """The job of a run folder, for `train(..., resume=True)`. Raises InputError if it is not one."""
-    config = read_toml(run / CONFIG)
-    vit = config.model.family == "vit"
-    tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
-    checkpoint = Checkpoint(build(config.model), tokenizer, images)
-    return _job(config, _read(config), checkpoint, Cache(cache_folder() / "data", watch))
-
-
-def _located(data: DataConfig) -> DataConfig:
-    return replace(data, path=_absolute(data.path), valid=_absolute(data.valid))
-
-
-def _absolute(location: str) -> str:
-    """A path, or two with a comma between them, that mean the same from every folder."""
-    return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
-
-
-def _read(config: RunConfig) -> dict[str, Raw]:
-    """The data of each task; those of a single one under the name ""."""
-    if not config.tasks:
-        return {"": read(config.data, config.model.family)}
-    raws = {}
-    for name, data in config.tasks.items():
-        with _blaming(name):
-            raws[name] = read(data, config.model.family)
-    return raws
-
-
-@contextmanager
-def _blaming(task: str) -> Iterator[None]:
-    """Around what is done for one of several tasks: an InputError names it."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"task {task}: {error}") from None
-
-
-def _head(config: RunConfig, raws: dict[str, Raw]) -> tuple[BertHead, tuple[str, ...]]:
-    """The head that a Bert has for the data, and its labels; that of an encoder for several tasks."""
-    if config.tasks:
-        return "pooler", ()
-    return bert_head(raws[""].kind), raws[""].labels
-
-
-def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache: Cache) -> Job:
-    """A job of one task, or of several, each made as if alone, over the checkpoint's encoder."""
-    if not config.tasks:
-        return _task_job(config, raws[""], checkpoint, cache)
-    assert isinstance(checkpoint.model, Bert)
-    heads = {name: (bert_head(raw.kind), raw.labels) for name, raw in raws.items()}
-    model = MultiTaskBert(checkpoint.model, heads)
-    jobs = {}
-    for name, raw in raws.items():
-        with _blaming(name):
-            own = replace(checkpoint, model=model.tasks[name])
-            jobs[name] = _task_job(config.of_task(name), raw, own, cache)
-    labels = {name: raw.labels for name, raw in raws.items()}
-    return Job(
-        replace(config, model=model.config, tasks={name: job.config.data for name, job in jobs.items()}),
-        replace(checkpoint, model=model),
-        MultiTaskDataset({name: job.train for name, job in jobs.items()}, labels),
-        MultiTaskDataset({name: job.valid for name, job in jobs.items()}, labels),
-        {name: job.summaries[""] for name, job in jobs.items()},
-        {name: job.examples[""] for name, job in jobs.items()},
-    )
-
-
-def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
-    model = checkpoint.model.config
-    config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
-    if raw.kind == "contrastive":
-        checkpoint = replace(checkpoint, pooling="mean", normalize=True)
-    hub.check_savable(model)
-    if model.family == "bert" and model.segments < 2 and raw.reads_pairs:
-        raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
-    if config.lora.rank:
-        hub.adapt(checkpoint, config.lora, config.init)
-    train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
-    summary = summarize(raw, train, valid)
-    return Job(config, checkpoint, train, valid, {"": summary}, {"": raw.valid.spread(EXAMPLES)})
-
-
-def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
-    """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
-    head, labels = _head(config, raws)
-    bert = config.model.family == "bert"
-    loaded = hub.load(config.init, family=config.model.family, head=head if bert else None, labels=labels)
-    if config.lora.rank:
-        hub.check_base(config.init, fresh=loaded.fresh)
-    theirs = loaded.model.config
-    given, usual = asdict(config.model), asdict(type(theirs)())
-    for name, value in asdict(theirs).items():
-        from_data = name in ("head", "labels") or given[name] == 0  # 0 pixels: the images' own
-        if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
-            raise InputError(
-                f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
-                f"checkpoint's; only {', '.join(_DROPOUTS)} can be set"
-            )
-    model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
-    model.load_state_dict(loaded.model.state_dict())
-    return Checkpoint(model, loaded.tokenizer, loaded.images)
-
-
-_DROPOUTS = ("dropout", "attention_dropout", "drop_path")
-
-
-def _fresh(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Checkpoint:
-    """A new model, and the tokenizer or image processor that fits the data."""
-    model = config.model
-    if model.family == "vit":
-        raw = raws[""]
-        size = model.image_size or _image_size(raw, model.patch_size)
-        model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
-        images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
-        return Checkpoint(build(model), images=images)
-    tokenizer = trained_tokenizer(config.tokenizer, model.family, list(raws.values()), cache)
-    model = replace(model, vocab_size=tokenizer.vocab_size)
-    if model.family == "transformer":
-        model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
-    elif model.family == "bert":
-        head, labels = _head(config, raws)
-        model = replace(model, head=head, labels=labels)
-    return Checkpoint(build(model), tokenizer)
-
-
-def _image_size(raw: Raw, patch_size: int) -> int:
-    """The images' own size in whole patches, but at most 16 a side: more would take hours on a CPU."""
-    patches = min(raw.image_size // patch_size, 16)
-    if not patches:
-        raise InputError(
-            f"most images have {raw.image_size} pixels a side, less than one patch: lower model.patch_size"
-        )
-    return patches * patch_size
-
-
-def _need(token_id: int | None) -> int:
-    assert token_id is not None
-    return token_id
-
-
-# ---------------------------------------------------------------- the loop
+from qkv.runtime import keep_freed_memory
+from qkv.trainer import Trainer
 
 
 def begin(job: Job, run: Path) -> None:
@@ -309,104 +99,6 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
     return progress
-
-
-@dataclass(frozen=True)
-class StepData:
-    """What one rank computes on in one optimiser step."""
-
-    epoch: int
-    batches: list[tuple[Batch, bool]]
-    """One for each forward pass, and whether it counts."""
-    tokens: float
-    """Of all ranks."""
-
-
-class Trainer:
-    """A checkpoint's model with what trains it, on the device where it is, and spread over the ranks."""
-
-    def __init__(
-        self, config: TrainConfig, checkpoint: Checkpoint, dataset: Dataset, ranks: Ranks = ALONE
-    ) -> None:
-        self.config, self.start, self.dataset, self.ranks = config, checkpoint, dataset, ranks
-        self.model: Model = checkpoint.model
-        self.device = next(self.model.parameters()).device
-        if config.torch_compile and len(np.unique(dataset.costs)) > 1:
-            raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
-        for block in (module for module in self.model.modules() if isinstance(module, Block)):
-            if config.gradient_checkpointing:
-                recomputed = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-                block.forward = recomputed  # type: ignore[method-assign]
-            if config.torch_compile:
-                block.compile()
-        self.objective = Objective(self.model, config.label_smoothing_factor, config.r_drop)
-        self.bf16 = config.precision == "bf16"
-        # The model to save: the first rank's whole copy of one that is spread.
-        self.saved = copy.deepcopy(self.model).cpu() if ranks.count > 1 and ranks.first else self.model
-        if ranks.count > 1:
-            spread(self.objective, ranks, config.shard_ranks, self.bf16)
-        self.optimizers = optimizers(self.model, config)
-        self.average: Average = average_of(self.model, config)
-
-    def data(self, epoch: int, indices: Sequence[int]) -> StepData:
-        """A step's samples as this rank computes on them.
-
-        The ranks and the accumulation divide the samples alike whatever their numbers are. Every rank
-        gets equally many parts: where there is none for it, one sample that does not count.
-        """
-        parts = _divide(indices, self.config.gradient_accumulation_steps * self.ranks.count)
-        mine = [(part, True) for part in parts[self.ranks.rank :: self.ranks.count]]
-        passes = math.ceil(len(parts) / self.ranks.count)
-        mine += [(indices[:1], False)] * (passes - len(mine))
-        batches = [(self.dataset.batch(part, epoch).to(self.device), counts) for part, counts in mine]
-        return StepData(epoch, batches, float(self.dataset.costs[list(indices)].sum()))
-
-    def step(self, data: StepData, step: int) -> dict[str, float]:
-        """One optimiser step over the data of all ranks; what there is to record of it."""
-        seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
-        self.objective.train()
-        loss = self.backward(data.batches)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
-        (total,) = self.ranks.sum([loss])
-        check_finite(step, self.config, total, norm.item())
-        rate = learning_rate(step, self.config)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.model)
-        return {
-            "epoch": data.epoch,
-            "loss": total,
-            "grad_norm": norm.item(),
-            "learning_rate": rate,
-            "tokens": data.tokens,
-        }
-
-    def backward(self, batches: Sequence[tuple[Batch, bool]]) -> float:
-        """Add the gradients of a step's loss to the parameters'; this rank's share of the loss."""
-        names = list(item_counts(batches[0][0]))
-        own = [sum(item_counts(batch)[name] for batch, counts in batches if counts) for name in names]
-        totals = dict(zip(names, map(int, self.ranks.sum(own)), strict=True))
-        loss = torch.zeros((), device=self.device)
-        for number, (batch, counts) in enumerate(batches, start=1):
-            if self.ranks.count > 1:
-                self.objective.set_requires_gradient_sync(number == len(batches))  # type: ignore[operator]
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                part = self.objective(batch, totals) * float(counts)
-            part.backward()
-            loss += part.detach()
-        return loss.item()
-
-    def checkpoint(self) -> Checkpoint | None:
-        """The model with the weights that it has now, whole; on ranks but the first None."""
-        if self.ranks.count > 1:
-            weights = {name: whole(tensor.detach()).cpu() for name, tensor in self.model.state_dict().items()}
-            if not self.ranks.first:
-                return None
-            self.saved.load_state_dict(weights)
-        return replace(self.start, model=self.saved)
 
 
 def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
@@ -491,17 +183,6 @@ def _drop_states(run: Path, trainer: Trainer) -> None:
     config = trainer.config
     if trainer.ranks.first:
         drop_states(run, max(config.save_total_limit, config.average_checkpoints), config.save_steps)
-
-
-def _divide(indices: Sequence[int], parts: int) -> list[Sequence[int]]:
-    """Contiguous parts of nearly equal size, none empty."""
-    size = math.ceil(len(indices) / parts)
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
-def _step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of one step on one rank: a hash of 63 bits."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @contextmanager

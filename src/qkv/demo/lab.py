@@ -22,8 +22,9 @@ from qkv.checkpoint import read_metrics
 from qkv.config import RunConfig
 from qkv.console import TrainingBar
 from qkv.errors import InputError
+from qkv.job import Job, new_job
 from qkv.report import Card, Figure, Matrix, Scores, Section, curve, score_table
-from qkv.train import Job, new_job, train
+from qkv.train import train
 
 
 @dataclass(frozen=True)

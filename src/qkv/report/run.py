@@ -24,6 +24,7 @@ from qkv.checkpoint import read_metrics, write_text
 from qkv.config import Family, RunConfig, write_toml
 from qkv.data.summary import Split, Spread, Summary
 from qkv.hub import Checkpoint, by_task
+from qkv.job import Job
 from qkv.models import Model
 from qkv.observe import Observer, Record
 from qkv.pipelines import pipeline
@@ -31,7 +32,6 @@ from qkv.report.exhibits import Exhibit, exhibit
 from qkv.report.page import Card, Figure, Measure, Scores, Section, page, score_table, shares, table
 from qkv.report.plot import Line, Look, Point, curve, plot
 from qkv.roofline import device_name
-from qkv.train import Job
 
 REPORT = "report.html"
 SAMPLES = "samples.jsonl"
