@@ -363,7 +363,7 @@ def test_a_run_stops_early_at_the_right_evaluation_also_when_it_was_resumed(cut,
         tmp_path, "vit", max_steps=40, eval_steps=2, save_steps=3, logging_steps=1, early_stopping_patience=3
     )
     losses = [5.0, 3.0, 4.0, 2.0, 2.0, 3.0, 2.5, 1.0]  # an equal one is not better
-    monkeypatch.setattr("qkv.train.evaluate", lambda objective, dataset: {"loss": losses[given_scores(run)]})
+    monkeypatch.setattr("qkv.train.evaluate", lambda *_, ranks: {"loss": losses[given_scores(run)]})
     run = tmp_path / "run"
     if cut:
         with pytest.raises(KeyboardInterrupt):

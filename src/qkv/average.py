@@ -49,10 +49,10 @@ class Last:
 
 
 class MovingAverage:
-    """After step t the mean of all weights so far, a step's counting `decay` times the next one's.
+    """The mean of all weights so far, a step's counting `decay` times the next one's.
 
-    It begins with the first step's weights: the decay in use is min(decay, (1 + t) / (10 + t)), so that
-    the initial weights are soon forgotten, as in TensorFlow's ExponentialMovingAverage.
+    It begins with the initial weights, which are soon forgotten: at step t the decay in use is
+    min(decay, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

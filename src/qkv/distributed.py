@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from qkv.runtime import pick_device
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives them up as lost."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,14 @@ class Ranks:
         """What torch's error says of this rank, in one line."""
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return f"rank {self.rank} failed, or lost another rank ({said})"
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gives, in their order."""
+        if self.count == 1:
+            return [value]
+        values: list[T | None] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return cast("list[T]", values)
 
     def _reduce(self, values: Sequence[float], operation: Literal["sum", "max"]) -> list[float]:
         if self.count == 1:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from qkv.checkpoint import CONFIG, STATES
 from qkv.config import BertConfig, DataConfig, RunConfig, Task, read_toml
 from qkv.data import Dataset, MultiTaskDataset, Sampler, bert_head, build, read, read_held_out
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
+from qkv.distributed import ALONE, Ranks
 from qkv.errors import InputError
 from qkv.metrics import (
     entity_scores,
@@ -37,21 +38,24 @@ Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, dataset: Dataset, batch_tokens: int = 8192) -> dict[str, float]:
-    """Scores of a model on every sample of a dataset, in evaluation mode.
+def evaluate(
+    objective: Objective, dataset: Dataset, batch_tokens: int = 8192, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """Scores of a model on every sample of a dataset, in evaluation mode; several ranks share the work.
 
     For each loss term `<term>_loss` (nats, or squares of a value's unit) and, but for values,
     `<term>_accuracy`; `loss`, their sum; and what `derived` and, for language models, `perplexity` and
     `bits_per_byte` tell. Of several tasks, all of these as `task/name`, and in `loss` the sum over tasks. The
-    answer does not depend on batch_tokens.
+    answer does not depend on batch_tokens, and is the same on all ranks.
     """
     was_training = objective.training
     objective.eval()
     if isinstance(dataset, MultiTaskDataset):
-        parts = {task: _scores(objective, part, batch_tokens, task) for task, part in dataset.tasks.items()}
-        scores = joined(parts)
+        scores = joined(
+            {task: _scores(objective, part, batch_tokens, ranks, task) for task, part in dataset.tasks.items()}
+        )
     else:
-        scores = _scores(objective, dataset, batch_tokens)
+        scores = _scores(objective, dataset, batch_tokens, ranks)
     objective.train(was_training)
     return scores
 
@@ -64,33 +68,64 @@ def joined(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return scores
 
 
-def _scores(objective: Objective, dataset: Dataset, batch_tokens: int, task: str = "") -> dict[str, float]:
+@dataclass
+class _Tally:
+    """What a score is made of, by the names of the loss terms."""
+
+    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    correct: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    answers: dict[str, list[Answers]] = field(default_factory=dict)
+
+    def add(self, name: str, term: Term, batch: Batch) -> None:
+        """Count one term of a batch."""
+        self.losses[name] += term.loss_sum().item()
+        self.counts[name] += len(term)
+        if (right := term.correct()) is not None:
+            self.correct[name] += int(right)
+        if name in ("label", "labels", "value", "tag"):
+            self.answers.setdefault(name, []).extend(_answers(term, batch))
+
+    @staticmethod
+    def joined(tallies: Iterable[_Tally]) -> _Tally:
+        """All of them together."""
+        whole = _Tally()
+        for part in tallies:
+            for name, loss in part.losses.items():
+                whole.losses[name] += loss
+            whole.correct.update(part.correct)
+            whole.counts.update(part.counts)
+            for name, answers in part.answers.items():
+                whole.answers.setdefault(name, []).extend(answers)
+        return whole
+
+
+def _scores(
+    objective: Objective, dataset: Dataset, batch_tokens: int, ranks: Ranks, task: str = ""
+) -> dict[str, float]:
     """Of one task: of a multi-task model that of this name."""
     device = next(objective.parameters()).device
     model = objective.model.tasks[task] if isinstance(objective.model, MultiTaskBert) else objective.model
-    losses: dict[str, float] = defaultdict(float)
-    correct: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    answers: dict[str, list[Answers]] = defaultdict(list)
-    for indices in Sampler(dataset.costs, batch_tokens, seed=0).epoch(0):
+    batches = Sampler(dataset.costs, batch_tokens, seed=0).epoch(0)
+    mine = [(indices, True) for indices in batches[ranks.rank :: ranks.count]]
+    # Sharded weights are gathered by all ranks at once: each runs equally often.
+    mine += [(batches[0], False)] * (math.ceil(len(batches) / ranks.count) - len(mine))
+    own = _Tally()
+    for indices, counts in mine:
         batch = dataset.batch(indices, epoch=0).to(device)
-        for term_name, term in objective.terms(TaskBatch(task, batch) if task else batch).items():
-            name = term_name.removeprefix(f"{task}/")
-            losses[name] += term.loss_sum().item()
-            counts[name] += len(term)
-            if (right := term.correct()) is not None:
-                correct[name] += int(right)
-            if name in ("label", "labels", "value", "tag"):
-                answers[name] += _answers(term, batch)
-    scores = {"loss": sum(losses[name] / counts[name] for name in losses)}
-    for name, count in counts.items():
-        scores[f"{name}_loss"] = losses[name] / count
-        if name in correct:
-            scores[f"{name}_accuracy"] = correct[name] / count
-    if "next_token" in counts:
+        for name, term in objective.terms(TaskBatch(task, batch) if task else batch).items():
+            if counts:
+                own.add(name.removeprefix(f"{task}/"), term, batch)
+    tally = _Tally.joined(ranks.gather(own))
+    scores = {"loss": sum(tally.losses[name] / tally.counts[name] for name in tally.losses)}
+    for name, count in tally.counts.items():
+        scores[f"{name}_loss"] = tally.losses[name] / count
+        if name in tally.correct:
+            scores[f"{name}_accuracy"] = tally.correct[name] / count
+    if "next_token" in tally.counts:
         scores["perplexity"] = math.exp(min(scores["next_token_loss"], 700.0))
-        scores["bits_per_byte"] = losses["next_token"] / math.log(2) / dataset.size_in_bytes
-    for name, parts in answers.items():
+        scores["bits_per_byte"] = tally.losses["next_token"] / math.log(2) / dataset.size_in_bytes
+    for name, parts in tally.answers.items():
         scores |= derived(name, parts, getattr(model.config, "labels", ()))
     return scores
 

@@ -159,7 +159,7 @@ def _evaluate(
     """Score the averaged weights; if they are the best so far, they go into the run folder."""
     config, step = trainer.config, progress.step
     with replaced(trainer.model, trainer.average.weights(trainer.model, run)):
-        scores = evaluate(trainer.objective, job.valid)
+        scores = evaluate(trainer.objective, job.valid, ranks=trainer.ranks)
         check_finite(step, config, scores["loss"])
         checkpoint = trainer.checkpoint()
         if scores["loss"] < progress.best_scores.get("loss", math.inf):
