@@ -224,7 +224,7 @@ def _dense(
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
         scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)  # (B, H, Lq, Lk)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores.masked_fill_(~mask, float("-inf"))
         return drop(scores.softmax(-1), dropout) @ value
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def dropout(x: Tensor, rate: float) -> Tensor:
     """x with elements zeroed with probability `rate`, the others scaled by 1 / (1 - rate).
 
-    On a CPU four elements share 64 random bits, so the rate is rounded to a multiple of 2^-16: half the
-    time of torch's Bernoulli numbers, which take a seventh of a training step.
+    On a CPU four elements share 64 random bits, so the rate is rounded to a multiple of 2^-16. That takes
+    less than half the time of torch's Bernoulli numbers (benchmarks/kernels.py).
     """
     if rate == 0.0:
         return x

@@ -52,7 +52,10 @@ def evaluate(
     objective.eval()
     if isinstance(dataset, MultiTaskDataset):
         scores = joined(
-            {task: _scores(objective, part, batch_tokens, ranks, task) for task, part in dataset.tasks.items()}
+            {
+                task: _scores(objective, part, batch_tokens, ranks, task)
+                for task, part in dataset.tasks.items()
+            }
         )
     else:
         scores = _scores(objective, dataset, batch_tokens, ranks)

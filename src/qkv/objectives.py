@@ -98,7 +98,7 @@ class _CrossEntropySum(torch.autograd.Function):
     """Cross-entropy that makes its gradient together with the loss, some rows at a time.
 
     It keeps the gradient, in the type of the logits, and nothing else: neither float32 logits nor their
-    log-probabilities, which for a large vocabulary are most of a step's memory and a third of its time.
+    log-probabilities, which for a large vocabulary are most of a step's memory.
     """
 
     @staticmethod
