@@ -106,6 +106,8 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
     config, ranks = trainer.config, trainer.ranks
     sampler = Sampler(job.train.costs, config.batch_tokens, config.seed, job.train.groups)
     todo = islice(sampler.batches(progress.step), config.max_steps - progress.step)
+    # On a CPU a second thread takes more time from the step than making a batch does (benchmarks/data.py).
+    ahead = 0 if trainer.device.type == "cpu" else 2
     for task, summary in job.summaries.items():
         observer.say(f"{task}: {summary.text()}" if task else summary.text())
     started = time.monotonic() - progress.seconds
@@ -113,7 +115,7 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
         _sole_writer(run) if ranks.first else nullcontext(),
         _interruptible() as interruption,
         _closing(observer),
-        prefetch(lambda item: trainer.data(*item), todo) as stream,
+        prefetch(lambda item: trainer.data(*item), todo, ahead) as stream,
     ):
         metrics = Metrics(run, progress.step) if ranks.first else None
         _drop_states(run, trainer)  # those that a killed process was about to

@@ -17,14 +17,14 @@ def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-@given(items=st.lists(st.integers()), depth=st.integers(1, 5))
+@given(items=st.lists(st.integers()), depth=st.integers(0, 5))
 def test_results_are_those_of_map(items: list[int], depth: int) -> None:
     with prefetch(lambda x: 2 * x, iter(items), depth) as results:
         assert list(results) == [2 * x for x in items]
     assert not _threads()
 
 
-@given(depth=st.integers(1, 4), read=st.integers(0, 6))
+@given(depth=st.integers(0, 4), read=st.integers(0, 6))
 def test_never_more_than_depth_ahead_of_the_reader(depth: int, read: int) -> None:
     taken: list[int] = []
     with prefetch(taken.append, count(), depth) as results:

@@ -21,8 +21,12 @@ def prefetch(make: Callable[[X], Y], items: Iterator[X], depth: int = 2) -> Iter
     `with prefetch(make, items) as results: for result in results: ...` An exception of `make` or `items` is
     raised where its result would have been. Leaving the block, in whatever way, waits for the result that
     is being made and ends the thread. `make` must be a pure function: it runs while other code does.
+    depth 0: no thread, results are computed when they are read.
     """
     made = map(make, items)
+    if depth == 0:
+        yield made
+        return
     with ThreadPoolExecutor(1, "prefetch") as thread:
         pending = deque(thread.submit(next, made, _END) for _ in range(depth))
 
