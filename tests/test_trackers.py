@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -113,14 +114,22 @@ def test_wandb_writes_a_run_to_be_sent_later(tmp_path, config, monkeypatch):
 
     follow("wandb", tmp_path / "run", config, 0, 4)
     (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
-    points: Points = {}
-    for data in leveldb_log(path.read_bytes(), start=7):  # behind wandb's own mark
-        record = Record()
-        record.ParseFromString(data)
-        values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-        for name in values.keys() & {"train/loss", "valid/loss"}:
-            points.setdefault(name, []).append((values["_step"], values[name]))
-    assert points == {"train/loss": [(1, 0.125), (2, 0.25), (4, 0.5)], "valid/loss": [(4, 1.0)]}
+
+    def points() -> Points:
+        found: Points = {}
+        for data in leveldb_log(path.read_bytes(), start=7):  # behind wandb's own mark
+            record = Record()
+            record.ParseFromString(data)
+            values = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            for name in values.keys() & {"train/loss", "valid/loss"}:
+                found.setdefault(name, []).append((values["_step"], values[name]))
+        return found
+
+    expected = {"train/loss": [(1, 0.125), (2, 0.25), (4, 0.5)], "valid/loss": [(4, 1.0)]}
+    patience = time.monotonic() + 60  # a process of wandb's own writes the file
+    while points() != expected and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert points() == expected
 
 
 @pytest.mark.parametrize("name", TRACKERS)
