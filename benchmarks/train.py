@@ -1,6 +1,7 @@
 """Training speed of qkv beside what people use, at the same sizes, batches and optimiser.
 
 usage: python benchmarks/train.py [JOB ...] [--passes N] [--nanogpt FOLDER] [--pairs SOURCES,TARGETS]
+       python benchmarks/train.py JOB --profile        (which operators take the time of qkv's step)
 
 jobs: gpt-char (6 layers, 384 wide, context 256) and gpt-cpu (4 layers, 128 wide, context 64) beside nanoGPT's
 model.py, which FOLDER holds; bert (masked words) and bert-mixed (lengths from 16 to 128) beside transformers;
@@ -310,6 +311,20 @@ def _peer_step(job: Job, settings: dict[str, bool]) -> Callable[[], float]:
     return step
 
 
+def profile(job: Job) -> None:
+    """The operators of twenty steps by their share of the time."""
+    step = _our_step(job, OURS["qkv"])
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(20):
+            step()
+    found = sorted(profiler.key_averages(), key=lambda op: -op.self_cpu_time_total)
+    total = sum(op.self_cpu_time_total for op in found)
+    for op in found[:15]:
+        print(f"{op.self_cpu_time_total / total:6.1%}  {op.key}")
+
+
 def flops(job: Job) -> float:
     """FLOPs of a training step of qkv's model on the job's batch."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -329,6 +344,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--nanogpt", default=os.environ.get("NANOGPT", ""))
     parser.add_argument("--pairs", default="")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     known = jobs(given.nanogpt, given.pairs)
@@ -336,6 +352,9 @@ def main() -> None:
         torch.manual_seed(0)
         random.seed(0)
         print(json.dumps(measure(known[given.jobs[0]](), given.one)))
+        return
+    if given.profile:
+        profile(known[given.jobs[0]]())
         return
     device = pick_device()
     best = peak(device, "bf16")

@@ -43,9 +43,7 @@ def test_imports_run_one_way():
     files = [f for f in sorted(SOURCE.rglob("*.py")) if f.relative_to(SOURCE).as_posix() not in ENTRANCES]
     for file in files:
         for other in imported(file):
-            assert room(other, order) <= room(file, order), (
-                f"{file.name} imports {other.name}"
-            )
+            assert room(other, order) <= room(file, order), f"{file.name} imports {other.name}"
 
 
 def test_every_room_is_there():
