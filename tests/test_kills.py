@@ -46,7 +46,7 @@ def recipe(folder: Path, variant: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    "kills", [10, pytest.param(1000, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
+    "kills", [10, pytest.param(250, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
 )
 @pytest.mark.parametrize("way", ["file", "time"])
 @pytest.mark.parametrize("variant", VARIANTS)
