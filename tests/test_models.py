@@ -373,7 +373,7 @@ SMALL = {"dim": 4, "depth": 1, "heads": 2, "mlp_dim": 5, "dropout": 0.0, "attent
 SMALL_TEXT = {**SMALL, "vocab_size": 3, "context": 4}
 GRADIENT_CONFIGS = {
     "gpt-post-norm": GPTConfig(**SMALL_TEXT, norm_first=False),
-    "gpt-rotary": GPTConfig(**SMALL_TEXT, position="rotary"),
+    "gpt-rotary": GPTConfig(**SMALL_TEXT, position="rotary", qk_norm=True),
     "transformer": TransformerConfig(**SMALL_TEXT, activation="silu"),
     "bert-masked-lm": BertConfig(**SMALL_TEXT, norm_eps=1e-5, head="masked_lm"),
     "bert-pretraining": BertConfig(**SMALL_TEXT, norm_eps=1e-5),

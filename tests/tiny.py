@@ -26,7 +26,8 @@ _VIT = ViTConfig(**_SIZES, norm_eps=1e-5, image_size=8, patch_size=4, channels=2
 CONFIGS: dict[str, AnyModelConfig] = {
     "gpt-post-norm": replace(_GPT, norm_first=False),
     "gpt-pre-norm": _GPT,
-    "gpt-rotary": replace(_GPT, position="rotary"),
+    "gpt-rotary": replace(_GPT, position="rotary", activation="relu2"),
+    "gpt-qk-norm": replace(_GPT, position="rotary", qk_norm=True),
     "transformer-post-norm": TransformerConfig(**_TEXT),
     "transformer-pre-norm": TransformerConfig(**_TEXT, norm_first=True, activation="silu"),
     "bert-masked-lm": replace(_BERT, head="masked_lm"),

@@ -267,7 +267,10 @@ class Attention(nn.Module):
     on the memory.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, dropout: float = 0.0, qk_norm_eps: float | None = None
+    ) -> None:
+        """qk_norm_eps: normalise each head's queries and keys (Dehghani et al. 2023, 2); None: do not."""
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
@@ -275,6 +278,9 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.qkv = Packed(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
+        normed = qk_norm_eps is not None
+        self.query_norm = nn.LayerNorm(dim // heads, eps=qk_norm_eps) if normed else None
+        self.key_norm = nn.LayerNorm(dim // heads, eps=qk_norm_eps) if normed else None
         self.tap: Tap | None = None  # set only inside `record`
 
     def forward(
@@ -296,6 +302,8 @@ class Attention(nn.Module):
         if memory is None:
             packed = self.qkv(x).view(-1, 3, self.heads, D // self.heads)
             query, key, value = packed.unbind(1)  # (T, H, E) each
+            if self.query_norm is not None and self.key_norm is not None:
+                query, key = self.query_norm(query), self.key_norm(key)
             if rotation is not None:
                 query, key = rotate(query, rotation), rotate(key, rotation)
             if cache is not None:

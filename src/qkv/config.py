@@ -21,7 +21,7 @@ from qkv.errors import InputError
 Family = Literal["transformer", "bert", "gpt", "vit"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "silu"]
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 BertHead = Literal[
     "none", "pooler", "pretraining", "masked_lm", "classification", "multi_label", "regression", "tagging"
@@ -59,7 +59,7 @@ class ModelConfig:
     mlp_dim: int = 3072
     """Inner width F of the feed-forward network."""
     activation: Activation = "gelu"
-    """Between the two layers of the feed-forward network."""
+    """Between the two layers of the feed-forward network; relu2: max(x, 0)² (So et al. 2021)."""
     norm_first: bool = False
     """False: post-norm, norm(x + f(x)) (Vaswani et al. 2017). True: pre-norm, x + f(norm(x))."""
     norm_eps: float = 1e-5
@@ -149,6 +149,8 @@ class GPTConfig(ModelConfig):
     attention_dropout: float = 0.1
     position: Literal["learned", "rotary"] = "learned"
     """Learned position vectors (GPT-1, GPT-2) or rotated queries and keys (Su et al. 2021)."""
+    qk_norm: bool = False
+    """Layer normalisation of the queries and keys of each head (Dehghani et al. 2023, 2); with rotary positions."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,7 @@ from qkv.ragged import Layout
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
@@ -93,7 +94,9 @@ class Block(nn.Module):
     Dosovitskiy et al. 2021, equations 2 and 3.
     """
 
-    def __init__(self, config: ModelConfig, cross: bool = False, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, *, cross: bool = False, qk_norm: bool = False, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
 
         def norm() -> nn.LayerNorm:
@@ -102,7 +105,8 @@ class Block(nn.Module):
         self.norm_first = config.norm_first
         self.dropout = Dropout(config.dropout)
         self.drop_path = DropPath(drop_path)
-        self.attention = Attention(config.dim, config.heads, config.attention_dropout)
+        eps = config.norm_eps if qk_norm else None
+        self.attention = Attention(config.dim, config.heads, config.attention_dropout, qk_norm_eps=eps)
         self.attention_norm = norm()
         self.cross = Attention(config.dim, config.heads, config.attention_dropout) if cross else None
         self.cross_norm = norm() if cross else None
@@ -134,13 +138,14 @@ class Block(nn.Module):
         return add(x, self.mlp_norm, self.mlp)
 
 
-def blocks(config: ModelConfig, cross: bool = False) -> nn.ModuleList:
+def blocks(config: ModelConfig, *, cross: bool = False, qk_norm: bool = False) -> nn.ModuleList:
     """`depth` blocks; `drop_path` rises linearly from 0 in the first to its full rate in the last.
 
     So do Steiner et al. 2021; Huang et al. 2016, equation 4, begin a step above 0.
     """
     last = max(config.depth - 1, 1)
-    return nn.ModuleList(Block(config, cross, config.drop_path * i / last) for i in range(config.depth))
+    rates = (config.drop_path * i / last for i in range(config.depth))
+    return nn.ModuleList(Block(config, cross=cross, qk_norm=qk_norm, drop_path=rate) for rate in rates)
 
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:

@@ -61,6 +61,12 @@ FRESH: dict[str, AnyModelConfig] = {
     "gpt-post-norm": GPTConfig(
         vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=48, norm_first=False, activation="relu"
     ),
+    "gpt-rotary": GPTConfig(
+        vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=17, activation="relu2", position="rotary"
+    ),
+    "gpt-qk-norm": GPTConfig(
+        vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=17, position="rotary", qk_norm=True
+    ),
     "bert": BertConfig(vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=20, activation="relu"),
     "vit": ViTConfig(
         image_size=8, patch_size=4, channels=2, dim=12, depth=2, heads=3, mlp_dim=20, labels=("x", "y")

@@ -259,8 +259,9 @@ TEXT = {**SIZES, "vocab_size": 9, "context": 5}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GPTConfig(**TEXT, position="rotary"), "gpt2 has no rotary"),
-        (GPTConfig(**TEXT, position="rotary", norm_first=False), "openai-gpt has no rotary"),
+        (GPTConfig(**TEXT, position="rotary", norm_first=False), "persimmon is pre-norm"),
+        (GPTConfig(**TEXT, qk_norm=True), "gpt2 has no model.qk_norm"),
+        (GPTConfig(**TEXT, qk_norm=True, norm_first=False), "openai-gpt has no model.qk_norm"),
         (GPTConfig(**{**TEXT, "mlp_dim": 47}, norm_first=False), "mlp_dim = 4"),
         (GPTConfig(**TEXT, norm_first=False, activation="gelu"), "gelu_tanh"),
         (BertConfig(**TEXT, norm_first=True), "post-norm"),

@@ -20,6 +20,14 @@ _GPT = {"vocab_size": VOCAB, "n_positions": 20, "n_embd": 12, "n_layer": 2, "n_h
 _GPT_IDS = {"bos_token_id": 1, "eos_token_id": 1}
 _ENCODER = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
 _BERT = {**_ENCODER, "vocab_size": VOCAB, "max_position_embeddings": 20}
+_PERSIMMON = {
+    **_ENCODER,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 20,
+    "qk_layernorm": False,
+    "tie_word_embeddings": True,
+    "partial_rotary_factor": 1.0,
+}
 _VIT = {**_ENCODER, "image_size": 8, "patch_size": 4, "num_channels": 2}
 _LABELS = {0: "bad", 1: "fair", 2: "good"}
 _MARIAN = {
@@ -42,6 +50,11 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "gpt2-wide": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT, **_GPT_IDS, n_inner=7)),
     "openai-gpt": lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**_GPT)),
     "openai-gpt-bare": lambda: transformers.OpenAIGPTModel(transformers.OpenAIGPTConfig(**_GPT)),
+    "persimmon": lambda: transformers.PersimmonForCausalLM(transformers.PersimmonConfig(**_PERSIMMON)),
+    "persimmon-qk-norm": lambda: transformers.PersimmonForCausalLM(
+        transformers.PersimmonConfig(**{**_PERSIMMON, "qk_layernorm": True})
+    ),
+    "persimmon-bare": lambda: transformers.PersimmonModel(transformers.PersimmonConfig(**_PERSIMMON)),
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**_BERT)),
     "bert-without-pooler": lambda: transformers.BertModel(
         transformers.BertConfig(**_BERT), add_pooling_layer=False
@@ -115,6 +128,8 @@ _NAMES: dict[str, dict[str, str]] = {
     "GPT2Model": _HIDDEN,
     "OpenAIGPTLMHeadModel": {"logits": "logits"},
     "OpenAIGPTModel": _HIDDEN,
+    "PersimmonForCausalLM": {"logits": "logits"},
+    "PersimmonModel": _HIDDEN,
     "BertModel": {**_HIDDEN, "pooler_output": "pooled"},
     "BertForPreTraining": {
         "prediction_logits": "word_logits",

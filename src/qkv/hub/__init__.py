@@ -33,7 +33,7 @@ from qkv.hub import adapters, sentence
 from qkv.hub import folder as folders
 from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
-from qkv.hub.gpt import GPT1, GPT2
+from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian
 from qkv.hub.sentence import Pooling
 from qkv.hub.table import Format
@@ -45,7 +45,7 @@ from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
-_FORMATS: dict[str, Format[Any]] = {f.model_type: f for f in (GPT2(), GPT1(), BERT(), VIT(), Marian())}
+_FORMATS: dict[str, Format[Any]] = {f.model_type: f for f in (GPT2(), GPT1(), Persimmon(), BERT(), VIT(), Marian())}
 _HEADS = ("pooler", "words", "next_sentence", "classifier")
 """Modules that may be absent from a checkpoint if the caller asks for a head."""
 
@@ -246,6 +246,8 @@ def adapt(checkpoint: Checkpoint, config: LoraConfig, base: str) -> None:
 
 
 def _format_of(config: AnyModelConfig) -> Format[Any]:
+    if isinstance(config, GPTConfig) and config.position == "rotary":
+        return _FORMATS["persimmon"]
     if isinstance(config, GPTConfig):
         return _FORMATS["gpt2" if config.norm_first else "openai-gpt"]
     if isinstance(config, BertConfig):

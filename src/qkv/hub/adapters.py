@@ -179,12 +179,12 @@ def merge(
             a, b = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
             if name in names or row.ours in fresh or adapter.replaced(table.on_disk(name, bare)):
                 if (whole := take(name, shape)) is not None:
-                    part.copy_(row.read([whole], part.shape))
+                    part.copy_(row.read([whole], part.shape, config))
             elif part.dim() == 2 and (a in names or b in names or any(map(adapter.targeted, aliases))):
                 outputs, inputs = part.shape
                 A, B = take(a, (adapter.rank, inputs)), take(b, (outputs, adapter.rank))  # (r, I), (O, r)
                 if A is not None and B is not None:
-                    part += adapter.alpha / adapter.rank * (B @ A)
+                    part += adapter.alpha / adapter.rank * row.by_matrix(B @ A, config)
     unexpected = [_ROOT + names[name] for name in names if name not in known]
     refuse({"missing": missing, "unexpected": unexpected, "of a wrong shape": misshapen})
 
@@ -202,11 +202,12 @@ def write(
     disk: dict[str, Tensor] = {}
     targets, whole, trained_whole = set(), set(), head(model)
     for name, layer in layers.items():
-        for theirs, A, B in zip(rows[f"{name}.weight"].theirs, layer.A, layer.B, strict=True):
+        row = rows[f"{name}.weight"]
+        for theirs, A, B in zip(row.theirs, layer.A, layer.B, strict=True):
             module = table.in_memory(theirs.removesuffix(".weight"))
             targets.add(module)
             on_disk = _ROOT + table.on_disk(module, bare)
-            disk |= {f"{on_disk}.lora_A.weight": A, f"{on_disk}.lora_B.weight": B}
+            disk |= {f"{on_disk}.lora_A.weight": A, f"{on_disk}.lora_B.weight": row.by_head(B, config)}
     for name in state:
         if name.partition(".")[0] in trained_whole:
             for theirs, part in zip(rows[name].theirs, rows[name].write(state[name], config), strict=True):

@@ -1,8 +1,9 @@
-"""GPT on disk: `gpt2` for pre-norm, `openai-gpt` for post-norm."""
+"""GPT on disk: `gpt2` for pre-norm, `openai-gpt` for post-norm, `persimmon` for rotary positions."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qkv.config import GPTConfig, from_dict
@@ -74,8 +75,8 @@ class GPT2(Format[GPTConfig]):
         return {"architectures": ["GPT2LMHeadModel"], "n_inner": config.mlp_dim, **_token_ids(tokenizer)}
 
     def obstacle(self, config: GPTConfig) -> str | None:
-        """Positions must be learned."""
-        return "transformers' gpt2 has no rotary positions" if config.position == "rotary" else None
+        """Queries and keys are as they are."""
+        return "transformers' gpt2 has no model.qk_norm: set model.position rotary" if config.qk_norm else None
 
 
 class GPT1(Format[GPTConfig]):
@@ -109,11 +110,69 @@ class GPT1(Format[GPTConfig]):
         return {"architectures": ["OpenAIGPTLMHeadModel"], **_token_ids(tokenizer)}
 
     def obstacle(self, config: GPTConfig) -> str | None:
-        """Positions must be learned, the inner width four times the outer one, gelu the one by tanh."""
-        if config.position == "rotary":
-            return "transformers' openai-gpt has no rotary positions"
+        """The inner width must be four times the outer one, gelu the one by tanh, queries and keys as they are."""
+        if config.qk_norm:
+            return "transformers' openai-gpt has no model.qk_norm"
         if config.mlp_dim != 4 * config.dim:
             return f"transformers' openai-gpt needs model.mlp_dim = 4 * model.dim = {4 * config.dim}"
         if config.activation not in self.fields.activations.values():
             return f"transformers' openai-gpt has no {config.activation}; use model.activation gelu_tanh"
         return None
+
+
+class Persimmon(Format[GPTConfig]):
+    """Pre-norm GPT with rotary positions, and with or without norms of queries and keys."""
+
+    model_type = "persimmon"
+    fields = Fields(
+        names={
+            "vocab_size": ("vocab_size",),
+            "context": ("max_position_embeddings",),
+            "dim": ("hidden_size",),
+            "depth": ("num_hidden_layers",),
+            "heads": ("num_attention_heads",),
+            "mlp_dim": ("intermediate_size",),
+            "norm_eps": ("layer_norm_eps",),
+            "dropout": ("hidden_dropout",),
+            "attention_dropout": ("attention_dropout",),
+            "qk_norm": ("qk_layernorm",),
+        },
+        activation="hidden_act",
+        fixed={
+            "tie_word_embeddings": (True,),
+            "rope_parameters": (
+                {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+            ),
+        },
+    )
+    table = Table(
+        rows=(
+            Row("tokens.weight", ("embed_tokens.weight",), copies=("lm_head.weight",)),
+            *(
+                replace(row, interleaved=3)
+                for row in module("blocks.{}.attention.qkv", "layers.{}.self_attn.query_key_value")
+            ),
+            *module("blocks.{}.attention.query_norm", "layers.{}.self_attn.q_layernorm"),
+            *module("blocks.{}.attention.key_norm", "layers.{}.self_attn.k_layernorm"),
+            *module("blocks.{}.attention.out", "layers.{}.self_attn.dense"),
+            *module("blocks.{}.attention_norm", "layers.{}.input_layernorm"),
+            *module("blocks.{}.mlp.up", "layers.{}.mlp.dense_h_to_4h"),
+            *module("blocks.{}.mlp.down", "layers.{}.mlp.dense_4h_to_h"),
+            *module("blocks.{}.mlp_norm", "layers.{}.post_attention_layernorm"),
+            *module("norm", "final_layernorm"),
+        ),
+        prefix="model.",
+        outside=("lm_head.",),
+    )
+
+    def config(self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]) -> GPTConfig:
+        """Nothing but what the fields say."""
+        return from_dict(GPTConfig, {**ours, "position": "rotary", "norm_first": True})
+
+    def rest(self, config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Always with the language model's head."""
+        return {"architectures": ["PersimmonForCausalLM"], **_token_ids(tokenizer)}
+
+    def obstacle(self, config: GPTConfig) -> str | None:
+        """Norms must come first."""
+        return None if config.norm_first else "transformers' persimmon is pre-norm: set model.norm_first true"

@@ -31,6 +31,8 @@ class Row:
     theirs: tuple[str, ...]
     """Several: stacked along the first dimension they are ours."""
     transpose: bool = False
+    interleaved: int = 1
+    """As many matrices in one: ours has them one after the other, on disk every head has its rows of each."""
     shape: tuple[int | str, ...] = ()
     """Shape on disk, in numbers and names of settings, -1 for what remains; (): the same as ours."""
     copies: tuple[str, ...] = ()
@@ -50,14 +52,27 @@ class Row:
         part = (shape[0] // len(self.theirs), *shape[1:])
         return part[::-1] if self.transpose else part
 
-    def read(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
+    def read(self, parts: list[Tensor], shape: torch.Size, config: AnyModelConfig) -> Tensor:
         """Tensors on disk -> ours."""
-        return torch.cat([part.T if self.transpose else part for part in parts]).reshape(shape)
+        whole = torch.cat([part.T if self.transpose else part for part in parts]).reshape(shape)
+        return self.by_matrix(whole, config)
+
+    def by_matrix(self, rows: Tensor, config: AnyModelConfig) -> Tensor:
+        """Rows (H n E, ...) in the order on disk -> ours (n H E, ...), n matrices `interleaved`."""
+        if self.interleaved == 1:
+            return rows
+        return rows.unflatten(0, (config.heads, self.interleaved, -1)).transpose(0, 1).flatten(0, 2)
+
+    def by_head(self, rows: Tensor, config: AnyModelConfig) -> Tensor:
+        """The inverse of `by_matrix`."""
+        if self.interleaved == 1:
+            return rows
+        return rows.unflatten(0, (self.interleaved, config.heads, -1)).transpose(0, 1).flatten(0, 2)
 
     def write(self, tensor: Tensor, config: AnyModelConfig) -> list[Tensor]:
         """Ours -> tensors on disk, which share no memory."""
         shape = self.disk_shape(tensor.shape, config)
-        parts = tensor.detach().cpu().chunk(len(self.theirs))
+        parts = self.by_head(tensor.detach().cpu(), config).chunk(len(self.theirs))
         return [
             (part.T if self.transpose else part).reshape(shape).clone(memory_format=torch.contiguous_format)
             for part in parts
@@ -171,7 +186,7 @@ class Table:
             if not absent and not wrong:
                 found = [disk[part][:] for part in parts]
                 different += [names[copy] for copy in copies if not torch.equal(disk[copy][:], found[0])]
-                target.copy_(row.read(found, target.shape))
+                target.copy_(row.read(found, target.shape, config))
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
         unexpected = [names[name] for name in disk if name not in known and not ignored.fullmatch(name)]
@@ -227,6 +242,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
 }

@@ -43,7 +43,7 @@ class GPT(nn.Module):
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.context, config.dim) if learned else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = blocks(config)
+        self.blocks = blocks(config, qk_norm=config.qk_norm)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         init_normal(self, config.depth)
 
