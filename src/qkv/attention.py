@@ -267,9 +267,7 @@ class Attention(nn.Module):
     on the memory.
     """
 
-    def __init__(
-        self, dim: int, heads: int, dropout: float = 0.0, qk_norm_eps: float | None = None
-    ) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, qk_norm_eps: float | None = None) -> None:
         """qk_norm_eps: normalise each head's queries and keys (Dehghani et al. 2023, 2); None: do not."""
         super().__init__()
         if dim % heads:
@@ -278,9 +276,8 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.qkv = Packed(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        normed = qk_norm_eps is not None
-        self.query_norm = nn.LayerNorm(dim // heads, eps=qk_norm_eps) if normed else None
-        self.key_norm = nn.LayerNorm(dim // heads, eps=qk_norm_eps) if normed else None
+        self.query_norm = None if qk_norm_eps is None else nn.LayerNorm(dim // heads, eps=qk_norm_eps)
+        self.key_norm = None if qk_norm_eps is None else nn.LayerNorm(dim // heads, eps=qk_norm_eps)
         self.tap: Tap | None = None  # set only inside `record`
 
     def forward(

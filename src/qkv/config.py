@@ -150,7 +150,7 @@ class GPTConfig(ModelConfig):
     position: Literal["learned", "rotary"] = "learned"
     """Learned position vectors (GPT-1, GPT-2) or rotated queries and keys (Su et al. 2021)."""
     qk_norm: bool = False
-    """Layer normalisation of the queries and keys of each head (Dehghani et al. 2023, 2); with rotary positions."""
+    """Layer normalisation of each head's queries and keys (Dehghani et al. 2023, 2); with rotary position."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,6 +317,9 @@ class TrainConfig:
     """Added to AdamW's divisor."""
     max_grad_norm: float = 1.0
     """Gradients of a larger norm are scaled down to this one."""
+    growth: tuple[float, ...] = ()
+    """Lengths of GPT's windows, or sides of ViT's images, in equal parts of the run, as shares of the whole:
+    0.5, 0.75 and 1 are half of it in the first third, and so on."""
     gradient_accumulation_steps: int = 1
     """Parts that a step's batch is computed in: more need less memory."""
     label_smoothing_factor: float = 0.0
@@ -367,6 +370,8 @@ class TrainConfig:
         _check("train", self, *_SEED, "seed")
         _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay")
         _check("train", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "layer_decay")
+        if not all(0.0 < share <= 1.0 for share in self.growth):
+            raise InputError(f"train.growth is {self.growth}; its shares must be above 0 and at most 1")
         if self.ema_decay and self.average_checkpoints > 1:
             raise InputError("set train.ema_decay or train.average_checkpoints, not both")
 

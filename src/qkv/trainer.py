@@ -24,6 +24,8 @@ from qkv.data.batches import Batch
 from qkv.distributed import ALONE, Ranks, spread, whole
 from qkv.divergence import check_finite
 from qkv.errors import InputError
+from qkv.growth import check as check_growth
+from qkv.growth import share_at, shrunk
 from qkv.hub import Checkpoint
 from qkv.layers import Block
 from qkv.models import Model
@@ -52,6 +54,7 @@ class Trainer:
         self.config, self.start, self.dataset, self.ranks = config, checkpoint, dataset, ranks
         self.model: Model = checkpoint.model
         self.device = next(self.model.parameters()).device
+        check_growth(config, self.model.config)
         if config.torch_compile and len(np.unique(dataset.costs)) > 1:
             raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
         for block in (module for module in self.model.modules() if isinstance(module, Block)):
@@ -86,7 +89,9 @@ class Trainer:
         """One optimiser step over the data of all ranks; what there is to record of it."""
         seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
         self.objective.train()
-        loss = self.backward(data.batches)
+        share = share_at(step, self.config)
+        batches = [(shrunk(batch, share), counts) for batch, counts in data.batches]
+        loss = self.backward([(batch, counts) for (batch, _), counts in batches])
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         (total,) = self.ranks.sum([loss])
         check_finite(step, self.config, total, norm.item())
@@ -102,7 +107,7 @@ class Trainer:
             "loss": total,
             "grad_norm": norm.item(),
             "learning_rate": rate,
-            "tokens": data.tokens,
+            "tokens": data.tokens * batches[0][0][1],
         }
 
     def backward(self, batches: Sequence[tuple[Batch, bool]]) -> float:

@@ -22,7 +22,16 @@ from . import theirs
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
-NAMES = ["gpt2", "openai-gpt", "bert", "bert-classification", "bert-tagging", "vit-classification", "marian"]
+NAMES = [
+    "gpt2",
+    "openai-gpt",
+    "persimmon-qk-norm",
+    "bert",
+    "bert-classification",
+    "bert-tagging",
+    "vit-classification",
+    "marian",
+]
 
 
 def stir(model: nn.Module) -> None:

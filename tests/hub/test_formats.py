@@ -17,7 +17,7 @@ from qkv import hub
 from qkv.config import AnyModelConfig, BertConfig, GPTConfig, TransformerConfig, ViTConfig
 from qkv.errors import InputError
 from qkv.hub.bert import BERT
-from qkv.hub.gpt import GPT1, GPT2
+from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian
 from qkv.hub.vit import VIT
 from qkv.models import PRESETS, build
@@ -123,7 +123,9 @@ def test_every_preset_survives_its_config_json(preset: str) -> None:
     assert format.config(format.fields.read(written), written, ()) == config
 
 
-@pytest.mark.parametrize("format", [GPT1(), GPT2(), BERT(), VIT(), Marian()], ids=lambda f: f.model_type)
+@pytest.mark.parametrize(
+    "format", [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), Marian()], ids=lambda f: f.model_type
+)
 def test_a_table_names_every_tensor_once(format) -> None:
     rows = list(format.table.layers(3))
     for names in ([row.ours for row in rows], [name for row in rows for name in (*row.theirs, *row.copies)]):
@@ -131,6 +133,7 @@ def test_a_table_names_every_tensor_once(format) -> None:
     configs = {
         "gpt2": GPTConfig(depth=3, dim=12, mlp_dim=12),
         "openai-gpt": GPTConfig(depth=3, dim=12, mlp_dim=12, norm_first=False),
+        "persimmon": GPTConfig(depth=3, dim=12, mlp_dim=12, heads=3, position="rotary", qk_norm=True),
         "bert": BertConfig(depth=3, dim=12, mlp_dim=12),
         "vit": ViTConfig(depth=3, dim=12, mlp_dim=12, labels=("a",)),
         "marian": TransformerConfig(depth=3, dim=8, mlp_dim=12),

@@ -45,7 +45,8 @@ from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
-_FORMATS: dict[str, Format[Any]] = {f.model_type: f for f in (GPT2(), GPT1(), Persimmon(), BERT(), VIT(), Marian())}
+_ALL: tuple[Format[Any], ...] = (GPT2(), GPT1(), Persimmon(), BERT(), VIT(), Marian())
+_FORMATS = {format.model_type: format for format in _ALL}
 _HEADS = ("pooler", "words", "next_sentence", "classifier")
 """Modules that may be absent from a checkpoint if the caller asks for a head."""
 

@@ -76,7 +76,9 @@ class GPT2(Format[GPTConfig]):
 
     def obstacle(self, config: GPTConfig) -> str | None:
         """Queries and keys are as they are."""
-        return "transformers' gpt2 has no model.qk_norm: set model.position rotary" if config.qk_norm else None
+        return (
+            "transformers' gpt2 has no model.qk_norm: set model.position rotary" if config.qk_norm else None
+        )
 
 
 class GPT1(Format[GPTConfig]):
@@ -110,7 +112,7 @@ class GPT1(Format[GPTConfig]):
         return {"architectures": ["OpenAIGPTLMHeadModel"], **_token_ids(tokenizer)}
 
     def obstacle(self, config: GPTConfig) -> str | None:
-        """The inner width must be four times the outer one, gelu the one by tanh, queries and keys as they are."""
+        """The inner width must be four times the outer one, gelu the one by tanh, queries and keys plain."""
         if config.qk_norm:
             return "transformers' openai-gpt has no model.qk_norm"
         if config.mlp_dim != 4 * config.dim:

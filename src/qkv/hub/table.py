@@ -61,13 +61,13 @@ class Row:
         """Rows (H n E, ...) in the order on disk -> ours (n H E, ...), n matrices `interleaved`."""
         if self.interleaved == 1:
             return rows
-        return rows.unflatten(0, (config.heads, self.interleaved, -1)).transpose(0, 1).flatten(0, 2)
+        return rows.reshape(config.heads, self.interleaved, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
 
     def by_head(self, rows: Tensor, config: AnyModelConfig) -> Tensor:
         """The inverse of `by_matrix`."""
         if self.interleaved == 1:
             return rows
-        return rows.unflatten(0, (self.interleaved, config.heads, -1)).transpose(0, 1).flatten(0, 2)
+        return rows.reshape(self.interleaved, config.heads, -1, *rows.shape[1:]).transpose(0, 1).flatten(0, 2)
 
     def write(self, tensor: Tensor, config: AnyModelConfig) -> list[Tensor]:
         """Ours -> tensors on disk, which share no memory."""
