@@ -58,7 +58,7 @@ class LinearPatches(nn.Linear):
         p = self.side
         cut = images.reshape(N, C, height // p, p, width // p, p)
         cut = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
-        return super().forward(cut.reshape(N, -1, C * p * p))
+        return super().forward(cut.flatten(3).flatten(1, 2))
 
 
 class ConvolutionalStem(nn.Module):
