@@ -243,11 +243,11 @@ def test_numbers_out_of_range_are_named(section: type):
         (lambda: ViTConfig(image_size=30), "model.image_size 30 is not divisible by model.patch_size 16"),
         (
             lambda: ViTConfig(image_size=24, patch_size=6, dim=12, stem="convolutions"),
-            "model.patch_size is 6; it must be 2, 4, 8, ... with model.stem convolutions",
+            "model.patch_size is 6; it must be a power of two from 2 up, as model.stem convolutions",
         ),
         (
             lambda: ViTConfig(patch_size=1, stem="convolutions"),
-            "model.patch_size is 1; it must be 2, 4, 8, ...",
+            "model.patch_size is 1; it must be a power of two",
         ),
         (
             lambda: ViTConfig(dim=36, patch_size=8, stem="convolutions"),

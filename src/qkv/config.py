@@ -171,7 +171,7 @@ class ViTConfig(ModelConfig):
     patch_size: int = 16
     """Side of the square patches, a token each, in pixels."""
     stem: Literal["patches", "convolutions"] = "patches"
-    """What makes tokens of pixels: one matrix a patch, or a stack of 3x3 convolutions (Xiao et al. 2021)."""
+    """What makes tokens of pixels: a matrix that reads patches, or 3x3 convolutions (Xiao et al. 2021)."""
     channels: int = 3
     """1 for grey images, 3 for RGB; in training what most images are."""
     norm_first: bool = True
@@ -191,7 +191,7 @@ class ViTConfig(ModelConfig):
         if self.stem == "convolutions":
             power_of_two = (
                 lambda value: value >= 2 and value.bit_count() == 1,
-                "2, 4, 8, ... with model.stem convolutions, each of which halves the image",
+                "a power of two from 2 up, as model.stem convolutions halves images",
             )
             _check("model", self, *power_of_two, "patch_size")
             if self.dim % self.patch_size:

@@ -1,7 +1,7 @@
-"""ViT: an encoder over image patches (Dosovitskiy et al. 2021), cut or seen by convolutions.
+"""ViT: an encoder over image patches (Dosovitskiy et al. 2021).
 
-Legend: N images, P patches of an image, C channels, p patch side, D model width, K classes; h, w height and
-width of an image on its way through the convolutions, c its channels there.
+Legend: N images, P patches of an image, C channels, p patch side, D model width, K classes; between
+convolutions h, w height and width, c channels.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ class ViTOutput:
     """(N, K); None without a head."""
 
 
-class LinearPatches(nn.Linear):
-    """Cuts images into patches, each of which one matrix makes a token (equation 1)."""
+class PatchEmbedding(nn.Linear):
+    """Cuts images into patches and makes each a token by one matrix (equation 1)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config.channels * config.patch_size**2, config.dim)
-        self.side = config.patch_size
+        self.patch_size = config.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, C, height, width) -> (N, P, D), patches row by row."""
         N, C, height, width = images.shape
-        p = self.side
+        p = self.patch_size
         cut = images.reshape(N, C, height // p, p, width // p, p)
         cut = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
         return super().forward(cut.flatten(3).flatten(1, 2))
 
 
 class ConvolutionalStem(nn.Module):
-    """3x3 convolutions make the tokens: one at full size, then log2(p) that halve it (Xiao et al. 2021, 3).
+    """Makes tokens by 3x3 convolutions, as in Xiao et al. 2021: one at full size, then log2(p) of stride 2.
 
-    Each doubles the channels, up to D at the last; after each a norm and the model's activation, and in the
-    end one matrix, the paper's 1x1 convolution. The norm is LayerNorm over each pixel's channels and not the
-    paper's BatchNorm, so that no image's tokens depend on what else is in the batch. Kernels and biases begin
-    as torch draws them: with biases of 0, a norm would blow up the gradients of blank areas.
+    Their widths double up to D. After each come a norm and the model's activation, after all of them one
+    matrix, a convolution of 1x1. The norm is over each pixel's channels and not, as in the paper, over the
+    batch, so that an image's tokens do not depend on its neighbours. Kernels and biases begin as torch draws
+    them: where an area is blank and biases are 0, a norm would blow up the gradients.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -84,7 +84,7 @@ class ConvolutionalStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (N, C, height, width) -> (N, P, D), patches row by row."""
-        # With a pixel's channels side by side, both permutations are views, and convolutions are faster.
+        # With each pixel's channels side by side, permutations are views, and convolutions are faster.
         x = images.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = convolution(x).permute(0, 2, 3, 1)  # (N, h, w, c)
@@ -98,7 +98,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         patches = (config.image_size // config.patch_size) ** 2
-        self.patches = LinearPatches(config) if config.stem == "patches" else ConvolutionalStem(config)
+        self.patches = PatchEmbedding(config) if config.stem == "patches" else ConvolutionalStem(config)
         self.class_token = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
         self.dropout = Dropout(config.dropout)
