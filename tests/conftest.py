@@ -21,7 +21,7 @@ settings.load_profile("qkv")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where transformers, when it is imported, is told to copy the code of folders to."""
+    """Tell transformers, which asks when it is imported, where to copy the code of folders to."""
     modules = tempfile.TemporaryDirectory()
     os.environ["HF_MODULES_CACHE"] = modules.name
     config.add_cleanup(modules.cleanup)

@@ -26,6 +26,12 @@ _CONVOLUTIONS = (
     ),
     *module("patches.projection", "embeddings.patch_embeddings.projection"),
 )
+_AUTO = {
+    "AutoConfig": "Config",
+    "AutoModel": "Model",
+    "AutoModelForImageClassification": "ForImageClassification",
+}
+"""transformers' classes that look for others in a folder's code, and how the names of those end."""
 
 
 class VIT(Format[ViTConfig]):
@@ -114,8 +120,6 @@ class ConvolutionalViT(VIT):
 
     def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Also where transformers finds the code."""
-        kinds = {"AutoConfig": "Config", "AutoModel": "Model"}
-        kinds["AutoModelForImageClassification"] = "ForImageClassification"
         file = self.code.removesuffix(".py")
-        auto_map = {auto: f"{file}.{self.classes}{kind}" for auto, kind in kinds.items()}
+        auto_map = {auto: f"{file}.{self.classes}{kind}" for auto, kind in _AUTO.items()}
         return {**super().rest(config, tokenizer), "auto_map": auto_map}
