@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("qkv")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tell transformers, which asks when it is imported, where to copy the code of folders to."""
+    modules = tempfile.TemporaryDirectory()
+    os.environ["HF_MODULES_CACHE"] = modules.name
+    config.add_cleanup(modules.cleanup)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,7 @@ MODELS = st.one_of(
     changed(BertConfig(), labels=st.lists(TEXT).map(tuple), head=st.sampled_from(["tagging", "masked_lm"])),
     changed(TransformerConfig(), context=COUNT, activation=st.sampled_from(["relu", "silu"])),
     changed(ViTConfig(), labels=st.lists(TEXT).map(tuple), channels=COUNT, drop_path=FRACTION),
+    changed(ViTConfig(), stem=st.sampled_from(["patches", "convolutions"])),
 )
 RUNS = st.builds(
     RunConfig,
@@ -240,6 +241,18 @@ def test_numbers_out_of_range_are_named(section: type):
     [
         (lambda: ModelConfig(dim=10, heads=4), "model.dim 10 is not divisible by model.heads 4"),
         (lambda: ViTConfig(image_size=30), "model.image_size 30 is not divisible by model.patch_size 16"),
+        (
+            lambda: ViTConfig(image_size=24, patch_size=6, dim=12, stem="convolutions"),
+            "model.patch_size is 6; it must be a power of two from 2 up, as model.stem convolutions",
+        ),
+        (
+            lambda: ViTConfig(patch_size=1, stem="convolutions"),
+            "model.patch_size is 1; it must be a power of two",
+        ),
+        (
+            lambda: ViTConfig(dim=36, patch_size=8, stem="convolutions"),
+            "model.dim 36 is not divisible by model.patch_size 8, as model.stem convolutions needs it",
+        ),
         (lambda: TransformerConfig(vocab_size=5, eos_id=5), "model.eos_id is 5; it must be an id below"),
         (lambda: GPTConfig(dim=12, heads=4, position="rotary"), "model.dim / model.heads is 3; rotary"),
         (

@@ -378,6 +378,15 @@ GRADIENT_CONFIGS = {
     "bert-masked-lm": BertConfig(**SMALL_TEXT, norm_eps=1e-5, head="masked_lm"),
     "bert-pretraining": BertConfig(**SMALL_TEXT, norm_eps=1e-5),
     "vit": ViTConfig(**SMALL, norm_eps=1e-5, image_size=4, patch_size=2, channels=1, labels=("a", "b")),
+    "vit-convolutions": ViTConfig(
+        **SMALL,
+        norm_eps=1e-5,
+        image_size=4,
+        patch_size=2,
+        channels=1,
+        stem="convolutions",
+        labels=("a", "b"),
+    ),
 }
 
 
@@ -519,6 +528,38 @@ def test_vit_cuts_patches_as_a_strided_convolution_does():
     hook.remove()
     expected = torch.cat([model.class_token.expand(3, 1, -1), cut], dim=1) + model.positions
     torch.testing.assert_close(seen[0], expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (12, 4)])
+def test_a_convolutional_stem_is_convolution_norm_activation_and_a_last_matrix(height: int, width: int):
+    """Pixel by pixel and by torch's other functions: windows cut out, LayerNorm from its equation."""
+    stem = tiny("vit-convolutions").patches
+    images = torch.randn(3, 2, height, width, dtype=torch.float64)
+    widths = [3, 6, 12]
+    assert [tuple(c.weight.shape) for c in stem.convolutions] == [(3, 2, 3, 3), (6, 3, 3, 3), (12, 6, 3, 3)]
+    x, size = images, (height, width)
+    for i, stride in enumerate((1, 2, 2)):
+        convolution, norm = stem.convolutions[i], stem.norms[i]
+        windows = torch.nn.functional.unfold(x, 3, padding=1, stride=stride).transpose(1, 2)
+        x = windows @ convolution.weight.flatten(1).T + convolution.bias  # (N, pixels, c)
+        variance, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+        x = (x - mean) / (variance + 1e-5).sqrt() * norm.weight + norm.bias
+        size = (size[0] // stride, size[1] // stride)
+        x = (0.5 * x * (1 + torch.erf(x / 2**0.5))).transpose(1, 2).reshape(3, widths[i], *size)
+    expected = x.flatten(2).transpose(1, 2) @ stem.projection.weight.T + stem.projection.bias
+    torch.testing.assert_close(stem(images), expected)
+    torch.testing.assert_close(stem(images.transpose(2, 3).contiguous().transpose(2, 3)), expected)
+
+
+def test_blank_areas_do_not_blow_up_the_gradients_of_a_fresh_stem():
+    """Padded, erased and unexposed pixels have no variance but that of the biases."""
+    model = build(replace(CONFIGS["vit-convolutions"], dim=32, norm_eps=1e-12))
+    norms = []
+    for images in (torch.randn(4, 2, 8, 8), torch.zeros(4, 2, 8, 8)):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(images).logits, torch.tensor([0, 1, 2, 0])).backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.patches.parameters()]))
+    assert norms[1] < 10 * norms[0]
 
 
 def test_images_that_vit_cannot_read_and_a_missing_head_are_named():

@@ -79,6 +79,7 @@ SIZES = {"dim": 8, "depth": 2, "heads": 2, "mlp_dim": 16}
         (BertConfig(**SIZES, vocab_size=9, context=9), 2 * 4),
         (TransformerConfig(**SIZES, vocab_size=9, context=9), 2 * 4 + 2 * 6),
         (ViTConfig(**SIZES, image_size=8, patch_size=4, labels=("a", "b")), 2 * 4),
+        (ViTConfig(**SIZES, image_size=8, patch_size=4, stem="convolutions"), 2 * 4),
     ],
 )
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_every_other_parameter(model, matrices):
@@ -109,6 +110,7 @@ LABELS = ("a", "b")
             {"encoder_norm", "decoder_norm"},
         ),
         (ViTConfig(**SIZES, image_size=8, patch_size=4, labels=LABELS), {"norm", "classifier"}),
+        (ViTConfig(**SIZES, image_size=8, patch_size=4, stem="convolutions"), {"norm"}),
     ],
 )
 def test_layer_decay_and_weight_decay_of_every_parameter_by_hand(model, above, optimizer):

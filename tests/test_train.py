@@ -23,6 +23,7 @@ from qkv.config import (
     BertConfig,
     DataConfig,
     GPTConfig,
+    LoraConfig,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -169,6 +170,30 @@ def test_accumulation_changes_nothing_of_augmented_images(tmp_path):
     assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
     for a, b in zip(whole[1], pieces[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_convolutional_stem_learns_is_divided_and_tuned_like_any_vit(tmp_path):
+    config = run_config(tmp_path, "vit")
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, stem="convolutions", dropout=0.0)
+    )
+    job = new_job(config)
+    whole = step_gradient(job, [list(range(16))])
+    pieces = step_gradient(job, [[0], [1, 2, 3, 4, 5], list(range(6, 16))])
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    for a, b in zip(whole[1], pieces[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    best = train(job, tmp_path / "run", Nobody())
+    assert best.best_scores["label_accuracy"] > 0.9
+    assert score(str(tmp_path / "run"))["loss"] == pytest.approx(best.best_scores["loss"], rel=1e-4)
+    tuned = dataclasses.replace(
+        run_config(tmp_path / "again", "vit", max_steps=2),
+        init=str(tmp_path / "run"),
+        lora=LoraConfig(rank=2),
+    )
+    best = train(new_job(tuned), tmp_path / "tuned", Nobody())
+    assert read_toml(tmp_path / "tuned" / "config.toml").model.stem == "convolutions"
+    assert score(str(tmp_path / "tuned"))["loss"] == pytest.approx(best.best_scores["loss"], rel=1e-4)
 
 
 def augmented(config: RunConfig, **model) -> RunConfig:

@@ -38,6 +38,7 @@ CONFIGS: dict[str, AnyModelConfig] = {
     "bert-regression": replace(_BERT, head="regression", labels=("a",)),
     "vit-pre-norm": _VIT,
     "vit-post-norm": replace(_VIT, norm_first=False),
+    "vit-convolutions": replace(_VIT, stem="convolutions"),
 }
 CAUSAL = [name for name in CONFIGS if name.startswith("gpt")]
 DECODERS = [name for name in CONFIGS if name.startswith(("gpt", "transformer"))]
@@ -53,7 +54,7 @@ def tiny(config: AnyModelConfig | str, dtype: torch.dtype = torch.float64) -> Mo
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(std=0.4)
-                if name.endswith("norm.weight"):
+                if name.endswith("norm.weight") or ".norms." in name:
                     parameter.add_(1.0)
             if isinstance(model, Transformer):
                 model.logits_bias.normal_()

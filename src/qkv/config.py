@@ -170,6 +170,8 @@ class ViTConfig(ModelConfig):
     """Side of the square training images in pixels; 0: that of the data, filled in when training starts."""
     patch_size: int = 16
     """Side of the square patches, a token each, in pixels."""
+    stem: Literal["patches", "convolutions"] = "patches"
+    """What makes tokens of pixels: a matrix that reads patches, or 3x3 convolutions (Xiao et al. 2021)."""
     channels: int = 3
     """1 for grey images, 3 for RGB; in training what most images are."""
     norm_first: bool = True
@@ -186,6 +188,22 @@ class ViTConfig(ModelConfig):
             raise InputError(
                 f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"
             )
+        if self.stem == "convolutions":
+            power_of_two = (
+                lambda value: value >= 2 and value.bit_count() == 1,
+                "a power of two from 2 up, as model.stem convolutions halves images",
+            )
+            _check("model", self, *power_of_two, "patch_size")
+            if self.dim % self.patch_size:
+                raise InputError(
+                    f"model.dim {self.dim} is not divisible by model.patch_size {self.patch_size}, as "
+                    "model.stem convolutions needs it"
+                )
+
+    @property
+    def stem_depth(self) -> int:
+        """3x3 convolutions of a convolutional stem: one, and one more for each time that it halves images."""
+        return self.patch_size.bit_length()
 
 
 AnyModelConfig = TransformerConfig | BertConfig | GPTConfig | ViTConfig
@@ -308,7 +326,7 @@ class TrainConfig:
     warmup_steps: int = 100
     """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.01
-    """On matrices only: never on biases, norms, or vectors."""
+    """On matrices and kernels of convolutions only: never on biases, norms, or vectors."""
     adam_beta1: float = 0.9
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = 0.98

@@ -30,6 +30,7 @@ NAMES = [
     "bert-classification",
     "bert-tagging",
     "vit-classification",
+    "vit-convolutions-classification",
     "marian",
 ]
 
@@ -88,6 +89,7 @@ def opened_by_peft(model: transformers.PreTrainedModel, folder: Path) -> transfo
         ("bert-tagging", {"target_modules": r".*layer\.1\..*(key|dense)", "task_type": "TOKEN_CLS"}),
         ("bert-masked-lm", {"target_modules": "all-linear", "exclude_modules": []}),
         ("vit-classification", {"target_modules": "all-linear", "modules_to_save": ["classifier"]}),
+        ("vit-convolutions-classification", {"target_modules": "all-linear"}),
         ("marian", {"target_modules": ["q_proj", "v_proj", "fc2"], "task_type": "SEQ_2_SEQ_LM"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -78,7 +78,7 @@ def test_image_models_come_back_with_their_settings(tmp_path: Path) -> None:
 
 def test_saving_leaves_nothing_of_an_earlier_checkpoint_and_everything_else(tmp_path: Path) -> None:
     theirs.make("bert").save_pretrained(tmp_path, max_shard_size="2KB")
-    for name in ("vocab.txt", "special_tokens_map.json", "modules.json"):
+    for name in ("vocab.txt", "special_tokens_map.json", "modules.json", "modeling_theirs.py"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "config.toml").write_text("mine")
     (tmp_path / "state").mkdir()

@@ -19,7 +19,7 @@ from qkv.errors import InputError
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian
-from qkv.hub.vit import VIT
+from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.models import PRESETS, build
 
 from . import theirs
@@ -71,6 +71,18 @@ FRESH: dict[str, AnyModelConfig] = {
     "vit": ViTConfig(
         image_size=8, patch_size=4, channels=2, dim=12, depth=2, heads=3, mlp_dim=20, labels=("x", "y")
     ),
+    "vit-convolutions": ViTConfig(
+        image_size=8,
+        patch_size=8,
+        channels=2,
+        stem="convolutions",
+        dim=24,
+        depth=1,  # fewer blocks than convolutions
+        heads=3,
+        mlp_dim=20,
+        activation="gelu_tanh",
+        labels=("x", "y"),
+    ),
     "transformer": TransformerConfig(
         vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=20, pad_id=36, eos_id=35
     ),
@@ -99,6 +111,18 @@ def test_transformers_translates_with_what_we_save(tmp_path: Path) -> None:
     assert out[-1] == 35  # forced at the end
 
 
+def test_the_code_in_a_folder_needs_transformers_alone_and_is_run_by_it_alone(tmp_path: Path) -> None:
+    model = build(FRESH["vit-convolutions"]).eval()
+    hub.save(tmp_path, hub.Checkpoint(model))
+    (code,) = tmp_path.glob("*.py")
+    imports = re.findall(r"(?m)^ *(?:from|import) (\w+)", code.read_text())
+    assert set(imports) == {"__future__", "torch", "transformers"}
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=False)
+    code.write_text("raise SystemExit('run')")
+    torch.testing.assert_close(theirs.our_answers(hub.load(tmp_path).model), theirs.our_answers(model))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     model = theirs.make("gpt2").to(dtype)
@@ -124,21 +148,25 @@ def test_every_preset_survives_its_config_json(preset: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "format", [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), Marian()], ids=lambda f: f.model_type
+    "format",
+    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ConvolutionalViT(), Marian()],
+    ids=lambda f: f.model_type,
 )
 def test_a_table_names_every_tensor_once(format) -> None:
-    rows = list(format.table.layers(3))
-    for names in ([row.ours for row in rows], [name for row in rows for name in (*row.theirs, *row.copies)]):
-        assert Counter(names).most_common(1)[0][1] == 1
     configs = {
         "gpt2": GPTConfig(depth=3, dim=12, mlp_dim=12),
         "openai-gpt": GPTConfig(depth=3, dim=12, mlp_dim=12, norm_first=False),
         "persimmon": GPTConfig(depth=3, dim=12, mlp_dim=12, heads=3, position="rotary", qk_norm=True),
         "bert": BertConfig(depth=3, dim=12, mlp_dim=12),
         "vit": ViTConfig(depth=3, dim=12, mlp_dim=12, labels=("a",)),
+        "vit_convolutional_stem": ViTConfig(depth=3, dim=48, mlp_dim=12, stem="convolutions", labels=("a",)),
         "marian": TransformerConfig(depth=3, dim=8, mlp_dim=12),
     }
-    assert set(build(configs[format.model_type]).state_dict()) <= {row.ours for row in rows}
+    config = configs[format.model_type]
+    rows = list(format.table.layers(config))
+    for names in ([row.ours for row in rows], [name for row in rows for name in (*row.theirs, *row.copies)]):
+        assert Counter(names).most_common(1)[0][1] == 1
+    assert set(build(config).state_dict()) <= {row.ours for row in rows}
 
 
 # ---------------------------------------------------------------- what else checkpoints look like

@@ -51,7 +51,10 @@ def refused(folder: str | Path, pattern: str, **options: object) -> str:
 # ---------------------------------------------------------------- tensors
 
 
-@pytest.mark.parametrize("name", ["gpt2", "openai-gpt", "bert-masked-lm", "vit-classification", "marian"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "openai-gpt", "bert-masked-lm", "vit-classification", "vit-convolutions", "marian"],
+)
 def test_every_tensor_is_needed(name: str, tmp_path: Path) -> None:
     """Without any one of its tensors a checkpoint is refused, and the message names it."""
     saved(name, tmp_path)
@@ -214,6 +217,8 @@ def test_only_the_family_that_is_wanted(tmp_path: Path) -> None:
         ("vit-classification", None, ("bad", "fair", "good"), set()),
         ("vit-classification", None, ("x", "y"), {"classifier"}),
         ("vit", None, ("x", "y"), {"classifier"}),
+        ("vit-convolutions", None, ("x", "y"), {"classifier"}),
+        ("vit-convolutions-classification", None, ("bad", "fair", "good"), set()),
     ],
 )
 def test_heads_asked_for(source: str, head, labels: tuple[str, ...], fresh: set[str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from qkv.hub.code import modeling_vit_convolutional_stem as stem
 from qkv.models import GPT, Bert, Model, Transformer
 from qkv.ragged import Ragged, pack
 
@@ -43,6 +44,11 @@ _MARIAN = {
     **{f"{side}_attention_heads": 3 for side in ("encoder", "decoder")},
     **{f"{side}_ffn_dim": 20 for side in ("encoder", "decoder")},
 }
+
+# So that save_pretrained copies their code into the folder.
+stem.ViTConvolutionalStemConfig.register_for_auto_class()
+stem.ViTConvolutionalStemModel.register_for_auto_class()
+stem.ViTConvolutionalStemForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT, **_GPT_IDS)),
@@ -80,6 +86,10 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "vit-classification": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**_VIT, id2label=_LABELS)
     ),
+    "vit-convolutions": lambda: stem.ViTConvolutionalStemModel(stem.ViTConvolutionalStemConfig(**_VIT)),
+    "vit-convolutions-classification": lambda: stem.ViTConvolutionalStemForImageClassification(
+        stem.ViTConvolutionalStemConfig(**_VIT, id2label=_LABELS, hidden_act="relu")
+    ),
     "marian": lambda: transformers.MarianMTModel(transformers.MarianConfig(**_MARIAN)),
 }
 
@@ -109,7 +119,7 @@ def pictures() -> Tensor:
 @torch.no_grad()
 def their_answers(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     """What transformers says, each sequence on its own, laid end to end."""
-    if model.config.model_type == "vit":
+    if model.config.model_type.startswith("vit"):
         return _named(model(pictures()), {**_HIDDEN, "logits": "logits"})
     answers: list[dict[str, Tensor]] = []
     for ids, segments, target in zip(IDS, SEGMENTS, TARGETS, strict=True):
@@ -197,9 +207,14 @@ def quiet() -> Iterator[None]:
 
 def reopen(folder: Path) -> transformers.PreTrainedModel:
     """A saved folder as transformers opens it: by the class it declares, with nothing to complain of."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    cls = getattr(transformers, config.architectures[0])
-    options = {}
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    options: dict[str, object] = {}
+    if code := getattr(config, "auto_map", None):
+        found = [auto for auto, name in code.items() if name.endswith(f".{config.architectures[0]}")]
+        cls = getattr(transformers, found[0])
+        options["trust_remote_code"] = True
+    else:
+        cls = getattr(transformers, config.architectures[0])
     if config.architectures[0] in ("BertModel", "ViTModel"):
         # No setting of config.json says whether a bare model has a pooler.
         options["add_pooling_layer"] = (folder / "model.safetensors").read_bytes().find(b'"pooler.') != -1

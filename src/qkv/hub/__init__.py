@@ -1,8 +1,9 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
 `load` reads a folder or a Hub id, strictly; `save` writes a folder whole. The formats are `gpt2`,
-`openai-gpt`, `bert`, `vit` and `marian`, one table each in the files beside this one, and peft's adapters
-of them.
+`openai-gpt`, `persimmon`, `bert`, `vit`, `vit_convolutional_stem` and `marian`, one table each in the files
+beside this one, and peft's adapters of them. A format that transformers lacks has its code in `code/`, which
+`save` puts into the folder for transformers to run; `load` never runs any.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian
 from qkv.hub.sentence import Pooling
 from qkv.hub.table import Format
-from qkv.hub.vit import VIT
+from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.images import ImageProcessor
 from qkv.layers import sinusoidal
 from qkv.lora import HEAD
@@ -45,8 +46,17 @@ from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
-_ALL: tuple[Format[Any], ...] = (GPT2(), GPT1(), Persimmon(), BERT(), VIT(), Marian())
+_ALL: tuple[Format[Any], ...] = (
+    GPT2(),
+    GPT1(),
+    Persimmon(),
+    BERT(),
+    VIT(),
+    ConvolutionalViT(),
+    Marian(),
+)
 _FORMATS = {format.model_type: format for format in _ALL}
+_CODE = Path(__file__).with_name("code")
 _HEADS = ("pooler", "words", "next_sentence", "classifier")
 """Modules that may be absent from a checkpoint if the caller asks for a head."""
 
@@ -237,7 +247,7 @@ def adapt(checkpoint: Checkpoint, config: LoraConfig, base: str) -> None:
     classifier are trained from then on, and only they are saved.
     """
     model: AnyModelConfig = checkpoint.model.config
-    rows = _format_of(model).table.layers(model.depth)
+    rows = _format_of(model).table.layers(model)
     parts = {row.ours.removesuffix(".weight"): len(row.theirs) for row in rows}
     add_adapters(checkpoint.model, config, parts)
     checkpoint.base = base
@@ -253,7 +263,9 @@ def _format_of(config: AnyModelConfig) -> Format[Any]:
         return _FORMATS["gpt2" if config.norm_first else "openai-gpt"]
     if isinstance(config, BertConfig):
         return _FORMATS["bert"]
-    return _FORMATS["marian" if isinstance(config, TransformerConfig) else "vit"]
+    if isinstance(config, TransformerConfig):
+        return _FORMATS["marian"]
+    return _FORMATS["vit" if config.stem == "patches" else "vit_convolutional_stem"]
 
 
 def check_savable(config: AnyModelConfig) -> None:
@@ -275,7 +287,8 @@ def by_task(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
 
 
 def save(folder: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings.
+    """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings, and the code
+    of a model that transformers lacks.
 
     Of a model with adapters only what was learned: adapter_config.json, adapter_model.safetensors and
     labels.json instead of the first two. Of a multi-task model a folder a task, each with all of these.
@@ -323,6 +336,8 @@ def _writer(checkpoint: Checkpoint) -> Callable[[Path], None]:
                 (staging / name).write_text(text + "\n", encoding="utf-8")
         # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
         shutil.copymode(staging / next(iter(texts)), staging / weights)
+        if format.code and not checkpoint.base:
+            shutil.copyfile(_CODE / format.code, staging / format.code)
         if tokenizer is not None and not isinstance(config, ViTConfig):
             tokenizer.save(staging, context=config.context)
         if checkpoint.images is not None:

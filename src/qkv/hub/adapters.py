@@ -14,7 +14,7 @@ Legend: I inputs and O outputs of a matrix on disk, r rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from qkv import files
 from qkv.config import AnyModelConfig, BertHead
 from qkv.errors import InputError
 from qkv.hub.folder import ADAPTER, ADAPTER_WEIGHTS, LABELS, open_tensors
-from qkv.hub.table import Format, Table, refuse
+from qkv.hub.table import Format, Row, Table, refuse
 from qkv.lora import adapted, head
 
 _ROOT = "base_model.model."
@@ -169,7 +169,7 @@ def merge(
             tensor = None
         return tensor
 
-    for row in table.layers(config.depth):
+    for row in table.layers(config):
         if row.ours not in state:
             continue
         shape = row.disk_shape(state[row.ours].shape, config)
@@ -197,7 +197,7 @@ def write(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings by file, and the tensors, of a model whose adapters belong to `base`."""
     table, bare = format.table, format.bare(config)
-    rows = {row.ours: row for row in table.layers(config.depth)}
+    rows = {row.ours: row for row in table.layers(config)}
     layers, state = adapted(model), model.state_dict()
     disk: dict[str, Tensor] = {}
     targets, whole, trained_whole = set(), set(), head(model)
@@ -222,7 +222,7 @@ def write(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": _endings(targets, table, config.depth),
+        "target_modules": _endings(targets, [*rows.values()], table),
         "modules_to_save": sorted(whole) or None,
         "fan_in_fan_out": any(rows[f"{name}.weight"].transpose for name in layers),
         "bias": "none",
@@ -235,9 +235,9 @@ def write(
     }
 
 
-def _endings(modules: set[str], table: Table, depth: int) -> list[str]:
+def _endings(modules: set[str], rows: Iterable[Row], table: Table) -> list[str]:
     """Endings of the names of these modules of transformers' models, which no others have."""
-    names = (name for row in table.layers(depth) for name in row.theirs if name.endswith(".weight"))
+    names = (name for row in rows for name in row.theirs if name.endswith(".weight"))
     others = {table.in_memory(name.removesuffix(".weight")) for name in names} - modules
     endings = set()
     for module in modules:

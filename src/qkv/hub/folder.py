@@ -25,6 +25,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LABELS = "labels.json"
 MODULES = "modules.json"
 SENTENCE = "sentence_bert_config.json"
+CODE = "modeling_*.py"
 
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
 _FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS, LABELS)
@@ -171,5 +172,5 @@ def _checkpoint_files(folder: Path) -> set[Path]:
     whole = (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
     if not (whole or ((folder / ADAPTER).is_file() and (folder / ADAPTER_WEIGHTS).is_file())):
         return set()
-    patterns: Iterable[str] = (*_FILES, "*_Pooling/config.json", "*_Normalize/config.json")
+    patterns: Iterable[str] = (*_FILES, CODE, "*_Pooling/config.json", "*_Normalize/config.json")
     return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}

@@ -37,6 +37,8 @@ class Row:
     """Shape on disk, in numbers and names of settings, -1 for what remains; (): the same as ours."""
     copies: tuple[str, ...] = ()
     """Other names under which the same tensor may be on disk, instead or as well. Never written."""
+    count: str = "depth"
+    """The setting that says how many layers there are."""
 
     def layer(self, number: int) -> Row:
         """This row for one layer."""
@@ -140,10 +142,11 @@ class Table:
             found[known] = name
         return found
 
-    def layers(self, depth: int) -> Iterator[Row]:
-        """The rows of a model of that depth."""
+    def layers(self, config: AnyModelConfig) -> Iterator[Row]:
+        """The rows of a model of that config, one for each layer."""
         for row in self.rows:
-            yield from (row.layer(i) for i in range(depth)) if "{}" in row.ours else [row]
+            numbers = range(getattr(config, row.count))
+            yield from (row.layer(i) for i in numbers) if "{}" in row.ours else [row]
 
     @torch.no_grad()
     def load(
@@ -164,7 +167,7 @@ class Table:
         disk = {known: tensors[name] for known, name in names.items()}
         bare = not any(name.startswith(self.prefix) for name in names.values())
         ours = model.state_dict()
-        rows = list(self.layers(config.depth))
+        rows = list(self.layers(config))
         on_disk = {row.ours.partition(".")[0] for row in rows if not disk.keys().isdisjoint(row.theirs)}
         kept, missing, misshapen, different = [], [], [], []
         for row in rows:
@@ -204,7 +207,7 @@ class Table:
         """The model's tensors as they are on disk."""
         ours = model.state_dict()
         disk: dict[str, Tensor] = {}
-        for row in self.layers(config.depth):
+        for row in self.layers(config):
             if row.ours in ours:
                 for name, part in zip(row.theirs, row.write(ours[row.ours], config), strict=True):
                     disk[self.on_disk(name, bare)] = part
@@ -309,6 +312,8 @@ class Format(ABC, Generic[C]):
     model_type: ClassVar[str]
     fields: ClassVar[Fields]
     table: ClassVar[Table]
+    code: ClassVar[str] = ""
+    """A file of `hub/code` that the folder carries, where transformers has no such model; empty: it has."""
 
     @abstractmethod
     def config(self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]) -> C:

@@ -1,21 +1,46 @@
-"""ViT on disk: `vit`, bare or with a classifier."""
+"""ViT on disk: `vit`, or `vit_convolutional_stem` with a convolutional stem; bare or with a classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from qkv.config import ViTConfig, from_dict
 from qkv.hub.table import Fields, Format, Row, Table, label_settings, labels_of, module
 from qkv.tokenizers import Tokenizer
 
-_CLASSIFIER = "ViTForImageClassification"
+_PATCHES = (
+    Row(
+        "patches.weight",
+        ("embeddings.patch_embeddings.projection.weight",),
+        shape=("dim", "channels", "patch_size", "patch_size"),
+    ),
+    Row("patches.bias", ("embeddings.patch_embeddings.projection.bias",)),
+)
+_CONVOLUTIONS = (
+    *(
+        replace(row, count="stem_depth")
+        for part in ("convolutions.{}", "norms.{}")
+        for row in module(f"patches.{part}", f"embeddings.patch_embeddings.{part}")
+    ),
+    *module("patches.projection", "embeddings.patch_embeddings.projection"),
+)
+_AUTO = {
+    "AutoConfig": "Config",
+    "AutoModel": "Model",
+    "AutoModelForImageClassification": "ForImageClassification",
+}
+"""transformers' classes that look for others in a folder's code, and how the names of those end."""
 
 
 class VIT(Format[ViTConfig]):
     """Pre-norm encoder over patches; its pooler is not built: the paper reads the class token itself."""
 
     model_type = "vit"
+    classes: ClassVar[str] = "ViT"
+    """transformers' classes are called so, and then Model or ForImageClassification."""
+    stem: ClassVar[Literal["patches", "convolutions"]] = "patches"
     fields = Fields(
         names={
             "image_size": ("image_size",),
@@ -36,12 +61,7 @@ class VIT(Format[ViTConfig]):
         rows=(
             Row("class_token", ("embeddings.cls_token",), shape=(1, 1, "dim")),
             Row("positions", ("embeddings.position_embeddings",), shape=(1, -1, "dim")),
-            Row(
-                "patches.weight",
-                ("embeddings.patch_embeddings.projection.weight",),
-                shape=("dim", "channels", "patch_size", "patch_size"),
-            ),
-            Row("patches.bias", ("embeddings.patch_embeddings.projection.bias",)),
+            *_PATCHES,
             *module("blocks.{}.attention_norm", "encoder.layer.{}.layernorm_before"),
             *module(
                 "blocks.{}.attention.qkv",
@@ -71,13 +91,14 @@ class VIT(Format[ViTConfig]):
 
     def config(self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]) -> ViTConfig:
         """Classes only where the architecture declares a classifier."""
-        labels = labels_of(theirs) if _CLASSIFIER in (theirs.get("architectures") or []) else ()
-        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True})
+        has_head = f"{self.classes}ForImageClassification" in (theirs.get("architectures") or [])
+        labels = labels_of(theirs) if has_head else ()
+        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True, "stem": self.stem})
 
     def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """The architecture, and the classes."""
-        architecture = "ViTModel" if self.bare(config) else _CLASSIFIER
-        return {"architectures": [architecture], **label_settings(config.labels)}
+        kind = "Model" if self.bare(config) else "ForImageClassification"
+        return {"architectures": [self.classes + kind], **label_settings(config.labels)}
 
     def bare(self, config: ViTConfig) -> bool:
         """Without classes there is no head."""
@@ -86,3 +107,19 @@ class VIT(Format[ViTConfig]):
     def obstacle(self, config: ViTConfig) -> str | None:
         """It must be pre-norm."""
         return None if config.norm_first else "transformers' vit is pre-norm: model.norm_first must be true"
+
+
+class ConvolutionalViT(VIT):
+    """The same behind a convolutional stem. transformers has no such model: the folder carries its code."""
+
+    model_type = "vit_convolutional_stem"
+    classes = "ViTConvolutionalStem"
+    stem = "convolutions"
+    code = "modeling_vit_convolutional_stem.py"
+    table = replace(VIT.table, rows=(*_CONVOLUTIONS, *(row for row in VIT.table.rows if row not in _PATCHES)))
+
+    def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Also where transformers finds the code."""
+        file = self.code.removesuffix(".py")
+        auto_map = {auto: f"{file}.{self.classes}{kind}" for auto, kind in _AUTO.items()}
+        return {**super().rest(config, tokenizer), "auto_map": auto_map}

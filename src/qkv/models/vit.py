@@ -1,6 +1,7 @@
 """ViT: an encoder over image patches (Dosovitskiy et al. 2021).
 
-Legend: N images, P patches of an image, C channels, p patch side, D model width, K classes.
+Legend: N images, P patches of an image, C channels, p patch side, D model width, K classes; between
+convolutions h, w height and width, c channels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qkv.attention import Attention, Pattern
 from qkv.config import ViTConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
-from qkv.layers import blocks, init_normal
+from qkv.layers import ACTIVATIONS, blocks, init_normal
 from qkv.ragged import Layout, Ragged
 
 _SIZES: dict[str, tuple[ViTConfig, tuple[int, ...]]] = {
@@ -44,13 +45,60 @@ class ViTOutput:
     """(N, K); None without a head."""
 
 
+class PatchEmbedding(nn.Linear):
+    """Cuts images into patches and makes each a token by one matrix (equation 1)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config.channels * config.patch_size**2, config.dim)
+        self.patch_size = config.patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (N, C, height, width) -> (N, P, D), patches row by row."""
+        N, C, height, width = images.shape
+        p = self.patch_size
+        cut = images.reshape(N, C, height // p, p, width // p, p)
+        cut = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
+        return super().forward(cut.flatten(3).flatten(1, 2))
+
+
+class ConvolutionalStem(nn.Module):
+    """Makes tokens by 3x3 convolutions, as in Xiao et al. 2021: one at full size, then log2(p) of stride 2.
+
+    Their widths double up to D. After each come a norm and the model's activation, after all of them one
+    matrix, a convolution of 1x1. The norm is over each pixel's channels and not, as in the paper, over the
+    batch, so that an image's tokens do not depend on its neighbours. Kernels and biases begin as torch draws
+    them: where an area is blank and biases are 0, a norm would blow up the gradients.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        widths = [2**i * config.dim // config.patch_size for i in range(config.stem_depth)]
+        inputs = [config.channels, *widths]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(inputs[i], widths[i], kernel_size=3, stride=2 if i else 1, padding=1)
+            for i in range(config.stem_depth)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=config.norm_eps) for width in widths)
+        self.projection = nn.Linear(config.dim, config.dim)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (N, C, height, width) -> (N, P, D), patches row by row."""
+        # With each pixel's channels side by side, permutations are views, and convolutions are faster.
+        x = images.contiguous(memory_format=torch.channels_last)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = convolution(x).permute(0, 2, 3, 1)  # (N, h, w, c)
+            x = self.activation(norm(x)).permute(0, 3, 1, 2)  # (N, c, h, w)
+        return self.projection(x.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+
+
 class ViT(nn.Module):
     """Images in, one vector a patch and class logits out."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         patches = (config.image_size // config.patch_size) ** 2
-        self.patches = nn.Linear(config.channels * config.patch_size**2, config.dim)
+        self.patches = PatchEmbedding(config) if config.stem == "patches" else ConvolutionalStem(config)
         self.class_token = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
         self.dropout = Dropout(config.dropout)
@@ -86,9 +134,7 @@ class ViT(nn.Module):
                 f"this model reads {channels} channels and sides that are multiples of {p}"
             )
         rows, columns = height // p, width // p
-        cut = images.reshape(N, C, rows, p, columns, p)
-        cut = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
-        x = self.patches(cut.reshape(N, rows * columns, C * p * p))  # (N, P, D)
+        x = self.patches(images)  # (N, P, D)
         x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1)  # (N, 1 + P, D)
         x = self.dropout(x + self.positions_for(rows, columns)).flatten(0, 1)  # (T, D)
         layout = Layout((1 + rows * columns,) * N, x.device)
