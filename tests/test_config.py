@@ -163,6 +163,7 @@ WRONG: dict[Any, list[Any]] = {
     str: [1, 1.0, True, [], {}, None],
     bool: [1, 0.0, "true", [], {}, None],
     tuple[str, ...]: ["ab", 1, [1], [["a"]], {}, None],
+    tuple[float, ...]: ["ab", 1.0, ["a"], [True], {}, None],
     tuple[LoraTarget, ...]: ["qkv", 1, ["no such choice"], {}, None],
     tuple[TrackerName, ...]: ["wandb", 1, ["no such choice"], {}, None],
 }
