@@ -109,7 +109,7 @@ class Neighbours:
         self.single = ((counts + 0.1) / (counts + 0.1).sum()).astype(np.float32)  # (V,)
         pairs = np.bincount(stream[:-1] * V + stream[1:], minlength=V * V).reshape(V, V)
         once, twice = int((pairs == 1).sum()), int((pairs == 2).sum())
-        discount = once / max(once + 2 * twice, 1)
+        discount = (once + 1) / (once + 2 * twice + 2)  # one of each beside those that occurred
         total = pairs.sum(1, keepdims=True)  # (V, 1)
         freed = np.where(total, discount * (pairs > 0).sum(1, keepdims=True) / total.clip(1), 1.0)
         next = pairs.astype(np.float32)
