@@ -4,13 +4,13 @@ usage: python benchmarks/baselines.py text RUN          (RUN: a run folder of re
        python benchmarks/baselines.py classes TRAIN VALID [--text COLUMN] [--text-pair COLUMN]
        python benchmarks/baselines.py tags TRAIN VALID
 
-text: masked words by the frequency of words, by bigrams with the left neighbour, with the right one and with
-both, and next sentences by the words that A and B share; counted on the run's training documents, and scored on
-the very pairs, hidden tokens and labels that `qkv eval RUN` scores the model on.
-classes: the most frequent class, and logistic regression on TF-IDF vectors of words and pairs of words, its
-regularisation chosen by cross-validation on the training data; of a pair of texts the words of both.
-tags: each word has the tag that it has most often in the training data, and O if it is not there (the baseline
-of the CoNLL shared tasks); precision, recall and F1 of whole entities.
+text: masked words by the frequency of words, by bigrams with the left neighbour, with the right one and
+with both, and next sentences by the words that A and B share; counted on the run's training documents, and
+scored on the very pairs, hidden tokens and labels that `qkv eval RUN` scores the model on.
+classes: the most frequent class, and logistic regression on TF-IDF vectors of words and pairs of words,
+its regularisation chosen by cross-validation on the training data; of a pair of texts the words of both.
+tags: each word has the tag that it has most often in the training data, and O if it is not there (the
+baseline of the CoNLL shared tasks); precision, recall and F1 of whole entities.
 """
 
 from __future__ import annotations

@@ -112,7 +112,10 @@ def test_every_result_has_its_recipe():
 )
 def test_arguments_of_a_result_suit_its_recipe(name, monkeypatch):
     result = results.RESULTS[name]
-    words = [f"recipes/{result.recipe}.toml", *(a.format(data="DATA", out="OUT") for a in result.train)]
+    words = [
+        f"recipes/{result.recipe}.toml",
+        *(a.format(data="DATA", out="OUT", minilm="MINILM") for a in result.train),
+    ]
     config = parsed(words, monkeypatch)
     assert all(data.path.startswith("DATA/") for data in (config.tasks or {"": config.data}).values())
     assert config.init or config.model.dim < type(config.model)().dim  # never the defaults' size by oversight
@@ -187,7 +190,7 @@ def test_a_series_trains_scores_and_goes_on_where_it_stopped(tmp_path: Path, mon
         return output.getvalue()
 
     monkeypatch.setattr(results, "_qkv", in_process)
-    seed = results.found("second", 3, data, out)
+    seed = results.found("second", 3, data, out, "MINILM")
     assert [words[0] for words in given] == ["train", "eval"] * 2
     config = read_toml(out / "second" / "seed-3" / "config.toml")
     assert config.train.seed == 3 and (out / "first" / "seed-0").is_dir()
@@ -196,8 +199,8 @@ def test_a_series_trains_scores_and_goes_on_where_it_stopped(tmp_path: Path, mon
     assert torch.__version__ in seed.machine
     assert re.fullmatch(r"qkv train .*song\.toml --data .* --train\.seed 3 --out .*", seed.commands[0])
     given.clear()
-    assert results.found("second", 3, data, out) == seed and not given
+    assert results.found("second", 3, data, out, "MINILM") == seed and not given
     (out / "second" / "seed-3" / results.FOUND).unlink()
-    again = results.found("second", 3, data, out)
+    again = results.found("second", 3, data, out, "MINILM")
     assert [words[:2] for words in given] == [["train", "--resume"], ["eval", str(out / "second" / "seed-3")]]
     assert json.dumps(again.scores) == json.dumps(seed.scores)
