@@ -149,13 +149,14 @@ MINILM = ("--init", "{minilm}")
 ENGLISH = "{out}/bert-english/seed-0"
 MINI = ("--model.dim", "256", "--model.depth", "4", "--model.heads", "4", "--model.mlp-dim", "1024")
 """The sizes of bert-english."""
+FASTER = ("--train.learning-rate", "5e-4", "--train.max-steps", "885", "--train.eval-steps", "885")
+"""Such a net learns at a higher rate than MiniLM; five epochs of SST-2 in its tokens."""
 FROM_SCRATCH = (
     *("--init", "", *MINI, "--model.dropout", "0.3"),
     *("--train.learning-rate", "1e-3", "--train.layer-decay", "1"),
     *("--train.max-steps", "4000", "--train.eval-steps", "4000"),
 )
-FASTER = ("--train.learning-rate", "5e-4")
-"""Such a net learns at a higher rate than MiniLM."""
+"""Of names in Spanish, 22 epochs in tokens of its own."""
 
 ALL_TEXT = Figure("nats a character, all held-out text", "next_token_loss", ".4f")
 WINDOWS = Figure("nats a character, nanoGPT's estimate", "estimated_loss", ".4f")
