@@ -296,7 +296,7 @@ def _qkv(arguments: list[str]) -> str:
 
 
 def machine() -> str:
-    """The device, its cores as far as this process may use them, and torch's version."""
+    """The processor and its cores, or the GPU; threads in use, and torch's version."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -316,7 +316,7 @@ HEADER = (
 
 
 def rows(name: str, seeds: dict[int, Seed]) -> str:
-    """A result's rows, one a figure, then where and how they were found."""
+    """A result's rows of the table, one a figure."""
     lines = []
     minutes = statistics.mean(seed.seconds for seed in seeds.values()) / 60
     for figure in RESULTS[name].figures:
