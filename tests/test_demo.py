@@ -5,15 +5,17 @@ import math
 from itertools import product
 from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 from rich.console import Console
 from test_report import assert_self_contained
 
 from qkv.config import FAMILIES
+from qkv.data.documents import MaskedDataset
 from qkv.demo import lab, run_demo
-from qkv.demo.bert import _balanced, _Neighbours, _sentences
-from qkv.demo.counts import KneserNey
+from qkv.demo.bert import _balanced, _sentences
+from qkv.demo.counts import KneserNey, Neighbours, masked_word_accuracies
 from qkv.demo.gpt import counted
 from qkv.demo.transformer import _dictionary, make_pairs
 from qkv.errors import InputError
@@ -156,11 +158,37 @@ def test_counts_score_every_held_out_token_but_the_first():
 
 def test_neighbours_guess_what_stood_between_them():
     stream = np.array([3, 4, 5, 6, 7, 8] * 50 + [3, 9, 5])
-    model = _Neighbours(stream, 12)
-    np.testing.assert_array_equal(model.guess(np.array([3, 6]), np.array([5, 8])), [4, 7])
+    model = Neighbours(stream, 12)
+    found = model.guesses(np.array([3, 6, 7]), np.array([5, 8, 5]))
+    np.testing.assert_array_equal(found["both bigrams"][:2], [4, 7])
+    np.testing.assert_array_equal(found["left bigram"], [4, 7, 8])
+    np.testing.assert_array_equal(found["right bigram"], [4, 7, 4])
     np.testing.assert_allclose(np.exp(model.next).sum(1), 1, rtol=1e-5)
-    # Neighbours that never occurred (a mask) leave the most frequent word.
-    assert model.guess(np.array([0]), np.array([0]))[0] in (3, 5)
+    assert set(found["unigram"]) <= {3, 5}  # 51 times each, the others less
+
+
+def test_hidden_words_are_counted_as_bert_is_scored():
+    texts = ["\n".join(["abacad"] * 4)] * 30
+    tokenizer = corpus.character_tokenizer("bert", texts)
+    train = MaskedDataset(texts[:20], tokenizer, 16, seed=0)
+    valid = MaskedDataset(texts[20:], tokenizer, 16, seed=1)
+    found = masked_word_accuracies(train, valid)
+    stream = train.sentences.values
+    usual = np.bincount(stream).argmax()
+    right = []  # one pair at a time, one token at a time
+    for i in range(len(valid)):
+        pair = valid.batch([i], epoch=0)
+        for place, label in zip(pair.selected.tolist(), pair.labels.tolist(), strict=True):
+            seen = int(pair.ids.values[place])
+            right.append(label == (usual if seen == valid.mask else seen))
+    assert found["unigram"] == pytest.approx(np.mean(right))
+
+
+def test_a_neighbour_that_says_nothing_leaves_it_to_the_other():
+    model = Neighbours(np.array([3, 4, 5, 6, 7, 8] * 50 + [3, 9, 5]), 12)
+    found = model.guesses(np.array([0, 3, 0]), np.array([8, 0, 0]))  # 0, a mask, never occurs
+    np.testing.assert_array_equal(found["both bigrams"][:2], [7, 4])
+    assert found["both bigrams"][2] == found["unigram"][2]
 
 
 # ---------------------------------------------------------------- data

@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, scipy, seqeval and sacreBLEU."""
 
+import math
 import warnings
 from collections import Counter
 
@@ -46,6 +47,16 @@ def test_translation_scores_of_a_perfect_and_a_wrong_answer():
     assert right["bleu"] == pytest.approx(100.0)
     assert "tok:13a" in str(right["bleu_signature"])
     assert float(translation_scores(text[::-1], text)["bleu"]) < 5.0
+
+
+def test_tokenised_text_is_scored_as_it_is():
+    said, meant = ["a man 's dog runs ( fast ) ."], ["a man 's dog runs (fast)."]
+    assert translation_scores(said, meant)["bleu"] == pytest.approx(100.0)  # 13a takes punctuation off words
+    found = translation_scores(said, meant, tokenize="none")
+    assert "tok:none" in str(found["bleu_signature"])
+    # Shared n-grams of 1 to 4 words, out of those of nine: a man 's dog runs.
+    matches = (5 / 9, 4 / 8, 3 / 7, 2 / 6)
+    assert found["bleu"] == pytest.approx(100 * math.prod(matches) ** (1 / 4))
 
 
 # ---------------------------------------------------------------- independent labels

@@ -292,7 +292,6 @@ def test_a_recipe_of_tasks_is_read_as_it_is_written(tmp_path: Path) -> None:
         ({"lora": LoraConfig(rank=2)}, "lora.rank adapts a model of one task"),
         ({"tasks": {"a-b": DataConfig(path="x")}}, "a task is called 'a-b'; names have letters"),
         ({"tasks": {"state": DataConfig(path="x")}}, "a task is called 'state'"),
-        ({"tasks": {"mood": DataConfig()}}, r"name a file or folder with tasks\.mood\.path"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict, message: str, tmp_path: Path) -> None:
@@ -317,6 +316,9 @@ def test_what_is_wrong_with_a_task_names_it(tmp_path: Path) -> None:
     absent = config.tasks | {"color": DataConfig(path=str(tmp_path / "absent.conll"))}
     with pytest.raises(InputError, match=r"^task color: .*absent\.conll"):
         new_job(dataclasses.replace(config, tasks=absent))
+    nowhere = config.tasks | {"color": DataConfig()}
+    with pytest.raises(InputError, match=r"^no data: name a file or folder with tasks\.color\.path"):
+        new_job(dataclasses.replace(config, tasks=nowhere))
     short = dataclasses.replace(config, model=dataclasses.replace(config.model, context=6))
     with pytest.raises(InputError, match=r"^task mood: .*longer than the model's context of 6 tokens"):
         new_job(short)

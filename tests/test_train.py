@@ -148,6 +148,30 @@ def test_masked_words_and_next_sentence_from_documents(tmp_path):
     assert train(tuned, tmp_path / "tuned", Nobody()).best_scores["label_accuracy"] > 0.9
 
 
+def test_fresh_weights_read_the_tokens_of_another_run(tmp_path, monkeypatch):
+    config = run_config(tmp_path, "bert", max_steps=1)
+    train(
+        new_job(dataclasses.replace(config, data=DataConfig(path=samples.documents(tmp_path)))),
+        tmp_path / "run",
+        Nobody(),
+    )
+    theirs = from_pretrained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    job = new_job(dataclasses.replace(config, tokenizer=TokenizerConfig(path="run")))
+    assert job.checkpoint.tokenizer.definition == theirs.tokenizer.definition
+    assert job.config.model.vocab_size == theirs.model.config.vocab_size
+    assert not torch.equal(job.checkpoint.model.tokens.weight, theirs.model.tokens.weight)
+    train(job, tmp_path / "fresh", Nobody())
+    monkeypatch.chdir("/")  # the run's config means the same from every folder
+    again = new_job(read_toml(tmp_path / "fresh" / "config.toml"))
+    assert again.train.fingerprint == job.train.fingerprint
+    gpt = dataclasses.replace(
+        run_config(tmp_path, "gpt"), tokenizer=TokenizerConfig(path=str(tmp_path / "run"))
+    )
+    with pytest.raises(InputError, match=r"the tokenizer of .*run has no bos token, which a gpt needs"):
+        new_job(gpt)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accumulation_changes_neither_loss_nor_gradient(family, tmp_path):
     config = run_config(tmp_path, family)

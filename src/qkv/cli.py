@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, cast
 import tyro
 from tyro.conf import Positional, arg
 
-from qkv.config import FAMILIES, AnyModelConfig, Decoding, Family, RunConfig, read_toml
+from qkv.config import FAMILIES, AnyModelConfig, BleuTokenizer, Decoding, Family, RunConfig, read_toml
 from qkv.errors import InputError
 from qkv.recipes import default_recipe
 
@@ -194,17 +194,20 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
 # ---------------------------------------------------------------- use
 
 
-def evaluate(model: Positional[Model], data: str = "", num_beams: int = 5) -> None:
+def evaluate(
+    model: Positional[Model], data: str = "", num_beams: int = 5, tokenize: BleuTokenizer = "13a"
+) -> None:
     """Score a model on labelled data, as JSON.
 
     Args:
         model: Run folder, checkpoint folder or hub id.
         data: A file or folder in the form that the model was trained on; default: the run's held-out data.
         num_beams: Beam width of translations, whose BLEU is measured.
+        tokenize: How BLEU splits them into words; none for text that is tokenised already.
     """
     from qkv.evaluate import score
 
-    print(json.dumps(score(model, data, num_beams), indent=2))
+    print(json.dumps(score(model, data, num_beams, tokenize), indent=2))
 
 
 def generate(

@@ -27,6 +27,8 @@ BertHead = Literal[
     "none", "pooler", "pretraining", "masked_lm", "classification", "multi_label", "regression", "tagging"
 ]
 Task = Literal["classification", "multi_label", "regression", "tagging", "contrastive"]
+BleuTokenizer = Literal["13a", "intl", "char", "none"]
+"""How sacreBLEU splits texts into words; none: at spaces only, for texts that are tokenised already."""
 
 T = TypeVar("T")
 
@@ -219,6 +221,8 @@ MODEL_CONFIGS: dict[Family, type[AnyModelConfig]] = {
 class TokenizerConfig:
     """Which tokenizer to train on the training text. A loaded checkpoint brings its own instead."""
 
+    path: str = ""
+    """A folder or hub id whose tokenizer fresh weights take as it is; empty: train one, as is said below."""
     kind: Literal["char", "bpe", "wordpiece"] = "bpe"
     """Characters, byte pairs of UTF-8 (GPT-2's way), or word pieces (BERT's way)."""
     vocab_size: int = 8000
@@ -449,15 +453,13 @@ class RunConfig:
             raise InputError(f"data are those of tasks or of data, not both: set tasks.{first}, not data")
         if self.lora.rank:
             raise InputError("lora.rank adapts a model of one task: leave it out, or tasks")
-        for name, data in self.tasks.items():
+        for name in self.tasks:
             # Names of folders beside `state`, where a run keeps what resuming needs.
             if not (name.isascii() and name.isidentifier()) or name == "state":
                 raise InputError(
                     f"a task is called {name!r}; names have letters, digits and underscores, begin with no "
                     "digit, and are not 'state'"
                 )
-            if not data.path:
-                raise InputError(f"no data: name a file or folder with tasks.{name}.path")
 
     def of_task(self, name: str) -> RunConfig:
         """One of several tasks as a run of its own."""

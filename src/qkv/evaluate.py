@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from qkv.checkpoint import CONFIG, STATES
-from qkv.config import BertConfig, DataConfig, RunConfig, Task, read_toml
+from qkv.config import BertConfig, BleuTokenizer, DataConfig, RunConfig, Task, read_toml
 from qkv.data import Dataset, MultiTaskDataset, Sampler, bert_head, build, read, read_held_out
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
 from qkv.distributed import ALONE, Ranks
@@ -179,13 +179,15 @@ def _settings(folder: Path) -> RunConfig | None:
     return None
 
 
-def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | str]:
+def score(
+    source: str, data: str = "", num_beams: int = 5, tokenize: BleuTokenizer = "13a"
+) -> dict[str, float | str]:
     """Scores of a run folder or checkpoint on all of `data`; "" takes the run's own held-out data.
 
     Column names are those of the run's config. Of a run of several tasks all are scored, each on its own
     held-out data; a task's folder in it is scored as a run of that task. Translations are also decoded
-    with beam search and compared by `translation_scores`. Raises InputError for data that do not suit the
-    model.
+    with beam search and compared by `translation_scores`, which is told to `tokenize`. Raises InputError
+    for data that do not suit the model.
     """
     settings = _settings(Path(source))
     if settings and settings.tasks:
@@ -196,7 +198,7 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
         return joined({name: score(folder) for name, folder in folders.items()})
     pipeline = from_pretrained(source)
     if isinstance(pipeline, Translator):
-        translation_scores([""], [""])  # fails at once without sacreBLEU
+        translation_scores([""], [""], tokenize)  # fails at once without sacreBLEU
     model = pipeline.model
     run = settings or RunConfig(model=model.config, data=DataConfig())
     labels: tuple[str, ...] = getattr(model.config, "labels", ())
@@ -215,5 +217,5 @@ def score(source: str, data: str = "", num_beams: int = 5) -> dict[str, float | 
     scores: dict[str, float | str] = {"samples": len(samples), **evaluate(Objective(model), dataset)}
     if isinstance(pipeline, Translator):
         translations = pipeline.translate(samples.texts, num_beams=num_beams, truncate=run.data.truncate)
-        scores |= {"num_beams": num_beams, **translation_scores(translations, samples.pairs)}
+        scores |= {"num_beams": num_beams, **translation_scores(translations, samples.pairs, tokenize)}
     return scores

@@ -28,6 +28,7 @@ from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
 from qkv.files import cache_folder
 from qkv.hub import Checkpoint
+from qkv.hub.folder import locate
 from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
@@ -64,10 +65,13 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"
     data, tasks = _located(config.data), {name: _located(data) for name, data in config.tasks.items()}
-    folder = Path(config.init).expanduser()
-    init = str(folder.absolute()) if config.init and folder.is_dir() else config.init
     config = replace(
-        config, data=data, tasks=tasks, train=replace(config.train, precision=precision), init=init
+        config,
+        data=data,
+        tasks=tasks,
+        tokenizer=replace(config.tokenizer, path=_folder_or_id(config.tokenizer.path)),
+        train=replace(config.train, precision=precision),
+        init=_folder_or_id(config.init),
     )
     raws = _read(config)
     seed_all(config.train.seed)
@@ -93,12 +97,19 @@ def _absolute(location: str) -> str:
     return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
 
 
+def _folder_or_id(source: str) -> str:
+    """A checkpoint's folder as an absolute path; anything else as it is."""
+    return _absolute(source) if source and Path(source).expanduser().is_dir() else source
+
+
 def _read(config: RunConfig) -> dict[str, Raw]:
     """The data of each task; those of a single one under the name ""."""
     if not config.tasks:
         return {"": read(config.data, config.model.family)}
     raws = {}
     for name, data in config.tasks.items():
+        if not data.path:
+            raise InputError(f"no data: name a file or folder with tasks.{name}.path")
         with _blaming(name):
             raws[name] = read(data, config.model.family)
     return raws
@@ -191,7 +202,7 @@ def _fresh(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Checkpoint:
         model = replace(model, image_size=size, channels=raw.channels, labels=raw.labels)
         images = ImageProcessor(size=size, mean=(0.5,) * raw.channels, std=(0.5,) * raw.channels)
         return Checkpoint(build(model), images=images)
-    tokenizer = trained_tokenizer(config.tokenizer, model.family, list(raws.values()), cache)
+    tokenizer = _tokenizer(config, raws, cache)
     model = replace(model, vocab_size=tokenizer.vocab_size)
     if model.family == "transformer":
         model = replace(model, pad_id=_need(tokenizer.pad_id), eos_id=_need(tokenizer.eos_id))
@@ -199,6 +210,20 @@ def _fresh(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Checkpoint:
         head, labels = _head(config, raws)
         model = replace(model, head=head, labels=labels)
     return Checkpoint(build(model), tokenizer)
+
+
+def _tokenizer(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Tokenizer:
+    """That of the folder that the config names, or one trained on the data."""
+    family, path = config.model.family, config.tokenizer.path
+    if not path:
+        return trained_tokenizer(config.tokenizer, family, list(raws.values()), cache)
+    tokenizer = Tokenizer.load(locate(path))
+    if lacking := tokenizer.lacking(family):
+        raise InputError(
+            f"the tokenizer of {path} has no {lacking[0]} token, which a {family} needs: choose another "
+            "tokenizer.path"
+        )
+    return tokenizer
 
 
 def _image_size(raw: Raw, patch_size: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qkv.config import BleuTokenizer
 from qkv.errors import InputError
 
 
@@ -135,8 +136,10 @@ def entity_scores(labels: Sequence[Sequence[str]], predictions: Sequence[Sequenc
 # ---------------------------------------------------------------- translations
 
 
-def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str, float | str]:
-    """sacreBLEU's BLEU and chrF of detokenised text with their signatures (Post 2018).
+def translation_scores(
+    hypotheses: list[str], references: list[str], tokenize: BleuTokenizer = "13a"
+) -> dict[str, float | str]:
+    """sacreBLEU's BLEU and chrF with their signatures (Post 2018); tokenize: of BLEU.
 
     Raises InputError without the `eval` extra.
     """
@@ -145,7 +148,7 @@ def translation_scores(hypotheses: list[str], references: list[str]) -> dict[str
     except ImportError:
         raise InputError("translations are scored by sacreBLEU: pip install 'qkv[eval]'") from None
 
-    bleu, chrf = BLEU(), CHRF()
+    bleu, chrf = BLEU(tokenize=tokenize), CHRF()
     return {
         "bleu": bleu.corpus_score(hypotheses, [references]).score,
         "chrf": chrf.corpus_score(hypotheses, [references]).score,

@@ -128,6 +128,10 @@ class Tokenizer:
         """Id of the token that hides another."""
         return self._id("mask")
 
+    def lacking(self, family: Family) -> list[Role]:
+        """The special tokens that a family's models need and this vocabulary does not have."""
+        return [role for role in _SPECIAL[family] if self._id(role) is None]
+
     def token(self, id: int) -> str:
         """How the vocabulary writes an id. Raises IndexError for an id that is not in it."""
         token = self.backend.id_to_token(id)

@@ -9,28 +9,22 @@ import ast
 import inspect
 import re
 import tokenize
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 
 from qkv.attention import record
 from qkv.config import BertConfig, DataConfig, RunConfig, TokenizerConfig, TrainConfig
-from qkv.data import Sampler
-from qkv.data.batches import MaskedBatch
-from qkv.data.dataset import Ids
 from qkv.data.documents import MaskedDataset
+from qkv.demo.counts import Labelled, Overlap, majority_accuracy, masked_word_accuracies, tfidf_accuracy
 from qkv.demo.lab import (
     Lab,
     Part,
     Run,
-    accuracy,
     library,
-    logistic_regression,
     lot,
     need,
     recorded,
@@ -220,115 +214,28 @@ def _balanced(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _label_baselines(labelled: dict[str, list[tuple[str, str]]]) -> dict[str, tuple[float | None, ...]]:
     """What counting words gives, and what always giving the most frequent answer does."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    (texts, kinds), (valid_texts, valid_kinds) = (
-        zip(*labelled[split], strict=True) for split in ("train", "valid")
-    )
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
-    model = logistic_regression(words.fit_transform(texts), kinds)
-    majority = Counter(kinds).most_common(1)[0][0]
+    train, valid = (_columns(labelled[split]) for split in ("train", "valid"))
     return {
-        "TF-IDF of words and pairs, logistic regression": (
-            accuracy(model.predict(words.transform(valid_texts)), valid_kinds),
-            None,
-            None,
-        ),
-        "majority": (accuracy([majority] * len(valid_kinds), valid_kinds), None, 0.5),
+        "TF-IDF of words and pairs, logistic regression": (tfidf_accuracy(train, valid), None, None),
+        "majority": (majority_accuracy(train[1], valid[1]), None, 0.5),
     }
+
+
+def _columns(rows: list[tuple[str, str]]) -> Labelled:
+    texts, kinds = zip(*rows, strict=True)
+    return texts, kinds
 
 
 def _pretraining_baselines(run: Run) -> dict[str, tuple[float | None, ...]]:
     """Counts for masked words, overlap of words for next sentences, on the batches that BERT is scored on."""
     train, valid = run.job.train, run.job.valid
     assert isinstance(train, MaskedDataset) and isinstance(valid, MaskedDataset)
-    tokenizer = run.job.checkpoint.tokenizer
-    assert tokenizer is not None
-    neighbours = _Neighbours(train.sentences.join(0, len(train.sentences)), tokenizer.vocab_size)
-    right: dict[str, int] = defaultdict(int)
-    selected = 0
-    for batch in _batches(valid):
-        selected += len(batch.labels)
-        ids, places, labels = batch.ids.values.numpy(), batch.selected.numpy(), batch.labels.numpy()
-        hidden = ids[places] == valid.mask
-        for name, guess in (
-            ("unigram counts", np.full(len(labels), neighbours.single.argmax())),
-            ("bigram counts, left and right", neighbours.guess(ids[places - 1], ids[places + 1])),
-        ):
-            # What is not hidden is the word itself or a random one, as BERT sees too.
-            right[name] += int((np.where(hidden, guess, ids[places]) == labels).sum())
-    overlap = _Overlap(train)
+    right = masked_word_accuracies(train, valid)
     return {
-        **{name: (None, count / selected, None) for name, count in right.items()},
-        "overlap of words between the sentences": (None, None, overlap.accuracy(valid)),
+        "unigram counts": (None, right["unigram"], None),
+        "bigram counts, left and right": (None, right["both bigrams"], None),
+        "overlap of words between the sentences": (None, None, Overlap(train).accuracy(valid)),
     }
-
-
-def _batches(dataset: MaskedDataset) -> Iterator[MaskedBatch]:
-    """All samples as evaluation sees them."""
-    for indices in Sampler(dataset.costs, 8192, seed=0).epoch(0):
-        yield dataset.batch(indices, epoch=0)
-
-
-class _Neighbours:
-    """P(word | left) P(right | word), each with absolute discounting (Ney et al. 1994)."""
-
-    def __init__(self, stream: Ids, vocab_size: int) -> None:
-        V = vocab_size
-        pairs = np.bincount(stream[:-1] * V + stream[1:], minlength=V * V).reshape(V, V)
-        once, twice = int((pairs == 1).sum()), int((pairs == 2).sum())
-        discount = once / max(once + 2 * twice, 1)
-        total = pairs.sum(1, keepdims=True)
-        self.single = (np.bincount(stream, minlength=V) + 0.1).astype(np.float32)
-        self.single /= self.single.sum()
-        freed = (discount * (pairs > 0).sum(1, keepdims=True) / total.clip(1)).astype(np.float32)
-        freed[total[:, 0] == 0] = 1.0
-        own = (pairs - discount).clip(0) / total.clip(1)
-        self.next = np.log(own.astype(np.float32) + freed * self.single)  # (V, V): log P(column | row)
-
-    def guess(self, left: Ids, right: Ids) -> Ids:
-        """The likeliest word between each left and right neighbour, (M,)."""
-        # Special tokens and [MASK] never occur in the stream: they leave the other neighbour to decide.
-        return np.concatenate(
-            [
-                (self.next[left[i : i + 256]] + self.next[:, right[i : i + 256]].T).argmax(1)
-                for i in range(0, len(left), 256)
-            ]
-        )
-
-
-class _Overlap:
-    """Whether B follows A, by the cosine of their TF-IDF vectors and a threshold learnt on training pairs."""
-
-    def __init__(self, train: MaskedDataset) -> None:
-        V = len(train.is_text)
-        occurs = np.zeros(V)
-        for document in range(len(train.bounds) - 1):
-            occurs[np.unique(train.sentences.join(train.bounds[document], train.bounds[document + 1]))] += 1
-        self.weight = np.log((1 + len(train.bounds)) / (1 + occurs)) * train.is_text
-        cosine, follows = self._pairs(train)
-        order = np.argsort(-cosine)
-        # With the first k pairs taken as following: right are those that follow, and all others that do not.
-        gained = np.cumsum(np.where(follows[order], 1, -1))
-        self.threshold = float(cosine[order][int(gained.argmax())])
-
-    def accuracy(self, dataset: MaskedDataset) -> float:
-        """The share of pairs that are told rightly."""
-        cosine, follows = self._pairs(dataset)
-        return float(((cosine >= self.threshold) == follows).mean())
-
-    def _pairs(self, dataset: MaskedDataset) -> tuple[np.ndarray, np.ndarray]:
-        """Each pair's cosine, and whether B follows, (N,) each."""
-        cosines, follows = [], []
-        for batch in _batches(dataset):
-            follows.append(batch.next_labels.numpy() == 0)
-            for ids, segments in zip(batch.ids.split(), batch.ids.like(batch.segments).split(), strict=True):
-                a, b = (
-                    np.bincount(ids[segments == s].numpy(), minlength=len(self.weight)) * self.weight
-                    for s in (0, 1)
-                )
-                cosines.append(a @ b / max(float(np.sqrt((a @ a) * (b @ b))), 1e-9))
-        return np.array(cosines), np.concatenate(follows)
 
 
 # ---------------------------------------------------------------- pictures
