@@ -258,18 +258,17 @@ class Seed:
     commands: tuple[str, ...]
 
 
-def found(name: str, seed: int, data: Path, out: Path, minilm: str) -> Seed:
-    """Train and score one seed, as far as that is not done yet.
+def found(name: str, result: Result, seed: int, data: Path, out: Path, minilm: str = "") -> Seed:
+    """Train and score one seed in a folder of that name, as far as that is not done yet.
 
     Raises CalledProcessError if a command fails.
     """
-    result = RESULTS[name]
     run = out / name / f"seed-{seed}"
     if (run / FOUND).exists():
         kept = json.loads((run / FOUND).read_text(encoding="utf-8"))
         return Seed(**kept | {"commands": tuple(kept["commands"])})
     if result.after:
-        found(result.after, 0, data, out, minilm)
+        found(result.after, RESULTS[result.after], 0, data, out, minilm)
 
     def fill(arguments: Sequence[str]) -> list[str]:
         return [argument.format(data=data, out=out, minilm=minilm) for argument in arguments]
@@ -315,11 +314,11 @@ HEADER = (
 )
 
 
-def rows(name: str, seeds: dict[int, Seed]) -> str:
+def rows(name: str, result: Result, seeds: dict[int, Seed]) -> str:
     """A result's rows of the table, one a figure."""
     lines = []
     minutes = statistics.mean(seed.seconds for seed in seeds.values()) / 60
-    for figure in RESULTS[name].figures:
+    for figure in result.figures:
         values = [float(seed.scores[figure.key]) for seed in seeds.values()]
         mean = format(statistics.mean(values), figure.form)
         spread = f" ± {statistics.stdev(values):{figure.form}}" if len(values) > 1 else " (one run)"
@@ -347,11 +346,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--minilm", default="sentence-transformers/all-MiniLM-L6-v2")
     given = parser.parse_args()
+    name, result = given.result, RESULTS[given.result]
     try:
-        seeds = {seed: found(given.result, seed, given.data, given.out, given.minilm) for seed in given.seeds}
+        seeds = {seed: found(name, result, seed, given.data, given.out, given.minilm) for seed in given.seeds}
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)  # it has said why
-    print("\n".join([HEADER, rows(given.result, seeds), "", notes(seeds)]))
+    print("\n".join([HEADER, rows(name, result, seeds), "", notes(seeds)]))
 
 
 if __name__ == "__main__":
