@@ -125,6 +125,14 @@ def test_learns_from_files_and_scores_itself(family, tmp_path):
         assert job.config.model.labels == (("bad", "good") if family == "bert" else ("bright", "dark"))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_leaves_a_model_in_its_mode(training, tmp_path):
+    job = new_job(run_config(tmp_path, "transformer"))
+    model = job.checkpoint.model.train(training)
+    evaluate(Objective(model), job.valid)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_masked_words_and_next_sentence_from_documents(tmp_path):
     config = run_config(tmp_path, "bert", batch_tokens=512)
     config = dataclasses.replace(config, data=DataConfig(path=samples.documents(tmp_path)))

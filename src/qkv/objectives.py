@@ -281,6 +281,7 @@ class Objective(nn.Module):
         self.model = model
         self.smoothing = smoothing
         self.r_drop = r_drop
+        self.training = model.training  # a new module trains, but whoever scores a model keeps its mode
 
     def forward(self, batch: Batch, counts: Mapping[str, int]) -> Tensor:
         """The batch's share of a step's loss: each term's sum over the step's number of items.
