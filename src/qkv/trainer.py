@@ -90,8 +90,10 @@ class Trainer:
         seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
         self.objective.train()
         share = share_at(step, self.config)
-        batches = [(shrunk(batch, share), counts) for batch, counts in data.batches]
-        loss = self.backward([(batch, counts) for (batch, _), counts in batches])
+        batches, lefts = zip(*(shrunk(batch, share) for batch, _ in data.batches), strict=True)
+        loss = self.backward(
+            [(batch, counts) for batch, (_, counts) in zip(batches, data.batches, strict=True)]
+        )
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
         (total,) = self.ranks.sum([loss])
         check_finite(step, self.config, total, norm.item())
@@ -107,7 +109,7 @@ class Trainer:
             "loss": total,
             "grad_norm": norm.item(),
             "learning_rate": rate,
-            "tokens": data.tokens * batches[0][0][1],
+            "tokens": data.tokens * lefts[0],
         }
 
     def backward(self, batches: Sequence[tuple[Batch, bool]]) -> float:
