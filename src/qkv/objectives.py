@@ -10,7 +10,7 @@ or labels of one term.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -90,8 +90,8 @@ class CrossEntropy(Term):
 
     def divergence_sum(self, other: Term) -> Tensor:
         """Of the M distributions over classes."""
-        p, q = (term.logits.float().log_softmax(-1) for term in (self, other))  # (M, K)
-        return ((p.exp() - q.exp()) * (p - q)).sum()
+        divergence: Tensor = _DivergenceSum.apply(self.logits, other.logits)  # type: ignore[no-untyped-call]
+        return divergence
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -104,11 +104,10 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         """logits (M, K), labels (M,) -> the sum of the losses."""
-        M, K = logits.shape
+        K = logits.shape[1]
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), device=logits.device)
-        step = max(1, (_CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS) // K)
-        for rows in (slice(start, start + step) for start in range(0, M, step)):
+        for rows in _slices(logits):
             label = labels[rows, None]  # (m, 1)
             log_p = logits[rows].float().log_softmax(-1)  # (m, K)
             total -= (1 - smoothing) * log_p.gather(1, label).sum()
@@ -128,8 +127,39 @@ class _CrossEntropySum(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), None, None
 
 
-_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 20, 1 << 27
-"""Logits treated at a time: on a CPU as many as its caches hold."""
+class _DivergenceSum(torch.autograd.Function):
+    """KL(p||q) + KL(q||p) of softmax distributions, which keeps only its gradients, as `_CrossEntropySum`."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        """a, b: logits (M, K) of p and q -> the sum over the M pairs."""
+        gradients = torch.empty_like(a), torch.empty_like(b)
+        total = torch.zeros((), device=a.device)
+        for rows in _slices(a):
+            log_p, log_q = (logits[rows].float().log_softmax(-1) for logits in (a, b))  # (m, K)
+            ratio = log_p - log_q
+            p, q = log_p.exp_(), log_q.exp_()
+            forwards, backwards = p * ratio, -q * ratio
+            p_to_q, q_to_p = forwards.sum(-1, keepdim=True), backwards.sum(-1, keepdim=True)  # (m, 1)
+            total += (p_to_q + q_to_p).sum()
+            # For a: KL(p||q) gives p (log p/q - KL(p||q)), and KL(q||p) gives p - q; for b the reverse.
+            difference = p - q
+            gradients[0][rows] = forwards.addcmul_(p, p_to_q, value=-1).add_(difference)
+            gradients[1][rows] = backwards.addcmul_(q, q_to_p, value=-1).sub_(difference)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients kept, times that of the sum."""
+        a, b = (gradient * upstream[0].to(gradient.dtype) for gradient in ctx.saved_tensors)
+        return a, b
+
+
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Rows of logits (M, K) to treat at a time: on a CPU as many as its caches hold."""
+    step = max(1, (1 << (18 if logits.device.type == "cpu" else 27)) // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
 class BinaryCrossEntropy(Term):
