@@ -1,19 +1,20 @@
 """What blocks are made of: positions, feed-forward network, residual blocks, initial weights.
 
-Legend: T tokens of the batch, N sequences, D model width, E head width, F inner width of the
-feed-forward network.
+Legend: T tokens of the batch (S of sources), N sequences, D model width, E head width, F inner width of
+the feed-forward network, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, KeyValue, LayerCache, Pattern
+from qkv.attention import Attention, Cache, KeyValue, LayerCache, Pattern
 from qkv.config import Activation, ModelConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
@@ -138,14 +139,59 @@ class Block(nn.Module):
         return add(x, self.mlp_norm, self.mlp)
 
 
-def blocks(config: ModelConfig, *, cross: bool = False, qk_norm: bool = False) -> nn.ModuleList:
-    """`depth` blocks; `drop_path` rises linearly from 0 in the first to its full rate in the last.
+class Stack(nn.ModuleList):
+    """The blocks of an encoder or a decoder, first to last.
 
-    So do Steiner et al. 2021; Huang et al. 2016, equation 4, begin a step above 0.
+    `drop_path` rises linearly from 0 in the first to its full rate in the last. So do Steiner et al. 2021;
+    Huang et al. 2016, equation 4, begin a step above 0.
     """
-    last = max(config.depth - 1, 1)
-    rates = (config.drop_path * i / last for i in range(config.depth))
-    return nn.ModuleList(Block(config, cross=cross, qk_norm=qk_norm, drop_path=rate) for rate in rates)
+
+    def __init__(self, config: ModelConfig, *, cross: bool = False, qk_norm: bool = False) -> None:
+        last = max(config.depth - 1, 1)
+        rates = (config.drop_path * i / last for i in range(config.depth))
+        super().__init__(Block(config, cross=cross, qk_norm=qk_norm, drop_path=rate) for rate in rates)
+
+    def forward(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        *,
+        rotation: KeyValue | None = None,
+        cache: Cache | None = None,
+        memory: Sequence[KeyValue] = (),
+        memory_pattern: Pattern | None = None,
+    ) -> Tensor:
+        """x (T, D) -> (T, D). memory: from `read`; the other arguments as for `Attention`."""
+        for i, block in enumerate(self):
+            x = block(
+                x,
+                pattern,
+                rotation=rotation,
+                cache=None if cache is None else cache.layers[i],
+                memory=memory[i] if memory else None,
+                memory_pattern=memory_pattern,
+            )
+        return x
+
+    def read(self, memory: Tensor) -> list[KeyValue]:
+        """Each block's keys and values of memory (S, D), for its cross-attention."""
+        return [attention.read(memory) for attention in self.crosses()]
+
+    def attentions(self) -> list[Attention]:
+        """The modules of self-attention, first layer first."""
+        return [cast(Block, block).attention for block in self]
+
+    def crosses(self) -> list[Attention]:
+        """The modules of cross-attention, first layer first."""
+        return [cross for block in self if (cross := cast(Block, block).cross) is not None]
+
+
+class Output(nn.Module):
+    """Logits by the matrix that also embeds tokens (Vaswani et al. 2017, 3.4; Press and Wolf 2017)."""
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None = None) -> Tensor:
+        """hidden (..., D), embeddings (V, D), bias (V,) -> logits (..., V)."""
+        return F.linear(hidden, embeddings, bias)
 
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.attention import Attention, Pattern
 from qkv.config import Activation, BertConfig, BertHead
 from qkv.dropout import Dropout
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, blocks, check_lengths, init_normal
+from qkv.layers import ACTIVATIONS, Output, Stack, check_lengths, init_normal
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, BertConfig] = {
@@ -60,11 +59,13 @@ class WordHead(nn.Module):
         self.transform = nn.Linear(dim, dim)
         self.activation = ACTIVATIONS[activation]
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.output = Output()
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """hidden (..., D), embeddings (V, D) -> logits (..., V)."""
-        return F.linear(self.norm(self.activation(self.transform(hidden))), embeddings, self.bias)
+        hidden = self.norm(self.activation(self.transform(hidden)))
+        return self.output(hidden, embeddings, self.bias)  # type: ignore[no-any-return]
 
 
 class Bert(nn.Module):
@@ -77,7 +78,7 @@ class Bert(nn.Module):
         self.positions = nn.Embedding(config.context, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.dropout = Dropout(config.dropout)
-        self.blocks = blocks(config)
+        self.blocks = Stack(config)
         self.pooler: nn.Linear | None = None
         self.config = config
         init_normal(self)
@@ -130,10 +131,7 @@ class Bert(nn.Module):
             segments = torch.zeros_like(batch.values)
         x = self.tokens(batch.values) + self.positions(batch.layout.positions)
         x = self.dropout(self.norm(x + self.segments(segments)))  # (T, D)
-        pattern = Pattern(batch.layout, batch.layout)
-        for block in self.blocks:
-            x = block(x, pattern)
-        return batch.like(x)
+        return batch.like(self.blocks(x, Pattern(batch.layout, batch.layout)))
 
     def pool(self, hidden: Ragged) -> Tensor:
         """hidden (T, D) -> (N, D). Raises InputError where the model has no pooler."""
@@ -170,4 +168,4 @@ class Bert(nn.Module):
 
     def attentions(self) -> dict[str, list[Attention]]:
         """The attention modules, first layer first."""
-        return {"encoder": [block.attention for block in self.blocks]}  # type: ignore[misc]
+        return {"encoder": self.blocks.attentions()}

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.attention import Attention, Cache, Pattern
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
-from qkv.layers import blocks, check_lengths, init_normal, rotary
+from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, GPTConfig] = {
@@ -43,8 +42,9 @@ class GPT(nn.Module):
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.context, config.dim) if learned else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = blocks(config, qk_norm=config.qk_norm)
+        self.blocks = Stack(config, qk_norm=config.qk_norm)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
+        self.output = Output()
         init_normal(self, config.depth)
 
     def forward(self, batch: Ragged, cache: Cache | None = None) -> GPTOutput:
@@ -64,15 +64,12 @@ class GPT(nn.Module):
             rotation = rotary(positions, self.config.dim // self.config.heads)
         else:
             x = x + self.positions(positions)
-        x = self.dropout(x)
-        for i, block in enumerate(self.blocks):
-            layer = None if cache is None else cache.layers[i]
-            x = block(x, pattern, rotation=rotation, cache=layer)
+        x = self.blocks(self.dropout(x), pattern, rotation=rotation, cache=cache)
         return batch.like(self.norm(x))
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""
-        return F.linear(hidden, self.tokens.weight)
+        return self.output(hidden, self.tokens.weight)  # type: ignore[no-any-return]
 
     def start(self, sequences: int) -> Cache:
         """An empty cache for that many sequences."""
@@ -84,4 +81,4 @@ class GPT(nn.Module):
 
     def attentions(self) -> dict[str, list[Attention]]:
         """The attention modules, first layer first."""
-        return {"decoder": [block.attention for block in self.blocks]}  # type: ignore[misc]
+        return {"decoder": self.blocks.attentions()}

@@ -9,13 +9,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.attention import Attention, Cache, KeyValue, Pattern
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
-from qkv.layers import blocks, check_lengths, init_xavier, sinusoidal
+from qkv.layers import Output, Stack, check_lengths, init_xavier, sinusoidal
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -52,10 +51,11 @@ class Transformer(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
         self.register_buffer("position_table", sinusoidal(config.context, config.dim), persistent=False)
         self.dropout = Dropout(config.dropout)
-        self.encoder = blocks(config)
-        self.decoder = blocks(config, cross=True)
+        self.encoder = Stack(config)
+        self.decoder = Stack(config, cross=True)
         self.encoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
         self.decoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
+        self.output = Output()
         # Zero in the paper; Marian's checkpoints have one.
         self.register_buffer("logits_bias", torch.zeros(config.vocab_size))
         init_xavier(self)
@@ -73,14 +73,12 @@ class Transformer(nn.Module):
         """source ids (S,) -> memory (S, D)."""
         check_lengths(source.layout, self.config.context)
         x = self.embed(source.values, source.layout.positions)
-        pattern = Pattern(source.layout, source.layout)
-        for block in self.encoder:
-            x = block(x, pattern)
+        x = self.encoder(x, Pattern(source.layout, source.layout))
         return source.like(self.encoder_norm(x))
 
     def read(self, memory: Ragged) -> list[KeyValue]:
         """Each decoder layer's keys and values of memory (S, D)."""
-        return [block.cross.read(memory.values) for block in self.decoder]  # type: ignore[operator, union-attr]
+        return self.decoder.read(memory.values)
 
     def decode(
         self, target: Ragged, memory: list[KeyValue], memory_pattern: Pattern, cache: Cache | None = None
@@ -92,9 +90,7 @@ class Transformer(nn.Module):
             pattern, positions = cache.extend(target.layout)
         check_lengths(pattern.keys, self.config.context)
         x = self.embed(target.values, positions)
-        for i, block in enumerate(self.decoder):
-            layer = None if cache is None else cache.layers[i]
-            x = block(x, pattern, cache=layer, memory=memory[i], memory_pattern=memory_pattern)
+        x = self.decoder(x, pattern, cache=cache, memory=memory, memory_pattern=memory_pattern)
         return target.like(self.decoder_norm(x))
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -104,7 +100,8 @@ class Transformer(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the matrix that also embeds sources and targets (3.4)."""
-        return F.linear(hidden, self.tokens.weight, self.logits_bias.to(hidden.dtype))
+        bias = self.logits_bias.to(hidden.dtype)
+        return self.output(hidden, self.tokens.weight, bias)  # type: ignore[no-any-return]
 
     def start(self, source: Ragged) -> Cache:
         """Encode the sources (S,); a cache for one target sequence each."""
@@ -120,7 +117,7 @@ class Transformer(nn.Module):
     def attentions(self) -> dict[str, list[Attention]]:
         """The attention modules of encoder, decoder and cross-attention, first layer first."""
         return {
-            "encoder": [block.attention for block in self.encoder],  # type: ignore[misc]
-            "decoder": [block.attention for block in self.decoder],  # type: ignore[misc]
-            "cross": [block.cross for block in self.decoder],  # type: ignore[misc]
+            "encoder": self.encoder.attentions(),
+            "decoder": self.decoder.attentions(),
+            "cross": self.decoder.crosses(),
         }

@@ -16,7 +16,7 @@ from qkv.attention import Attention, Pattern
 from qkv.config import ViTConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, blocks, init_normal
+from qkv.layers import ACTIVATIONS, Stack, init_normal
 from qkv.ragged import Layout, Ragged
 
 _SIZES: dict[str, tuple[ViTConfig, tuple[int, ...]]] = {
@@ -102,7 +102,7 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
         self.dropout = Dropout(config.dropout)
-        self.blocks = blocks(config)
+        self.blocks = Stack(config)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         self.config = config
         init_normal(self)
@@ -138,9 +138,7 @@ class ViT(nn.Module):
         x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1)  # (N, 1 + P, D)
         x = self.dropout(x + self.positions_for(rows, columns)).flatten(0, 1)  # (T, D)
         layout = Layout((1 + rows * columns,) * N, x.device)
-        pattern = Pattern(layout, layout)
-        for block in self.blocks:
-            x = block(x, pattern)
+        x = self.blocks(x, Pattern(layout, layout))
         return Ragged(self.norm(x), layout)
 
     def positions_for(self, rows: int, columns: int) -> Tensor:
@@ -160,4 +158,4 @@ class ViT(nn.Module):
 
     def attentions(self) -> dict[str, list[Attention]]:
         """The attention modules, first layer first."""
-        return {"encoder": [block.attention for block in self.blocks]}  # type: ignore[misc]
+        return {"encoder": self.blocks.attentions()}
