@@ -334,11 +334,16 @@ class LayerCache:
 
     def append(self, key: Tensor, value: Tensor) -> KeyValue:
         """Store those of the new tokens, (T, H, E) each; return those of all tokens."""
+        kept, seen = self.reserve(key)
+        kept.index_copy_(0, self.cache.rows, key)
+        seen.index_copy_(0, self.cache.rows, value)
+        return kept, seen
+
+    def reserve(self, like: Tensor) -> KeyValue:
+        """Room for the cache's slots, of the type of `like` (., H, E); what is there already stays."""
         if self.key is None or self.value is None:
-            shape = (len(self.cache.lengths) * self.cache.capacity, *key.shape[1:])
-            self.key, self.value = key.new_zeros(shape), value.new_zeros(shape)
-        self.key.index_copy_(0, self.cache.rows, key)
-        self.value.index_copy_(0, self.cache.rows, value)
+            shape = (len(self.cache) * self.cache.capacity, *like.shape[1:])
+            self.key, self.value = like.new_zeros(shape), like.new_zeros(shape)
         return self.key, self.value
 
     def regroup(self, slots: Tensor, old_capacity: int) -> None:
@@ -474,11 +479,18 @@ class Tap:
         return torch.stack(maps) if maps else query.new_zeros(0, len(rows), Lk)
 
 
-class Attentive(Protocol):
-    """A model that names its attention modules by stack: encoder, decoder, cross."""
+class Tappable(Protocol):
+    """One layer's attention, to which a tap can be put."""
 
-    def attentions(self) -> dict[str, list[Attention]]:
-        """Each stack's modules from the first layer to the last."""
+    heads: int
+    tap: Tap | None
+
+
+class Attentive(Protocol):
+    """A model that names its attention by stack: encoder, decoder, cross."""
+
+    def attentions(self) -> dict[str, list[Tappable]]:
+        """Each stack's layers from the first to the last."""
         ...
 
 
@@ -528,7 +540,7 @@ def record(
     raises IndexError if one of its sequences lacks a chosen row.
     """
     modules = model.attentions()
-    chosen: dict[tuple[str, int], Attention] = {}
+    chosen: dict[tuple[str, int], Tappable] = {}
     for stack in modules if stacks is None else stacks:
         depth = range(len(modules[stack]))
         for layer in depth if layers is None else [depth[i] for i in layers]:

@@ -28,6 +28,7 @@ BertHead = Literal[
 ]
 Task = Literal["classification", "multi_label", "regression", "tagging", "contrastive"]
 BleuTokenizer = Literal["13a", "intl", "char", "none"]
+InferencePrecision = Literal["fp32", "bf16", "int8"]
 """How sacreBLEU splits texts into words; none: at spaces only, for texts that are tokenised already."""
 
 T = TypeVar("T")

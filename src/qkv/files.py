@@ -93,3 +93,26 @@ def cache_folder() -> Path:
     if chosen := os.environ.get("QKV_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkv"
+
+
+def measured(file: str, key: str, measure: Callable[[], float]) -> float:
+    """A number of this machine, measured once and remembered under its key in a file of the cache folder.
+
+    With a cache folder that is closed, it is measured every time.
+    """
+    path = cache_folder() / file
+    known = _numbers(path)
+    if key not in known:
+        known[key] = measure()
+        with suppress(InputError, OSError):
+            replace_file(path, lambda temporary: temporary.write_text(json.dumps(known, indent=2) + "\n"))
+    return known[key]
+
+
+def _numbers(path: Path) -> dict[str, float]:
+    """Those in the file; none if there is no such file, or if it is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in values.items() if isinstance(v, float)} if isinstance(values, dict) else {}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Cache, KeyValue, LayerCache, Pattern
+from qkv.attention import Attention, Cache, KeyValue, LayerCache, Pattern, Tappable
 from qkv.config import Activation, ModelConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
@@ -175,13 +175,13 @@ class Stack(nn.ModuleList):
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """Each block's keys and values of memory (S, D), for its cross-attention."""
-        return [attention.read(memory) for attention in self.crosses()]
+        return [cross.read(memory) for block in self if (cross := cast(Block, block).cross) is not None]
 
-    def attentions(self) -> list[Attention]:
+    def attentions(self) -> list[Tappable]:
         """The modules of self-attention, first layer first."""
         return [cast(Block, block).attention for block in self]
 
-    def crosses(self) -> list[Attention]:
+    def crosses(self) -> list[Tappable]:
         """The modules of cross-attention, first layer first."""
         return [cross for block in self if (cross := cast(Block, block).cross) is not None]
 

@@ -12,7 +12,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 import numpy as np
 import torch
@@ -22,8 +34,8 @@ from PIL import Image
 from torch import Tensor
 
 from qkv import hub
-from qkv.attention import Attention
-from qkv.config import BertHead
+from qkv.attention import Tappable
+from qkv.config import BertHead, InferencePrecision
 from qkv.decode import Decoding, Finish, Hypothesis, generate, sample
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
@@ -35,6 +47,9 @@ from qkv.models.vit import ViT, ViTOutput
 from qkv.ragged import Ragged, pack
 from qkv.runtime import pick_device
 from qkv.tokenizers import Encoding, Tokenizer
+
+if TYPE_CHECKING:
+    from qkv.fast import Road
 
 BATCH_TOKENS = 4096
 """Most tokens that a pipeline gives a model at once; an input larger than that goes alone."""
@@ -88,6 +103,7 @@ class Pipeline(Generic[M]):
         self.checkpoint = checkpoint
         self.device = device
         self.model: M = cast(M, checkpoint.model.to(device).eval())
+        self.road: Road | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,12 +121,21 @@ class Pipeline(Generic[M]):
             )
         return self.checkpoint.images
 
-    def attentions(self) -> dict[str, list[Attention]]:
+    def attentions(self) -> dict[str, list[Tappable]]:
         """The model's attention modules, so that `qkv.record` takes a pipeline."""
         return self.model.attentions()
 
+    def optimize(self, precision: InferencePrecision | Literal["auto"] = "auto") -> Self:
+        """Make the model answer faster, as `qkv.fast.optimize` says; returns the pipeline itself."""
+        from qkv.fast import optimize  # not needed to answer
+
+        self.road = optimize(self.model, precision)
+        return self
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the checkpoint as a Hugging Face folder. Raises InputError if it cannot be written."""
+        if self.road is not None:
+            raise InputError("an optimized model has no weights to save: load it anew, then save it")
         hub.save(folder, self.checkpoint)
 
 

@@ -10,15 +10,10 @@ Legend: S side of a square matrix.
 from __future__ import annotations
 
 import copy
-import json
-import platform
-import re
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,11 +21,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qkv.data import Dataset
-from qkv.errors import InputError
-from qkv.files import cache_folder, replace_file
+from qkv.files import measured
 from qkv.meter import Work
 from qkv.models import Model
 from qkv.objectives import loss_terms
+from qkv.runtime import device_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SECONDS = 0.3
@@ -39,43 +34,16 @@ SAMPLES = 64
 """How many samples tell what a token of a data set costs."""
 
 
-def device_name(device: torch.device) -> str:
-    """What the device calls itself, with the number of threads that compute on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    found = None
-    with suppress(OSError):  # Linux alone says it there
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    name = found[1] if found else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
 def peak(device: torch.device, precision: str) -> float:
     """FLOP/s of the device's best matrix product in "fp32" or "bf16".
 
     Measured once for a device, precision and version of torch, and remembered in a file of the user's cache
     folder. A machine that is busy meanwhile gives too low a number: delete the file to measure again.
     """
-    path = cache_folder() / "roofline.json"
     # How fp32 is multiplied, as itself or as TF32, is a setting.
     how = torch.get_float32_matmul_precision() if precision == "fp32" else "native"
     key = f"{device_name(device)}; torch {torch.__version__}; {precision} {how}"
-    known = _remembered(path)
-    if key not in known:
-        known[key] = _measure(device, DTYPES[precision])
-        with suppress(InputError, OSError):  # with a cache folder that is closed, it is measured every time
-            replace_file(path, lambda temporary: temporary.write_text(json.dumps(known, indent=2) + "\n"))
-    return known[key]
-
-
-def _remembered(path: Path) -> dict[str, float]:
-    """The peaks in the file; none if there is no such file, or if it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {k: v for k, v in values.items() if isinstance(v, float)} if isinstance(values, dict) else {}
+    return measured("roofline.json", key, lambda: _measure(device, DTYPES[precision]))
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:

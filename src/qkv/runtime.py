@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import platform
 import random
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +28,18 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"device {name!r} is not available here; give cpu, cuda or auto") from None
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself, with the number of threads that compute on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = None
+    with suppress(OSError):  # Linux alone says it there
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    name = found[1] if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def seed_all(seed: int) -> None:

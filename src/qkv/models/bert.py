@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Pattern
+from qkv.attention import Pattern, Tappable
 from qkv.config import Activation, BertConfig, BertHead
 from qkv.dropout import Dropout
 from qkv.errors import InputError
@@ -166,6 +166,6 @@ class Bert(nn.Module):
             raise InputError("this model has no tagging head")
         return self.classifier(self.dropout(hidden))  # type: ignore[no-any-return]
 
-    def attentions(self) -> dict[str, list[Attention]]:
-        """The attention modules, first layer first."""
+    def attentions(self) -> dict[str, list[Tappable]]:
+        """The layers' attention, first layer first."""
         return {"encoder": self.blocks.attentions()}

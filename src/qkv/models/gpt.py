@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Cache, Pattern
+from qkv.attention import Cache, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
@@ -79,6 +79,6 @@ class GPT(nn.Module):
         """Logits (N, V) of what follows each sequence once `batch` is appended to it."""
         return self.head(self.features(batch, cache).last())
 
-    def attentions(self) -> dict[str, list[Attention]]:
-        """The attention modules, first layer first."""
+    def attentions(self) -> dict[str, list[Tappable]]:
+        """The layers' attention, first layer first."""
         return {"decoder": self.blocks.attentions()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Cache, KeyValue, Pattern
+from qkv.attention import Cache, KeyValue, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_xavier, sinusoidal
@@ -114,8 +114,8 @@ class Transformer(nn.Module):
         hidden = self.decode(batch, cache.memory, cache.memory_pattern(batch.layout), cache)
         return self.head(hidden.last())
 
-    def attentions(self) -> dict[str, list[Attention]]:
-        """The attention modules of encoder, decoder and cross-attention, first layer first."""
+    def attentions(self) -> dict[str, list[Tappable]]:
+        """The layers' attention of encoder, decoder and cross-attention, first layer first."""
         return {
             "encoder": self.encoder.attentions(),
             "decoder": self.decoder.attentions(),

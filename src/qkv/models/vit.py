@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Pattern
+from qkv.attention import Pattern, Tappable
 from qkv.config import ViTConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
@@ -156,6 +156,6 @@ class ViT(nn.Module):
             raise InputError("this model has no classification head")
         return self.classifier(hidden.first())  # type: ignore[no-any-return]
 
-    def attentions(self) -> dict[str, list[Attention]]:
-        """The attention modules, first layer first."""
+    def attentions(self) -> dict[str, list[Tappable]]:
+        """The layers' attention, first layer first."""
         return {"encoder": self.blocks.attentions()}

@@ -31,7 +31,7 @@ from qkv.pipelines import pipeline
 from qkv.report.exhibits import Exhibit, exhibit
 from qkv.report.page import Card, Figure, Measure, Scores, Section, page, score_table, shares, table
 from qkv.report.plot import Line, Look, Point, curve, plot
-from qkv.roofline import device_name
+from qkv.runtime import device_name
 
 REPORT = "report.html"
 SAMPLES = "samples.jsonl"

@@ -1,0 +1,766 @@
+// The blocks of a Transformer on x86 CPUs with AVX-512: what layers.Block computes, without a framework between.
+//
+// One matrix product serves three precisions. Four bytes of an activation (one float32, two bfloat16, four int8)
+// are broadcast and multiplied with the same four bytes of 16 columns: FMA, VDPBF16PS or VPDPBUSD. Many sequences
+// are shared out to the threads, and each takes its own through all layers while they stay in its cache; few tokens
+// are computed by all threads together, each with its part of every matrix.
+//
+// int8 is dynamic: groups of 128 inputs of a token, and of a column, have a scale each.
+//
+// Legend: T tokens, D model width, H heads, E = D / H head width, F inner width, L tokens of a sequence.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+#if !defined(__AVX512BW__) || !defined(__AVX512VNNI__) || !defined(__AVX512BF16__)
+#error "needs AVX-512 with VNNI and BF16"
+#endif
+
+namespace {
+
+enum Precision { FP32, BF16, INT8 };
+enum Activation { RELU, RELU2, GELU, GELU_TANH, SILU };
+
+constexpr int WIDTH = 64;   // columns of a panel: four vectors
+constexpr int HEIGHT = 6;   // rows of a tile: 24 accumulators of the 32 registers
+constexpr int GROUP = 128;  // inputs that share a scale in int8
+constexpr int CHUNK = 128;  // tokens that a thread takes through the layers at once, or one sequence
+
+int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
+int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
+int panels_of(int out) { return (out + WIDTH - 1) / WIDTH; }
+
+}  // namespace
+
+// ---------------------------------------------------------------- what Python hands over
+
+struct Matrix {           // packed by qkv_pack; the bias may be null
+    const char *weight;   // (panels, in / n, WIDTH, n) with n elements in four bytes
+    const float *scale;   // (panels, groups, WIDTH) in int8
+    const float *bias;    // (out)
+    int32_t in, out;
+};
+
+struct Norm {  // absent where the weight is null
+    const float *weight, *bias;
+    float eps;
+};
+
+struct Layer {
+    Matrix qkv, out, cross_query, cross_out, up, down;
+    Norm attention, cross, mlp, query, key;
+};
+
+struct Stack {
+    const Layer *layers;
+    int32_t precision, dim, heads, mlp_dim, activation, norm_first;
+};
+
+struct Batch {
+    float *x;                     // (T, D), replaced by what the layers make of it
+    const int32_t *lengths;       // (N)
+    int32_t sequences, threads, first, last, causal;
+    const float *cosine, *sine;   // (T, E), or null
+    float *const *keys;           // a cache: each layer's (N * capacity, D), or null
+    float *const *values;
+    const int32_t *past;          // (N) tokens in the cache before these
+    int32_t capacity;
+    const float *const *memory_keys;  // what cross-attention reads: each layer's (S, D) with rows `stride` apart
+    const float *const *memory_values;
+    const int32_t *memory_starts;     // (sources + 1)
+    const int32_t *source;            // (N) which source a sequence reads
+    int32_t memory_stride;
+    float *seen_qkv, *seen_answer;    // of the last layer: (T, 3 D) and (T, D), or null
+    float *seen_query, *seen_cross;   // of its cross-attention: (T, D) each, or null
+};
+
+namespace {
+
+// ---------------------------------------------------------------- functions of 16 numbers
+
+using V = __m512;
+
+V set(float x) { return _mm512_set1_ps(x); }
+
+V exp16(V x) {  // Cephes' expf: 2^n times a polynomial of the rest
+    x = _mm512_max_ps(x, set(-87.3f));
+    V n = _mm512_roundscale_ps(_mm512_mul_ps(x, set(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    V r = _mm512_fnmadd_ps(n, set(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, set(-2.12194440e-4f), r);
+    V p = set(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        p = _mm512_fmadd_ps(p, r, set(c));
+    p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, set(1)));
+    return _mm512_scalef_ps(p, n);
+}
+
+V sigmoid_times(V x, V u) {  // x / (1 + exp(-u))
+    return _mm512_div_ps(x, _mm512_add_ps(set(1), exp16(_mm512_sub_ps(set(0), u))));
+}
+
+V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
+    V z = _mm512_mul_ps(_mm512_abs_ps(x), set(0.70710678f));
+    V t = _mm512_div_ps(set(1), _mm512_fmadd_ps(z, set(0.3275911f), set(1)));
+    V p = set(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = _mm512_fmadd_ps(p, t, set(c));
+    V rest = _mm512_mul_ps(_mm512_mul_ps(p, t), exp16(_mm512_mul_ps(z, _mm512_sub_ps(set(0), z))));  // 1 - erf(z)
+    V half = _mm512_mul_ps(x, set(0.5f));
+    V right = _mm512_fnmadd_ps(half, rest, x), left = _mm512_mul_ps(half, rest);
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set(0), _CMP_LT_OQ), right, left);
+}
+
+V activate(V x, int activation) {
+    switch (activation) {
+        case RELU: return _mm512_max_ps(x, set(0));
+        case RELU2: x = _mm512_max_ps(x, set(0)); return _mm512_mul_ps(x, x);
+        case GELU: return gelu(x);
+        case SILU: return sigmoid_times(x, x);
+        default: {  // GELU_TANH: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+            V cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), set(0.044715f), set(1));
+            return sigmoid_times(x, _mm512_mul_ps(_mm512_mul_ps(x, cubic), set(2 * 0.79788456f)));
+        }
+    }
+}
+
+__m512i to_bf16(V x) {  // in the lower halves of 32 bits
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+}
+
+void normalise(const Norm &norm, const float *x, float *out, int width) {
+    V sum = set(0), squares = set(0);
+    for (int i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
+    V mean = set(_mm512_reduce_add_ps(sum) / width);
+    for (int i = 0; i < width; i += 16) {
+        V d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
+        squares = _mm512_fmadd_ps(d, d, squares);
+    }
+    V rate = set(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps));
+    for (int i = 0; i < width; i += 16) {
+        V d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), rate);
+        _mm512_storeu_ps(out + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(norm.weight + i), _mm512_loadu_ps(norm.bias + i)));
+    }
+}
+
+// ---------------------------------------------------------------- the matrix product
+
+struct Rows {  // activations in a precision, ready to be multiplied
+    char *data;
+    float *scale;    // (rows, groups) in int8
+    int32_t *start;  // (rows, groups) in int8: -128 times the sum of the group, as weights are stored + 128
+    int stride, groups;
+
+    char *row(int i) const { return data + (int64_t)i * stride; }
+};
+
+void quantise(const float *x, int width, const Rows &rows, int row) {
+    for (int g = 0; g < rows.groups; g++) {
+        const float *in = x + g * GROUP;
+        int size = std::min(GROUP, width - g * GROUP);
+        V most = set(0);
+        for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(in + i)));
+        float scale = _mm512_reduce_max_ps(most) / 127;
+        V rate = set(scale > 0 ? 1 / scale : 0);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < size; i += 16) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(in + i), rate));
+            sum = _mm512_add_epi32(sum, q);
+            _mm_storeu_si128((__m128i *)(rows.row(row) + g * GROUP + i), _mm512_cvtsepi32_epi8(q));
+        }
+        rows.scale[row * rows.groups + g] = scale;
+        rows.start[row * rows.groups + g] = -128 * _mm512_reduce_add_epi32(sum);
+    }
+}
+
+template <int P>
+void convert(const float *x, int width, const Rows &rows, int row) {
+    if constexpr (P == INT8) {
+        quantise(x, width, rows, row);
+    } else if constexpr (P == FP32) {
+        std::memcpy(rows.row(row), x, width * sizeof(float));
+    } else {
+        auto *out = (__m256i *)rows.row(row);
+        for (int i = 0; i < width; i += 16) _mm256_storeu_si256(out + i / 16, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+    }
+}
+
+template <int P>
+__m512i dot(__m512i sum, __m512i weight, __m512i x) {
+    if constexpr (P == INT8) return _mm512_dpbusd_epi32(sum, weight, x);
+    if constexpr (P == BF16) return (__m512i)_mm512_dpbf16_ps((V)sum, (__m512bh)weight, (__m512bh)x);
+    return (__m512i)_mm512_fmadd_ps((V)weight, (V)x, (V)sum);
+}
+
+// M rows from `row` on times N vectors of columns of a panel, over `in` inputs -> out (M, WIDTH).
+template <int P, int M, int N>
+void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out) {
+    constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;
+    const char *x[M];
+    for (int m = 0; m < M; m++) x[m] = rows.row(row + m);
+    int steps = in / ELEMENTS, group = P == INT8 ? GROUP / ELEMENTS : steps;
+    for (int g = 0; g * group < steps; g++) {
+        __m512i sum[M][N];
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++)
+                sum[m][n] = _mm512_set1_epi32(P == INT8 ? rows.start[(row + m) * rows.groups + g] : 0);
+        for (int s = g * group; s < std::min(steps, (g + 1) * group); s++) {
+            __m512i weight[N];
+            for (int n = 0; n < N; n++) weight[n] = _mm512_loadu_si512(panel + ((int64_t)s * WIDTH + n * 16) * 4);
+            for (int m = 0; m < M; m++) {
+                __m512i one = _mm512_set1_epi32(*(const int32_t *)(x[m] + s * 4));
+                for (int n = 0; n < N; n++) sum[m][n] = dot<P>(sum[m][n], weight[n], one);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int n = 0; n < N; n++) {
+                float *to = out + m * WIDTH + n * 16;
+                V total = (V)sum[m][n];
+                if constexpr (P == INT8) {
+                    V both = _mm512_mul_ps(set(rows.scale[(row + m) * rows.groups + g]), _mm512_loadu_ps(scale + g * WIDTH + n * 16));
+                    total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][n]), both);
+                    if (g) total = _mm512_add_ps(total, _mm512_loadu_ps(to));
+                }
+                _mm512_storeu_ps(to, total);
+            }
+    }
+}
+
+template <int P, int M>
+void tile_of(const Rows &rows, int row, const char *panel, const float *scale, int in, int vectors, float *out) {
+    switch (vectors) {
+        case 1: return tile<P, M, 1>(rows, row, panel, scale, in, out);
+        case 2: return tile<P, M, 2>(rows, row, panel, scale, in, out);
+        case 3: return tile<P, M, 3>(rows, row, panel, scale, in, out);
+        default: return tile<P, M, 4>(rows, row, panel, scale, in, out);
+    }
+}
+
+template <int P>
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out) {
+    switch (height) {
+        case 1: return tile_of<P, 1>(rows, row, panel, scale, in, vectors, out);
+        case 2: return tile_of<P, 2>(rows, row, panel, scale, in, vectors, out);
+        case 3: return tile_of<P, 3>(rows, row, panel, scale, in, vectors, out);
+        case 4: return tile_of<P, 4>(rows, row, panel, scale, in, vectors, out);
+        case 5: return tile_of<P, 5>(rows, row, panel, scale, in, vectors, out);
+        default: return tile_of<P, 6>(rows, row, panel, scale, in, vectors, out);
+    }
+}
+
+struct Team {  // the threads that compute on the same tokens
+    int rank, size;
+
+    void wait() const {
+        if (size > 1) {
+#pragma omp barrier
+        }
+    }
+};
+
+// Columns of x W^T + bias, a part of them for each thread: store(row, column, 16 values, mask of those there are).
+template <int P, class Store>
+void multiply(const Matrix &w, const Rows &rows, int count, Team team, Store store) {
+    int panels = panels_of(w.out), groups = groups_of(P, w.in);
+    int64_t size = (int64_t)w.in * WIDTH * bytes_of(P);
+    alignas(64) float out[HEIGHT * WIDTH];
+    for (int p = panels * team.rank / team.size; p < panels * (team.rank + 1) / team.size; p++) {
+        int vectors = std::min(4, (w.out - p * WIDTH + 15) / 16);
+        for (int row = 0; row < count; row += HEIGHT) {
+            int height = std::min(HEIGHT, count - row);
+            product<P>(rows, row, height, w.weight + p * size, w.scale + (int64_t)p * groups * WIDTH, w.in, vectors, out);
+            for (int n = 0; n < vectors; n++) {
+                int column = p * WIDTH + n * 16, left = w.out - column;
+                __mmask16 mask = left >= 16 ? 0xFFFF : (1 << left) - 1;
+                V bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + column) : set(0);
+                for (int m = 0; m < height; m++)
+                    store(row + m, column, _mm512_add_ps(_mm512_load_ps(out + m * WIDTH + n * 16), bias), mask);
+            }
+        }
+    }
+}
+
+// ---------------------------------------------------------------- memory of a computation
+
+class Arena {  // scratch that grows to what is asked of it and is kept
+    std::vector<char> memory;
+    size_t used = 0;
+
+public:
+    template <class X>
+    X *take(size_t count) {
+        size_t at = used;
+        used += (count * sizeof(X) + 63) / 64 * 64;
+        return memory.empty() ? nullptr : (X *)(((uintptr_t)memory.data() + 63) / 64 * 64 + at);
+    }
+    template <class Lay>
+    void lay(Lay take_all) {  // once to measure, once in memory of that size
+        std::vector<char> old;
+        old.swap(memory);
+        used = 0;
+        take_all();
+        memory.swap(old);
+        if (memory.size() < used + 64) memory.resize(used + 64);
+        used = 0;
+        take_all();
+    }
+};
+
+thread_local Arena own_arena, head_arena;
+
+// ---------------------------------------------------------------- attention
+
+struct Keys {  // of one sequence and head: rows `stride` floats apart
+    const float *key, *value;
+    int count, stride;
+};
+
+// One query after another over keys as they lie: for the few of a decoding step.
+void attend_rows(const float *query, int rows, int query_stride, Keys keys, int E, int causal, float *out, int out_stride, float *scores) {
+    float rate = 1 / std::sqrt((float)E);
+    for (int i = 0; i < rows; i++) {
+        int seen = causal ? keys.count - rows + 1 + i : keys.count;
+        const float *q = query + (int64_t)i * query_stride;
+        float most = -INFINITY;
+        for (int j = 0; j < seen; j++) {
+            V sum = set(0);
+            const float *k = keys.key + (int64_t)j * keys.stride;
+            for (int e = 0; e < E; e += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + e), _mm512_loadu_ps(k + e), sum);
+            scores[j] = _mm512_reduce_add_ps(sum) * rate;
+            most = std::max(most, scores[j]);
+        }
+        V total = set(0);
+        for (int j = 0; j < seen; j += 16) {
+            __mmask16 mask = seen - j >= 16 ? 0xFFFF : (1 << (seen - j)) - 1;
+            V p = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + j), set(most))));
+            _mm512_mask_storeu_ps(scores + j, mask, p);
+            total = _mm512_add_ps(total, p);
+        }
+        float share = seen ? 1 / _mm512_reduce_add_ps(total) : 0;
+        for (int e = 0; e < E; e += 16) {
+            V sum = set(0);
+            for (int j = 0; j < seen; j++) sum = _mm512_fmadd_ps(set(scores[j]), _mm512_loadu_ps(keys.value + (int64_t)j * keys.stride + e), sum);
+            _mm512_storeu_ps(out + (int64_t)i * out_stride + e, _mm512_mul_ps(sum, set(share)));
+        }
+    }
+}
+
+// Many queries: keys and values are packed as matrices and multiplied, HEIGHT queries at a time.
+struct Attention {
+    char *keys, *values;  // panels
+    float *scores;        // (HEIGHT, keys)
+    Rows query, share;
+
+    template <int P>
+    void lay(Arena &arena, int longest, int E) {
+        int padded = panels_of(longest) * WIDTH;
+        keys = arena.take<char>((size_t)padded * E * bytes_of(P));
+        values = arena.take<char>((size_t)padded * panels_of(E) * WIDTH * bytes_of(P));
+        scores = arena.take<float>(HEIGHT * padded);
+        query = {arena.take<char>(HEIGHT * E * bytes_of(P)), nullptr, nullptr, E * bytes_of(P), 1};
+        share = {arena.take<char>(HEIGHT * padded * bytes_of(P)), nullptr, nullptr, padded * bytes_of(P), 1};
+    }
+
+    template <int P>
+    void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
+        constexpr int ELEMENTS = P == FP32 ? 1 : 2;
+        int padded = panels_of(from.count) * WIDTH, steps = E / ELEMENTS;
+        pack_keys<P>(from, E, padded);
+        pack_values<P>(from, E);
+        float rate = 1 / std::sqrt((float)E);
+        alignas(64) float scaled[256], part[HEIGHT * WIDTH];
+        for (int i = 0; i < rows; i += HEIGHT) {
+            int height = std::min(HEIGHT, rows - i);
+            int last = causal ? from.count - rows + i + height : from.count;  // keys that the last of them sees
+            for (int m = 0; m < height; m++) {
+                const float *one = q + (int64_t)(i + m) * query_stride;
+                for (int e = 0; e < E; e += 16) _mm512_store_ps(scaled + e, _mm512_mul_ps(_mm512_loadu_ps(one + e), set(rate)));
+                convert<P>(scaled, E, query, m);
+            }
+            for (int p = 0; p * WIDTH < last; p++) {
+                int vectors = std::min(4, (last - p * WIDTH + 15) / 16);
+                product<P>(query, 0, height, keys + (int64_t)p * steps * WIDTH * 4, nullptr, E, vectors, part);
+                for (int m = 0; m < height; m++) std::memcpy(scores + m * padded + p * WIDTH, part + m * WIDTH, vectors * 64);
+            }
+            int inner = (last + ELEMENTS - 1) / ELEMENTS * ELEMENTS;
+            float shares[HEIGHT];
+            for (int m = 0; m < height; m++) {
+                int seen = causal ? last - height + 1 + m : last;
+                shares[m] = softmax<P>(scores + m * padded, seen, (last + 15) / 16 * 16, m);
+            }
+            for (int p = 0; p * WIDTH < E; p++) {
+                int vectors = std::min(4, (E - p * WIDTH + 15) / 16);
+                product<P>(share, 0, height, values + (int64_t)p * (padded / ELEMENTS) * WIDTH * 4, nullptr, inner, vectors, part);
+                for (int m = 0; m < height; m++)
+                    for (int n = 0; n < vectors; n++)
+                        _mm512_storeu_ps(out + (int64_t)(i + m) * out_stride + p * WIDTH + n * 16,
+                                         _mm512_mul_ps(_mm512_load_ps(part + m * WIDTH + n * 16), set(shares[m])));
+            }
+        }
+    }
+
+private:
+    template <int P>
+    void pack_keys(Keys from, int E, int padded) {  // (panels, E / n, WIDTH, n)
+        auto *out = (int32_t *)keys;
+        int steps = P == FP32 ? E : E / 2;
+        alignas(64) int32_t row[256];
+        for (int j = 0; j < from.count; j++) {
+            const float *k = from.key + (int64_t)j * from.stride;
+            Rows one{(char *)row, nullptr, nullptr, 0, 1};
+            convert<P>(k, E, one, 0);
+            int32_t *column = out + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH;
+            for (int s = 0; s < steps; s++) column[s * WIDTH] = row[s];
+        }
+        (void)padded;
+    }
+
+    template <int P>
+    void pack_values(Keys from, int E) {  // (panels, keys / n, WIDTH, n)
+        constexpr int ELEMENTS = P == FP32 ? 1 : 2;
+        int padded = panels_of(from.count) * WIDTH;
+        for (int p = 0; p * WIDTH < E; p++)
+            for (int j = 0; j < from.count; j += ELEMENTS)
+                for (int e = p * WIDTH; e < std::min(E, (p + 1) * WIDTH); e += 16) {
+                    const float *v = from.value + (int64_t)j * from.stride + e;
+                    __m512i both = (__m512i)_mm512_loadu_ps(v);
+                    if constexpr (P != FP32) {
+                        V next = j + 1 < from.count ? _mm512_loadu_ps(v + from.stride) : set(0);
+                        both = _mm512_or_si512(to_bf16((V)both), _mm512_slli_epi32(to_bf16(next), 16));
+                    }
+                    _mm512_storeu_si512(values + (((int64_t)p * padded / ELEMENTS + j / ELEMENTS) * WIDTH + e % WIDTH) * 4, both);
+                }
+    }
+
+    template <int P>
+    float softmax(float *x, int seen, int width, int row) {  // unnormalised into `share`; 1 over their sum
+        V most = set(-INFINITY), total = set(0);
+        for (int j = 0; j < width; j += 16) {
+            __mmask16 mask = seen - j >= 16 ? 0xFFFF : seen > j ? (1 << (seen - j)) - 1 : 0;
+            most = _mm512_mask_max_ps(most, mask, most, _mm512_maskz_loadu_ps(mask, x + j));
+        }
+        most = set(_mm512_reduce_max_ps(most));
+        for (int j = 0; j < width; j += 16) {
+            __mmask16 mask = seen - j >= 16 ? 0xFFFF : seen > j ? (1 << (seen - j)) - 1 : 0;
+            V p = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + j), most)));
+            total = _mm512_add_ps(total, p);
+            _mm512_storeu_ps(x + j, p);
+        }
+        convert<P>(x, width, share, row);
+        return 1 / _mm512_reduce_add_ps(total);
+    }
+};
+
+// ---------------------------------------------------------------- a block
+
+class Computation {  // some sequences of a batch on their way through the layers
+    const Stack &stack;
+    const Batch &batch;
+    int from, to, rows;    // sequences, and their tokens
+    int64_t first_row;     // of their tokens among all
+    float *x, *wide, *answer, *scores;
+    Rows input;
+    std::vector<Attention> attentions;  // one for each thread
+    const Norm *pending = nullptr;      // post-norm: the norm of the sub-layer before
+
+public:
+    Computation(const Stack &stack, const Batch &batch, int from, int to, int64_t first_row, int rows, int threads, Arena &arena)
+        : stack(stack), batch(batch), from(from), to(to), rows(rows), first_row(first_row), attentions(threads) {
+        x = batch.x + first_row * stack.dim;
+        int wide_width = std::max(3 * stack.dim, stack.mlp_dim), in = std::max(stack.dim, stack.mlp_dim);
+        int groups = groups_of(stack.precision, in), longest = 1;
+        for (int i = from; i < to; i++) {
+            longest = std::max(longest, batch.lengths[i] + (batch.past ? batch.past[i] : 0));
+            if (batch.source) {
+                int s = batch.source[i];
+                longest = std::max(longest, batch.memory_starts[s + 1] - batch.memory_starts[s]);
+            }
+        }
+        arena.lay([&] {
+            wide = arena.take<float>((size_t)rows * wide_width);
+            answer = arena.take<float>((size_t)rows * stack.dim);
+            input = {arena.take<char>((size_t)rows * in * bytes_of(stack.precision)), arena.take<float>((size_t)rows * groups),
+                     arena.take<int32_t>((size_t)rows * groups), 0, 1};
+            scores = arena.take<float>((size_t)threads * (longest + 16));
+            for (Attention &one : attentions) {
+                if (stack.precision == FP32) one.lay<FP32>(arena, longest, stack.dim / stack.heads);
+                else one.lay<BF16>(arena, longest, stack.dim / stack.heads);
+            }
+        });
+        score_width = longest + 16;
+    }
+
+    template <int P>
+    void run(Team team) {
+        const Norm *norm = nullptr;  // post-norm: what is still to be done to x
+        for (int l = batch.first; l < batch.last; l++) {
+            const Layer &layer = stack.layers[l];
+            int D = stack.dim;
+            bool seen = l + 1 == batch.last;
+            prepare<P>(team, layer.attention, norm);
+            multiply<P>(layer.qkv, input, rows, team, [&](int row, int column, V value, __mmask16) {
+                _mm512_storeu_ps(wide + (int64_t)row * 3 * D + column, value);
+            });
+            team.wait();
+            attend<P>(team, l);
+            if (seen && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
+            if (seen && batch.seen_answer) show(team, answer, D, batch.seen_answer);
+            join<P>(team, layer.out, answer, D);
+            norm = &layer.attention;
+            if (layer.cross_query.weight) {
+                prepare<P>(team, layer.cross, norm);
+                multiply<P>(layer.cross_query, input, rows, team, [&](int row, int column, V value, __mmask16) {
+                    _mm512_storeu_ps(wide + (int64_t)row * D + column, value);
+                });
+                team.wait();
+                read_memory<P>(team, l);
+                if (seen && batch.seen_query) show(team, wide, D, batch.seen_query);
+                if (seen && batch.seen_cross) show(team, answer, D, batch.seen_cross);
+                join<P>(team, layer.cross_out, answer, D);
+                norm = &layer.cross;
+            }
+            prepare<P>(team, layer.mlp, norm);
+            int F = stack.mlp_dim, activation = stack.activation;
+            multiply<P>(layer.up, input, rows, team, [&](int row, int column, V value, __mmask16) {
+                _mm512_storeu_ps(wide + (int64_t)row * F + column, activate(value, activation));
+            });
+            team.wait();
+            join<P>(team, layer.down, wide, F);
+            norm = &layer.mlp;
+        }
+        if (!stack.norm_first && norm)
+            each_row(team, [&](int row) { normalise(*norm, x + (int64_t)row * stack.dim, x + (int64_t)row * stack.dim, stack.dim); });
+    }
+
+private:
+    int score_width;
+
+    template <class Do>
+    void each_row(Team team, Do work) {
+        for (int row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size; row++) work(row);
+    }
+
+    // Rows in the stack's precision, where `width` of them are multiplied next.
+    template <int P>
+    void set_input(int width) {
+        input.stride = width * bytes_of(P);
+        input.groups = groups_of(P, width);
+    }
+
+    // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
+    template <int P>
+    void prepare(Team team, const Norm &own, const Norm *before) {
+        int D = stack.dim;
+        Rows &to = input;
+        if (team.rank == 0) set_input<P>(D);
+        team.wait();
+        each_row(team, [&](int row) {
+            float *line = x + (int64_t)row * D;
+            if (stack.norm_first) {
+                float normed[8192];
+                normalise(own, line, normed, D);
+                convert<P>(normed, D, to, row);
+            } else {
+                if (before) normalise(*before, line, line, D);
+                convert<P>(line, D, to, row);
+            }
+        });
+        team.wait();
+    }
+
+    // x += (what was made, (rows, width)) W^T + bias
+    template <int P>
+    void join(Team team, const Matrix &matrix, const float *made, int width) {
+        if (team.rank == 0) set_input<P>(width);
+        team.wait();
+        each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, input, row); });
+        team.wait();
+        multiply<P>(matrix, input, rows, team, [&](int row, int column, V value, __mmask16) {
+            float *to = x + (int64_t)row * stack.dim + column;
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), value));
+        });
+        team.wait();
+    }
+
+    void show(Team team, const float *made, int width, float *out) {
+        each_row(team, [&](int row) { std::memcpy(out + (first_row + row) * width, made + (int64_t)row * width, width * sizeof(float)); });
+        team.wait();
+    }
+
+    template <int P>
+    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int causal, float *out) {
+        int E = stack.dim / stack.heads;
+        if (count < 4) {
+            attend_rows(query, count, query_stride, keys, E, causal, out, stack.dim, scores + (int64_t)team.rank * score_width);
+        } else {
+            constexpr int A = P == FP32 ? FP32 : BF16;
+            attentions[team.rank].template attend<A>(query, count, query_stride, keys, E, causal, out, stack.dim);
+        }
+    }
+
+    // Self-attention of each sequence and head over its own keys, and those in the cache, to which it adds its own.
+    template <int P>
+    void attend(Team team, int l) {
+        const Layer &layer = stack.layers[l];
+        int D = stack.dim, E = D / stack.heads, item = 0, row = 0;
+        for (int i = from; i < to; row += batch.lengths[i], i++)
+            for (int h = 0; h < stack.heads; h++) {
+                if (item++ % team.size != team.rank) continue;
+                int count = batch.lengths[i];
+                float *query = wide + (int64_t)row * 3 * D + h * E;
+                Keys keys{query + D, query + 2 * D, count, 3 * D};
+                for (int t = 0; t < count; t++) turn(layer, query + (int64_t)t * 3 * D, first_row + row + t);
+                if (batch.keys) {
+                    int64_t slot = ((int64_t)i * batch.capacity) * D + h * E;
+                    for (int t = 0; t < count; t++) {
+                        int64_t at = slot + (int64_t)(batch.past[i] + t) * D;
+                        std::memcpy(batch.keys[l] + at, keys.key + (int64_t)t * 3 * D, E * sizeof(float));
+                        std::memcpy(batch.values[l] + at, keys.value + (int64_t)t * 3 * D, E * sizeof(float));
+                    }
+                    keys = {batch.keys[l] + slot, batch.values[l] + slot, batch.past[i] + count, D};
+                }
+                attend_with<P>(team, query, count, 3 * D, keys, batch.causal, answer + (int64_t)row * D + h * E);
+            }
+        team.wait();
+    }
+
+    // Norms of one head's query and key, and their rotation.
+    void turn(const Layer &layer, float *query, int64_t token) {
+        int E = stack.dim / stack.heads, half = E / 2;
+        float *key = query + stack.dim;
+        if (layer.query.weight) normalise(layer.query, query, query, E);
+        if (layer.key.weight) normalise(layer.key, key, key, E);
+        if (!batch.cosine) return;
+        const float *cosine = batch.cosine + token * E, *sine = batch.sine + token * E;
+        for (float *v : {query, key})
+            for (int e = 0; e < half; e++) {
+                float a = v[e], b = v[e + half];
+                v[e] = a * cosine[e] - b * sine[e];
+                v[e + half] = b * cosine[e + half] + a * sine[e + half];
+            }
+    }
+
+    template <int P>
+    void read_memory(Team team, int l) {
+        int D = stack.dim, E = D / stack.heads, item = 0, row = 0;
+        for (int i = from; i < to; row += batch.lengths[i], i++)
+            for (int h = 0; h < stack.heads; h++) {
+                if (item++ % team.size != team.rank) continue;
+                int source = batch.source[i], begin = batch.memory_starts[source];
+                int64_t at = (int64_t)begin * batch.memory_stride + h * E;
+                Keys keys{batch.memory_keys[l] + at, batch.memory_values[l] + at, batch.memory_starts[source + 1] - begin, batch.memory_stride};
+                attend_with<P>(team, wide + (int64_t)row * D + h * E, batch.lengths[i], D, keys, 0, answer + (int64_t)row * D + h * E);
+            }
+        team.wait();
+    }
+};
+
+void run(Computation &computation, int precision, Team team) {
+    if (precision == INT8) computation.run<INT8>(team);
+    else if (precision == BF16) computation.run<BF16>(team);
+    else computation.run<FP32>(team);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- the doors
+
+extern "C" {
+
+// Bytes of a packed matrix, and the number of its scales.
+int64_t qkv_packed_bytes(int precision, int out, int in) { return (int64_t)panels_of(out) * WIDTH * in * bytes_of(precision); }
+int64_t qkv_scales(int precision, int out, int in) { return precision == INT8 ? (int64_t)panels_of(out) * groups_of(precision, in) * WIDTH : 0; }
+
+// Weights (out, in) in the order of the products. `in` is a multiple of 16.
+void qkv_pack(int precision, const float *weight, int out, int in, char *packed, float *scales, int threads) {
+    int groups = groups_of(precision, in), elements = 4 / bytes_of(precision);
+#pragma omp parallel for num_threads(threads)
+    for (int p = 0; p < panels_of(out); p++) {
+        char *panel = packed + (int64_t)p * in * WIDTH * bytes_of(precision);
+        for (int j = 0; j < WIDTH; j++) {
+            const float *column = weight + (int64_t)(p * WIDTH + j) * in;
+            bool there = p * WIDTH + j < out;
+            for (int g = 0; g < groups; g++) {
+                int begin = precision == INT8 ? g * GROUP : 0, end = precision == INT8 ? std::min(in, begin + GROUP) : in;
+                float most = 0, scale = 1;
+                if (precision == INT8) {
+                    for (int i = begin; i < end && there; i++) most = std::max(most, std::fabs(column[i]));
+                    scale = most / 127;
+                    scales[((int64_t)p * groups + g) * WIDTH + j] = scale;
+                }
+                for (int i = begin; i < end; i++) {
+                    float w = there ? column[i] : 0;
+                    char *to = panel + ((int64_t)(i / elements) * WIDTH + j) * 4 + i % elements * bytes_of(precision);
+                    if (precision == FP32) std::memcpy(to, &w, 4);
+                    else if (precision == BF16) {
+                        uint16_t half = (uint16_t)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(w)));
+                        std::memcpy(to, &half, 2);
+                    } else *(uint8_t *)to = (uint8_t)(128 + (scale > 0 ? (int)std::lrint(w / scale) : 0));
+                }
+            }
+        }
+    }
+}
+
+// x (T, in) -> out (T, matrix.out), a linear map by all threads.
+void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, float *out, int threads) {
+    int groups = groups_of(precision, matrix->in), stride = matrix->in * bytes_of(precision);
+    Rows rows{nullptr, nullptr, nullptr, stride, groups};
+    Arena &arena = head_arena;
+    arena.lay([&] {
+        rows.data = arena.take<char>((size_t)T * stride);
+        rows.scale = arena.take<float>((size_t)T * groups);
+        rows.start = arena.take<int32_t>((size_t)T * groups);
+    });
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads()};
+        auto go = [&](auto tag) {
+            constexpr int P = decltype(tag)::value;
+            for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
+                convert<P>(x + (int64_t)t * matrix->in, matrix->in, rows, t);
+            team.wait();
+            multiply<P>(*matrix, rows, T, team, [&](int row, int column, V value, __mmask16 mask) {
+                _mm512_mask_storeu_ps(out + (int64_t)row * matrix->out + column, mask, value);
+            });
+        };
+        if (precision == INT8) go(std::integral_constant<int, INT8>{});
+        else if (precision == BF16) go(std::integral_constant<int, BF16>{});
+        else go(std::integral_constant<int, FP32>{});
+    }
+}
+
+// The batch's tokens through layers `first` to `last`.
+void qkv_forward(const Stack *stack, const Batch *batch) {
+    struct Chunk { int from, to; int64_t row; int rows; };
+    std::vector<Chunk> chunks;
+    int64_t row = 0;
+    for (int i = 0; i < batch->sequences; i++) {
+        if (chunks.empty() || chunks.back().rows + batch->lengths[i] > CHUNK) chunks.push_back({i, i, row, 0});
+        chunks.back().to = i + 1;
+        chunks.back().rows += batch->lengths[i];
+        row += batch->lengths[i];
+    }
+    if (!row) return;
+    int threads = batch->threads;
+    if ((int)chunks.size() >= 2 * threads || threads == 1) {
+        std::atomic<int> next{0};
+#pragma omp parallel num_threads(threads)
+        for (int c; (c = next++) < (int)chunks.size();) {
+            Chunk &chunk = chunks[c];
+            Computation computation(*stack, *batch, chunk.from, chunk.to, chunk.row, chunk.rows, 1, own_arena);
+            run(computation, stack->precision, {0, 1});
+        }
+    } else {
+        Computation computation(*stack, *batch, 0, batch->sequences, 0, (int)row, threads, own_arena);
+#pragma omp parallel num_threads(threads)
+        run(computation, stack->precision, {omp_get_thread_num(), omp_get_num_threads()});
+    }
+}
+}

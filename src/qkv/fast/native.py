@@ -1,0 +1,352 @@
+"""Blocks in C++: `native.cpp`, compiled on first use, and the modules that hand tensors to it.
+
+The modules stand in the place of `layers.Stack`, `layers.Output` and `nn.Linear`, take the same arguments and
+give the same answers as far as their precision goes. They only answer: they keep packed weights, from which
+there is no way back to a checkpoint, and no gradients.
+
+Legend: T tokens of the batch (S of sources), N sequences, D model width, H heads, E = D / H head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qkv.attention import Cache, KeyValue, Pattern, Tap, Tappable
+from qkv.config import Activation, ModelConfig
+from qkv.config import InferencePrecision as Precision
+from qkv.files import cache_folder, replace_file
+from qkv.layers import Block, Stack
+
+# ---------------------------------------------------------------- the library
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+FEATURES = ("avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16")
+"""Of a CPU, as torch calls them."""
+ORDER: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int8": 2}
+"""Numbers of the enumerations in native.cpp."""
+ACTIVATIONS: dict[Activation, int] = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+
+class UnavailableError(Exception):
+    """Why there is no compiled code for this machine, in one line."""
+
+
+@once
+def library() -> ctypes.CDLL:
+    """The compiled code; built once for a CPU and a version of the source, then kept in the cache folder.
+
+    Raises UnavailableError for a CPU that it is not written for, and where there is no compiler.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if missing := [name for name in FEATURES if not capabilities.get(name)]:
+        raise UnavailableError(f"this CPU lacks {', '.join(missing)}")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    key = repr((SOURCE.read_bytes(), FLAGS, compiler, sorted(capabilities.items())))
+    path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        replace_file(path, lambda part: _compile(compiler, part))
+    found = ctypes.CDLL(str(path))
+    found.qkv_packed_bytes.restype = found.qkv_scales.restype = c_int64
+    return found
+
+
+def check(config: ModelConfig) -> None:
+    """Raises UnavailableError for a model of sizes that the code does not take, and as `library` does."""
+    head_dim = config.dim // config.heads
+    odd = [size for size in (config.dim, head_dim, config.mlp_dim) if size % 16]
+    if odd or head_dim > 256 or config.dim > 8192:
+        raise UnavailableError(
+            f"it needs widths in multiples of 16, not {config.dim}, {head_dim}, {config.mlp_dim}"
+        )
+    library()
+
+
+def version() -> str:
+    """Changes with the source."""
+    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], out: Path) -> None:
+    try:
+        subprocess.run(
+            [*compiler, *FLAGS, str(SOURCE), "-o", str(out)], check=True, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        raise UnavailableError(f"there is no C++ compiler {compiler[0]!r}; install one, or set CXX") from None
+    except subprocess.CalledProcessError as error:
+        said = next((line for line in error.stderr.splitlines() if "error" in line), "no reason given")
+        raise UnavailableError(f"{compiler[0]} cannot compile {SOURCE.name}: {said}") from None
+
+
+class CMatrix(Structure):
+    """`Matrix` of native.cpp."""
+
+    _fields_ = [(name, c_void_p) for name in ("weight", "scale", "bias")] + [
+        (name, c_int32) for name in ("inputs", "outputs")
+    ]
+
+
+class CNorm(Structure):
+    """`Norm` of native.cpp."""
+
+    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float)]
+
+
+class CLayer(Structure):
+    """`Layer` of native.cpp."""
+
+    _fields_ = [(name, CMatrix) for name in ("qkv", "out", "cross_query", "cross_out", "up", "down")] + [
+        (name, CNorm) for name in ("attention", "cross", "mlp", "query", "key")
+    ]
+
+
+class CStack(Structure):
+    """`Stack` of native.cpp."""
+
+    _fields_ = [("layers", POINTER(CLayer))] + [
+        (name, c_int32) for name in ("precision", "dim", "heads", "mlp_dim", "activation", "norm_first")
+    ]
+
+
+class CBatch(Structure):
+    """`Batch` of native.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "lengths")),
+        *((name, c_int32) for name in ("sequences", "threads", "first", "last", "causal")),
+        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values", "past")),
+        ("capacity", c_int32),
+        *((name, c_void_p) for name in ("memory_keys", "memory_values", "memory_starts", "source")),
+        ("memory_stride", c_int32),
+        *((name, c_void_p) for name in ("seen_qkv", "seen_answer", "seen_query", "seen_cross")),
+    ]
+
+
+# ---------------------------------------------------------------- linear maps
+
+
+class NativeLinear(nn.Module):
+    """x W^T + bias with packed weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, precision: Precision) -> None:
+        """weight (outputs, inputs), the inputs a multiple of 16; bias (outputs,)."""
+        super().__init__()
+        self.outputs, self.inputs = weight.shape
+        self.order = ORDER[precision]
+        code, size = library(), (self.order, self.outputs, self.inputs)
+        weight = weight.detach().float().contiguous()
+        self.packed = torch.empty(code.qkv_packed_bytes(*size), dtype=torch.uint8)
+        self.scale = torch.empty(code.qkv_scales(*size))
+        self.bias = None if bias is None else bias.detach().float().contiguous()
+        pointers = (c_void_p(x.data_ptr()) for x in (weight, self.packed, self.scale))
+        source, packed, scale = pointers
+        threads = torch.get_num_threads()
+        code.qkv_pack(self.order, source, self.outputs, self.inputs, packed, scale, threads)
+
+    def matrix(self) -> CMatrix:
+        """Where it is; valid while this module lives."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return CMatrix(self.packed.data_ptr(), self.scale.data_ptr(), bias, self.inputs, self.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., inputs) -> (..., outputs), float32."""
+        x = x.float().contiguous()
+        out = torch.empty(*x.shape[:-1], self.outputs)
+        rows = x.numel() // self.inputs
+        where = c_void_p(x.data_ptr()), rows, c_void_p(out.data_ptr())
+        library().qkv_linear(byref(self.matrix()), self.order, *where, torch.get_num_threads())
+        return out
+
+
+class NativeOutput(nn.Module):
+    """`layers.Output` with a packed copy of the embeddings."""
+
+    def __init__(self, embeddings: Tensor, precision: Precision) -> None:
+        """embeddings (V, D)."""
+        super().__init__()
+        self.linear = NativeLinear(embeddings, None, precision)
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None = None) -> Tensor:
+        """hidden (..., D), bias (V,) -> logits (..., V); `embeddings` are those that were packed."""
+        logits: Tensor = self.linear(hidden)
+        return logits if bias is None else logits.add_(bias)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@dataclass
+class NativeAttention:
+    """What `record` taps of a layer."""
+
+    heads: int
+    tap: Tap | None = None
+
+
+class NativeStack(nn.Module):
+    """`layers.Stack` with packed weights; x is overwritten."""
+
+    def __init__(self, stack: Stack, config: ModelConfig, precision: Precision) -> None:
+        super().__init__()
+        self.dim, self.heads = config.dim, config.heads
+        self.matrices, self.norms, self.memory_maps = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+
+        def matrix(weight: Tensor, bias: Tensor) -> CMatrix:
+            self.matrices.append(NativeLinear(weight, bias, precision))
+            return cast(NativeLinear, self.matrices[-1]).matrix()
+
+        def linear(layer: nn.Linear) -> CMatrix:
+            return matrix(layer.weight, layer.bias)
+
+        def norm(layer: nn.LayerNorm | None) -> CNorm:
+            if layer is None:
+                return CNorm()
+            self.norms.append(layer.float().requires_grad_(False))
+            return CNorm(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.eps)
+
+        layers = []
+        for block in map(_block, stack):
+            own, cross, D = block.attention, block.cross, config.dim
+            layer = CLayer(
+                qkv=linear(own.qkv),
+                out=linear(own.out),
+                up=linear(block.mlp.up),
+                down=linear(block.mlp.down),
+                attention=norm(block.attention_norm),
+                mlp=norm(block.mlp_norm),
+                query=norm(own.query_norm),
+                key=norm(own.key_norm),
+            )
+            if cross is not None:
+                layer.cross_query = matrix(cross.qkv.weight[:D], cross.qkv.bias[:D])
+                layer.cross_out = linear(cross.out)
+                layer.cross = norm(block.cross_norm)
+                self.memory_maps.append(NativeLinear(cross.qkv.weight[D:], cross.qkv.bias[D:], precision))
+            layers.append(layer)
+        self.layers = (CLayer * len(layers))(*layers)
+        sizes = (config.dim, config.heads, config.mlp_dim)
+        self.stack = CStack(
+            self.layers, ORDER[precision], *sizes, ACTIVATIONS[config.activation], config.norm_first
+        )
+        self.own = [NativeAttention(config.heads) for _ in layers]
+        self.cross = [NativeAttention(config.heads) for _ in self.memory_maps]
+
+    def forward(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        *,
+        rotation: KeyValue | None = None,
+        cache: Cache | None = None,
+        memory: Sequence[KeyValue] = (),
+        memory_pattern: Pattern | None = None,
+    ) -> Tensor:
+        """As `layers.Stack`: x (T, D) -> (T, D), float32."""
+        x = x.float().contiguous()
+        lengths = _ints(pattern.queries.lengths)
+        batch = CBatch(
+            x=x.data_ptr(),
+            lengths=lengths.ctypes.data,
+            sequences=len(lengths),
+            threads=torch.get_num_threads(),
+            causal=pattern.causal,
+        )
+        kept: list[object] = [lengths]  # what the batch points to
+        if rotation is not None:
+            turns = [turn.float().contiguous() for turn in rotation]
+            batch.cosine, batch.sine = (turn.data_ptr() for turn in turns)
+            kept.append(turns)
+        if cache is not None:
+            like = x.new_empty(0, self.heads, self.dim // self.heads)
+            keys, values = map(_pointers, zip(*(layer.reserve(like) for layer in cache.layers), strict=True))
+            past = _ints(pattern.keys.lengths) - lengths
+            batch.keys, batch.values = ctypes.addressof(keys), ctypes.addressof(values)
+            batch.past, batch.capacity = past.ctypes.data, cache.capacity
+            kept += [keys, values, past]
+        if memory_pattern is not None:
+            keys, values = map(_pointers, zip(*memory, strict=True))
+            starts = np.cumsum([0, *memory_pattern.keys.lengths], dtype=np.int32)
+            # A query sequence of the memory's pattern holds those of all hypotheses of its source.
+            owner = np.repeat(np.arange(len(memory_pattern.queries)), memory_pattern.queries.lengths)
+            source = owner[np.cumsum(lengths) - lengths].astype(np.int32)
+            batch.memory_keys, batch.memory_values = ctypes.addressof(keys), ctypes.addressof(values)
+            batch.memory_starts, batch.source = starts.ctypes.data, source.ctypes.data
+            batch.memory_stride = memory[0][0].stride(0)
+            kept += [keys, values, starts, source]
+        self._run(batch, x, pattern, cache, memory, memory_pattern)
+        return x
+
+    def read(self, memory: Tensor) -> list[KeyValue]:
+        """Each layer's keys and values of memory (S, D), for its cross-attention: (S, H, E) each."""
+        both = (module(memory).view(-1, 2, self.heads, self.dim // self.heads) for module in self.memory_maps)
+        return [(pair[:, 0], pair[:, 1]) for pair in both]
+
+    def attentions(self) -> list[Tappable]:
+        """What can be recorded of self-attention, first layer first."""
+        return list(self.own)
+
+    def crosses(self) -> list[Tappable]:
+        """What can be recorded of cross-attention, first layer first."""
+        return list(self.cross)
+
+    def _run(
+        self,
+        batch: CBatch,
+        x: Tensor,
+        pattern: Pattern,
+        cache: Cache | None,
+        memory: Sequence[KeyValue],
+        memory_pattern: Pattern | None,
+    ) -> None:
+        """All layers; those that are recorded end a call, which then shows what their kernels computed on."""
+        T, D, shape = len(x), self.dim, (-1, self.heads, self.dim // self.heads)
+        depth = len(self.own)
+        taps = [(self.own[i].tap, self.cross[i].tap if self.cross else None) for i in range(depth)]
+        for i, (own, cross) in enumerate(taps):
+            if own is None and cross is None and i + 1 < depth:
+                continue
+            batch.last = i + 1
+            if own is not None:
+                packed, answer = x.new_empty(T, 3 * D), x.new_empty(T, D)
+                batch.seen_qkv, batch.seen_answer = packed.data_ptr(), answer.data_ptr()
+            if cross is not None:
+                asked, told = x.new_empty(T, D), x.new_empty(T, D)
+                batch.seen_query, batch.seen_cross = asked.data_ptr(), told.data_ptr()
+            library().qkv_forward(byref(self.stack), byref(batch))
+            if own is not None:
+                query, key, value = (part.reshape(shape) for part in packed.chunk(3, dim=1))
+                if cache is not None:
+                    key, value = cache.layers[i].reserve(key)
+                own.see(query, key, value, pattern, answer.view(shape))
+            if cross is not None:
+                assert memory_pattern is not None
+                cross.see(asked.view(shape), *memory[i], memory_pattern, told.view(shape))
+            batch.first = batch.last
+            batch.seen_qkv = batch.seen_answer = batch.seen_query = batch.seen_cross = None
+
+
+def _block(module: nn.Module) -> Block:
+    return cast(Block, module)
+
+
+def _ints(numbers: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    return np.array(numbers, dtype=np.int32)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[c_void_p]:
+    return (c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))

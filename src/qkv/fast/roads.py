@@ -1,0 +1,134 @@
+"""Which engine and precision a model runs with, and the replacement of its modules."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+from qkv.attention import Attention, Pattern
+from qkv.config import InferencePrecision, ModelConfig
+from qkv.errors import InputError
+from qkv.fast import native
+from qkv.fast.native import NativeOutput, NativeStack, UnavailableError
+from qkv.fast.packed import PackedLinear, PackedOutput
+from qkv.files import measured
+from qkv.layers import FeedForward, Output, Stack
+from qkv.models import Model
+from qkv.ragged import Layout
+from qkv.runtime import device_name, multiplies_bfloat16
+
+Engine = Literal["native", "torch"]
+
+
+@dataclass(frozen=True)
+class Road:
+    """One way of computing a model's blocks."""
+
+    engine: Engine
+    precision: InferencePrecision
+
+
+def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "auto") -> Road:
+    """Make a model answer faster, in place; returns the road that it takes from now on.
+
+    precision: of the products with the weights of the blocks and of the output. fp32: as trained. bf16:
+    rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a scale for every 128
+    inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16. Of several roads it is the
+    one that a trial on this machine found fastest, which is remembered in the cache folder. Where there is
+    no compiled code a warning says why, and int8 becomes bf16. The model only answers from then on: it can
+    neither be trained nor saved. Raises InputError if that was done already, and for int8 on a GPU.
+    """
+    if not any(isinstance(module, Stack) for module in model.modules()):
+        raise InputError("this model is optimized already: load it anew for another precision")
+    model.eval().requires_grad_(False)
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        if precision == "int8":
+            raise InputError("int8 is for CPUs: use bf16 on a GPU")
+        half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
+        model.to(torch.bfloat16 if half else torch.float32)
+        return Road("torch", "bf16" if half else "fp32")
+    config = cast(ModelConfig, model.config)
+    road = _fastest(_roads(config, precision), config)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Stack):
+                setattr(parent, name, _stack(child, config, road))
+            elif isinstance(child, Output):
+                setattr(parent, name, _output(child, model, road))
+    return road
+
+
+def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"]) -> list[Road]:
+    """Those that compute in this precision here."""
+    precisions: list[InferencePrecision] = ["fp32", "bf16"] if precision == "auto" else [precision]
+    try:
+        native.check(config)
+    except UnavailableError as error:
+        said = f"qkv runs on PyTorch's operators alone: {error}"
+        if precision == "int8":
+            said, precisions = f"{said}; int8 needs more than these, so bf16 is used", ["bf16"]
+        warnings.warn(said, stacklevel=3)
+        return [Road("torch", one) for one in precisions]
+    roads = [Road("native", one) for one in precisions]
+    return roads + [Road("torch", one) for one in precisions if one != "int8"]
+
+
+# ---------------------------------------------------------------- the modules
+
+
+def _stack(stack: Stack, config: ModelConfig, road: Road) -> nn.Module:
+    if road.engine == "native":
+        return NativeStack(stack, config, road.precision)
+    if road.precision == "bf16":
+        for module in stack.modules():
+            if isinstance(module, Attention | FeedForward):
+                for name, child in list(module.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(module, name, PackedLinear(child.weight, child.bias))
+    return stack
+
+
+def _output(output: Output, model: Model, road: Road) -> nn.Module:
+    embeddings = cast(nn.Embedding, model.tokens).weight
+    if road.engine == "native":
+        return NativeOutput(embeddings, road.precision)
+    return PackedOutput(embeddings) if road.precision == "bf16" else output
+
+
+# ---------------------------------------------------------------- the trial
+
+
+def _fastest(roads: list[Road], config: ModelConfig) -> Road:
+    """The road that takes the least time for a block of the model's sizes; measured once on a machine."""
+    if len(roads) == 1:
+        return roads[0]
+    cpu, sizes = device_name(torch.device("cpu")), (config.dim, config.heads, config.mlp_dim)
+    about = f"{cpu}; torch {torch.__version__}; native {native.version()}; {sizes}"
+
+    def seconds(road: Road) -> float:
+        key = f"{about}; {road.engine} {road.precision}"
+        return measured("roads.json", key, lambda: _seconds(road, config))
+
+    return min(roads, key=seconds)
+
+
+@torch.inference_mode()
+def _seconds(
+    road: Road, config: ModelConfig, sequences: int = 16, length: int = 32, trials: int = 5
+) -> float:
+    """The shortest time of a block of these sizes on so many sequences."""
+    block = _stack(Stack(replace(config, depth=1)).eval(), config, road)
+    layout = Layout((length,) * sequences, torch.device("cpu"))
+    x = torch.randn(layout.tokens, config.dim)
+    times = []
+    for _ in range(1 + trials):
+        started = time.perf_counter()
+        block(x.clone(), Pattern(layout, layout))
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

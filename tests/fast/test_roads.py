@@ -1,0 +1,227 @@
+"""An optimized model answers as the model itself does, as far as its precision goes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CONFIGS, DECODERS, answers, flat, ids, samples, tiny
+
+from qkv.attention import record
+from qkv.config import Decoding
+from qkv.decode import generate
+from qkv.errors import InputError
+from qkv.fast import optimize
+from qkv.fast.native import NativeLinear, UnavailableError, library
+from qkv.fast.roads import Road, _fastest, _seconds
+from qkv.models import Model
+
+try:
+    library()
+    REASON = ""
+except UnavailableError as error:
+    REASON = str(error)
+native_code = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.04, "int8": 0.08}
+"""Largest error of a vector, relative to its length, that the precisions leave in a model of three blocks."""
+
+
+def wide(name: str) -> Model:
+    """A tiny model of widths that the compiled code takes, and weights as large as trained ones are."""
+    config = replace(CONFIGS[name], dim=64, heads=2, mlp_dim=160, depth=3)
+    model = tiny(config, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.3)
+    return model
+
+
+def native(name: str, precision: str) -> Model:
+    """The same one, compiled whatever a trial might say."""
+    model = wide(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qkv.fast.roads._fastest", lambda roads, config: roads[0])
+        assert optimize(model, precision) == Road("native", precision)
+    return model
+
+
+def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        error = (a.float() - b).norm() / b.norm().clamp(min=1)
+        assert error <= tolerance, f"{error:.4f} of {tuple(b.shape)}"
+
+
+# ---------------------------------------------------------------- answers
+
+
+@native_code
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_answers_are_the_models_own(name: str, precision: str):
+    # One sequence, few, and more than a thread takes through the layers at once.
+    for lengths in ([(1, 1)], [(7, 3), (1, 9), (20, 2)], [(40 + i, 70 - i) for i in range(12)]):
+        with torch.inference_mode():
+            batch = samples(wide(name), lengths)
+            expected, found = flat(answers(wide(name), batch)), flat(answers(native(name, precision), batch))
+        assert_near(found, expected, TOLERANCE[precision])
+
+
+@native_code
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoding_reads_the_cache_as_the_model_does(name: str):
+    inputs = [ids(length, length).tolist() for length in (5, 1, 9, 30)]
+    for decoding in (
+        Decoding(max_new_tokens=20, temperature=0.0),
+        Decoding(max_new_tokens=20, num_beams=3),
+        Decoding(max_new_tokens=20, temperature=0.9, seed=3, num_return_sequences=2),
+    ):
+        expected, found = (generate(m, inputs, decoding, [1]) for m in (wide(name), native(name, "fp32")))
+        assert [[h.ids for h in one] for one in found] == [[h.ids for h in one] for one in expected]
+
+
+@native_code
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-post-norm", "bert-masked-lm", "vit-pre-norm"])
+def test_attention_is_recorded_as_the_kernel_computed_it(name: str, precision: str):
+    batch = samples(wide(name), [(7, 3), (20, 5)])
+    maps = []
+    for model in (wide(name), native(name, precision)):
+        with torch.inference_mode(), record(model, layers=[0, 2]) as seen:
+            answers(model, batch)
+        maps.append([call for key in sorted(seen.taps) for call in seen.taps[key].calls[-1]])
+        assert seen.residual <= TOLERANCE[precision]
+    assert_near(maps[1], maps[0], TOLERANCE[precision])
+
+
+@native_code
+@pytest.mark.parametrize("name", DECODERS)
+def test_attention_is_recorded_over_a_cache(name: str):
+    prompt = ids(6, 1).tolist()
+    seen = []
+    for model in (wide(name), native(name, "fp32")):
+        with record(model) as maps:
+            generate(model, [prompt], Decoding(max_new_tokens=4, temperature=0.0), [])
+        seen.append([m for key in sorted(maps.taps) for call in maps.taps[key].calls for m in call])
+    for a, b in zip(*seen, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- products
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Rows of numbers in 8 bits, with a scale for each 128 of them."""
+    parts = []
+    for part in x.split(128, dim=1):
+        scale = part.abs().amax(1, keepdim=True) / 127
+        parts.append(torch.where(scale > 0, (part / scale).round() * scale, 0.0))
+    return torch.cat(parts, dim=1)
+
+
+ROUNDED = {"fp32": lambda x: x, "bf16": lambda x: x.bfloat16().float(), "int8": rounded}
+
+
+@native_code
+@settings(deadline=None, max_examples=40)
+@given(
+    precision=st.sampled_from(sorted(ROUNDED)),
+    rows=st.integers(1, 40),
+    inputs=st.integers(1, 20).map(lambda n: 16 * n),
+    outputs=st.integers(1, 200),
+    seed=st.integers(0, 9),
+    outlier=st.sampled_from([1.0, 100.0]),
+)
+def test_a_product_is_that_of_the_rounded_numbers(precision, rows, inputs, outputs, seed, outlier):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, inputs, generator=generator) for n in (rows, outputs))
+    x[:, seed] *= outlier
+    bias = torch.randn(outputs, generator=generator)
+    expected = ROUNDED[precision](x).double() @ ROUNDED[precision](weight).double().T + bias
+    found = NativeLinear(weight, bias, precision)(x)
+    # A number halfway between two may be rounded to either.
+    allowed = 0.02 * expected.norm() if precision == "int8" else 1e-5 * x.norm() * weight.norm()
+    assert (found - expected).norm() <= allowed
+
+
+# ---------------------------------------------------------------- roads
+
+
+@native_code
+def test_a_trial_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    trials = []
+
+    def seconds(road, config):
+        trials.append(road)
+        return {"native": 2.0, "torch": 1.0}[road.engine] + (road.precision == "fp32")
+
+    monkeypatch.setattr("qkv.fast.roads._seconds", seconds)
+    roads = [Road(engine, precision) for engine in ("native", "torch") for precision in ("fp32", "bf16")]
+    for _ in range(2):
+        assert _fastest(roads, CONFIGS["gpt-pre-norm"]) == Road("torch", "bf16")
+    assert trials == roads
+
+
+@pytest.mark.parametrize("road", [Road("torch", "fp32"), Road("torch", "bf16"), Road("native", "int8")])
+def test_a_trial_takes_time(road: Road):
+    if road.engine == "native" and REASON:
+        pytest.skip(REASON)
+    config = replace(CONFIGS["transformer-post-norm"], dim=64, mlp_dim=128)
+    assert _seconds(road, config, sequences=2, length=3, trials=1) > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_a_compiler_torch_computes_and_a_warning_says_so(name: str, tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    library.cache_clear()
+    model = wide(name)
+    try:
+        with pytest.warns(UserWarning, match=r"PyTorch's operators alone: .*int8 needs more .* bf16"):
+            assert optimize(model, "int8") == Road("torch", "bf16")
+    finally:
+        library.cache_clear()
+    batch = samples(model, [(7, 3), (20, 5)])
+    with torch.inference_mode():
+        assert_near(flat(answers(model, batch)), flat(answers(wide(name), batch)), TOLERANCE["bf16"])
+
+
+def test_widths_that_the_code_does_not_take_are_computed_by_torch():
+    model = tiny("gpt-pre-norm", torch.float32)
+    with pytest.warns(UserWarning, match=r"PyTorch's operators alone"):
+        assert optimize(model, "fp32") == Road("torch", "fp32")
+
+
+@native_code
+def test_a_model_is_optimized_once():
+    model = native("gpt-pre-norm", "int8")
+    with pytest.raises(InputError, match="optimized already: load it anew"):
+        optimize(model)
+
+
+@native_code
+def test_code_that_does_not_compile_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    broken = tmp_path / "native.cpp"
+    broken.write_text("int main() { return x; }")
+    monkeypatch.setattr("qkv.fast.native.SOURCE", broken)
+    library.cache_clear()
+    try:
+        with pytest.raises(UnavailableError, match=r"cannot compile native.cpp: .*x.* was not declared"):
+            library()
+        assert not list((tmp_path / "native").glob("*"))
+    finally:
+        library.cache_clear()
+
+
+def test_loading_a_model_imports_none_of_this():
+    code = "import sys, qkv.pipelines; print([m for m in sys.modules if m.startswith('qkv.fast')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
