@@ -19,6 +19,7 @@
 #include <vector>
 
 #include <omp.h>
+#include <sched.h>
 
 #if !defined(__AVX512BW__) || !defined(__AVX512VNNI__) || !defined(__AVX512BF16__)
 #error "needs AVX-512 with VNNI and BF16"
@@ -254,13 +255,30 @@ void product(const Rows &rows, int row, int height, const char *panel, const flo
     }
 }
 
+class Barrier {  // where another program has the core of a thread that is awaited, the others make room for it
+    std::atomic<int> arrived{0}, round{0};
+
+public:
+    void wait(int size) {
+        int before = round.load();
+        if (arrived.fetch_add(1) + 1 == size) {
+            arrived.store(0);
+            round.store(before + 1);
+            return;
+        }
+        for (int turns = 0; round.load() == before; turns++) {
+            if (turns < 2000) _mm_pause();
+            else sched_yield();
+        }
+    }
+};
+
 struct Team {  // the threads that compute on the same tokens
     int rank, size;
+    Barrier *barrier;
 
     void wait() const {
-        if (size > 1) {
-#pragma omp barrier
-        }
+        if (size > 1) barrier->wait(size);
     }
 };
 
@@ -718,9 +736,10 @@ void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, floa
         rows.scale = arena.take<float>((size_t)T * groups);
         rows.start = arena.take<int32_t>((size_t)T * groups);
     });
+    Barrier barrier;
 #pragma omp parallel num_threads(threads)
     {
-        Team team{omp_get_thread_num(), omp_get_num_threads()};
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
         auto go = [&](auto tag) {
             constexpr int P = decltype(tag)::value;
             for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
@@ -755,12 +774,13 @@ void qkv_forward(const Stack *stack, const Batch *batch) {
         for (int c; (c = next++) < (int)chunks.size();) {
             Chunk &chunk = chunks[c];
             Computation computation(*stack, *batch, chunk.from, chunk.to, chunk.row, chunk.rows, 1, own_arena);
-            run(computation, stack->precision, {0, 1});
+            run(computation, stack->precision, {0, 1, nullptr});
         }
     } else {
         Computation computation(*stack, *batch, 0, batch->sequences, 0, (int)row, threads, own_arena);
+        Barrier barrier;
 #pragma omp parallel num_threads(threads)
-        run(computation, stack->precision, {omp_get_thread_num(), omp_get_num_threads()});
+        run(computation, stack->precision, {omp_get_thread_num(), omp_get_num_threads(), &barrier});
     }
 }
 }
