@@ -389,7 +389,7 @@ struct Attention {
     void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
         constexpr int ELEMENTS = P == FP32 ? 1 : 2;
         int padded = panels_of(from.count) * WIDTH, steps = E / ELEMENTS;
-        pack_keys<P>(from, E, padded);
+        pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
         alignas(64) float scaled[256], part[HEIGHT * WIDTH];
@@ -425,7 +425,7 @@ struct Attention {
 
 private:
     template <int P>
-    void pack_keys(Keys from, int E, int padded) {  // (panels, E / n, WIDTH, n)
+    void pack_keys(Keys from, int E) {  // (panels, E / n, WIDTH, n)
         auto *out = (int32_t *)keys;
         int steps = P == FP32 ? E : E / 2;
         alignas(64) int32_t row[256];
@@ -436,7 +436,6 @@ private:
             int32_t *column = out + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH;
             for (int s = 0; s < steps; s++) column[s * WIDTH] = row[s];
         }
-        (void)padded;
     }
 
     template <int P>
@@ -482,10 +481,11 @@ class Computation {  // some sequences of a batch on their way through the layer
     const Batch &batch;
     int from, to, rows;    // sequences, and their tokens
     int64_t first_row;     // of their tokens among all
-    float *x, *wide, *answer, *scores;
-    Rows input;
+    float *x, *wide, *answer, *scores, *input_scale;
+    char *inputs;
+    int32_t *input_start;
+    int score_width;
     std::vector<Attention> attentions;  // one for each thread
-    const Norm *pending = nullptr;      // post-norm: the norm of the sub-layer before
 
 public:
     Computation(const Stack &stack, const Batch &batch, int from, int to, int64_t first_row, int rows, int threads, Arena &arena)
@@ -503,8 +503,9 @@ public:
         arena.lay([&] {
             wide = arena.take<float>((size_t)rows * wide_width);
             answer = arena.take<float>((size_t)rows * stack.dim);
-            input = {arena.take<char>((size_t)rows * in * bytes_of(stack.precision)), arena.take<float>((size_t)rows * groups),
-                     arena.take<int32_t>((size_t)rows * groups), 0, 1};
+            inputs = arena.take<char>((size_t)rows * in * bytes_of(stack.precision));
+            input_scale = arena.take<float>((size_t)rows * groups);
+            input_start = arena.take<int32_t>((size_t)rows * groups);
             scores = arena.take<float>((size_t)threads * (longest + 16));
             for (Attention &one : attentions) {
                 if (stack.precision == FP32) one.lay<FP32>(arena, longest, stack.dim / stack.heads);
@@ -522,7 +523,7 @@ public:
             int D = stack.dim;
             bool seen = l + 1 == batch.last;
             prepare<P>(team, layer.attention, norm);
-            multiply<P>(layer.qkv, input, rows, team, [&](int row, int column, V value, __mmask16) {
+            multiply<P>(layer.qkv, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
                 _mm512_storeu_ps(wide + (int64_t)row * 3 * D + column, value);
             });
             team.wait();
@@ -533,7 +534,7 @@ public:
             norm = &layer.attention;
             if (layer.cross_query.weight) {
                 prepare<P>(team, layer.cross, norm);
-                multiply<P>(layer.cross_query, input, rows, team, [&](int row, int column, V value, __mmask16) {
+                multiply<P>(layer.cross_query, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
                     _mm512_storeu_ps(wide + (int64_t)row * D + column, value);
                 });
                 team.wait();
@@ -545,7 +546,7 @@ public:
             }
             prepare<P>(team, layer.mlp, norm);
             int F = stack.mlp_dim, activation = stack.activation;
-            multiply<P>(layer.up, input, rows, team, [&](int row, int column, V value, __mmask16) {
+            multiply<P>(layer.up, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
                 _mm512_storeu_ps(wide + (int64_t)row * F + column, activate(value, activation));
             });
             team.wait();
@@ -557,27 +558,22 @@ public:
     }
 
 private:
-    int score_width;
-
     template <class Do>
     void each_row(Team team, Do work) {
         for (int row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size; row++) work(row);
     }
 
-    // Rows in the stack's precision, where `width` of them are multiplied next.
+    // Where rows of this width are laid to be multiplied.
     template <int P>
-    void set_input(int width) {
-        input.stride = width * bytes_of(P);
-        input.groups = groups_of(P, width);
+    Rows input(int width) const {
+        return {inputs, input_scale, input_start, width * bytes_of(P), groups_of(P, width)};
     }
 
     // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
     template <int P>
     void prepare(Team team, const Norm &own, const Norm *before) {
         int D = stack.dim;
-        Rows &to = input;
-        if (team.rank == 0) set_input<P>(D);
-        team.wait();
+        Rows to = input<P>(D);
         each_row(team, [&](int row) {
             float *line = x + (int64_t)row * D;
             if (stack.norm_first) {
@@ -595,13 +591,12 @@ private:
     // x += (what was made, (rows, width)) W^T + bias
     template <int P>
     void join(Team team, const Matrix &matrix, const float *made, int width) {
-        if (team.rank == 0) set_input<P>(width);
+        Rows to = input<P>(width);
+        each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, to, row); });
         team.wait();
-        each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, input, row); });
-        team.wait();
-        multiply<P>(matrix, input, rows, team, [&](int row, int column, V value, __mmask16) {
-            float *to = x + (int64_t)row * stack.dim + column;
-            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), value));
+        multiply<P>(matrix, to, rows, team, [&](int row, int column, V value, __mmask16) {
+            float *sum = x + (int64_t)row * stack.dim + column;
+            _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), value));
         });
         team.wait();
     }

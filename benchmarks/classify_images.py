@@ -1,0 +1,133 @@
+"""Images to classes: qkv beside transformers, ONNX Runtime and OpenVINO.
+
+usage: python benchmarks/classify_images.py [ti-1 | ti-32 | b-1 | b-32] [--passes N] [--only NAME]
+
+ViT-Ti/16 and ViT-B/16 (random weights) on one image and on 32 of 224 x 224 pixels. Agreement is the
+cosine of the class token's vector to that of transformers in fp32, mean and smallest. The limit is the
+time of the products with the blocks' weights at the measured peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import interleaved
+import torch
+from interleaved import Answer, Job, Work
+from torch import Tensor, nn
+
+SIZES = {"ti": (192, 3), "b": (768, 12)}
+DEPTH, TOKENS = 12, 197
+
+
+def job(folder: Path, _: str, size: str, images: int) -> Job:
+    """All variants of one size on so many images."""
+    model = _prepared(folder, size)
+    pixels = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    variants: dict[str, Callable[[], Work]] = {
+        "transformers fp32": partial(transformers, model, pixels, torch.float32),
+        "transformers bf16": partial(transformers, model, pixels, torch.bfloat16),
+        "transformers, compiled, bf16": partial(transformers, model, pixels, torch.bfloat16, compiled=True),
+        "ONNX Runtime fp32": partial(onnx_runtime, model, pixels, "model.onnx"),
+        "ONNX Runtime int8": partial(onnx_runtime, model, pixels, "int8.onnx"),
+        "OpenVINO fp32": partial(openvino, model, pixels, "f32"),
+        "OpenVINO bf16": partial(openvino, model, pixels, "bf16"),
+    }
+    variants |= {f"qkv {p}": partial(qkv, model, pixels, p) for p in ("fp32", "bf16", "int8")}
+    limit = interleaved.products(images * TOKENS * DEPTH * 12 * SIZES[size][0] ** 2)
+    title = f"ViT-{size.title()}/16, {images} image{'s' if images > 1 else ''}"
+    return Job(title, "images", images, variants, interleaved.cosines, limit)
+
+
+def _prepared(folder: Path, size: str) -> Path:
+    """The checkpoint in all formats; made once."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import ViTConfig, ViTModel
+
+    where = folder / f"vit-{size}"
+    if (where / "int8.onnx").exists():
+        return where
+    torch.manual_seed(0)
+    dim, heads = SIZES[size]
+    config = ViTConfig(hidden_size=dim, num_attention_heads=heads, intermediate_size=4 * dim)
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(where)
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            found: Tensor = self.model(pixels).last_hidden_state
+            return found
+
+    axes = {"pixels": {0: "batch"}, "hidden": {0: "batch"}}
+    torch.onnx.export(
+        Hidden(), (torch.zeros(2, 3, 224, 224),), where / "model.onnx", input_names=["pixels"],
+        output_names=["hidden"], dynamic_axes=axes, opset_version=17, dynamo=False,
+    )  # fmt: skip
+    quantize_dynamic(
+        where / "model.onnx", where / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True,
+        op_types_to_quantize=["MatMul", "Gemm"],
+    )  # fmt: skip
+    return where
+
+
+def transformers(model: Path, pixels: Tensor, dtype: torch.dtype, compiled: bool = False) -> Work:
+    from transformers import ViTModel
+
+    net: nn.Module = ViTModel.from_pretrained(model, dtype=dtype, add_pooling_layer=False).eval()
+    images = pixels.to(dtype)
+    run = torch.compile(net) if compiled else net
+
+    def work() -> Answer:
+        with torch.inference_mode():
+            answer: Answer = run(images).last_hidden_state[:, 0].float().numpy()
+        return answer
+
+    return work
+
+
+def onnx_runtime(model: Path, pixels: Tensor, file: str) -> Work:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(model / file), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"pixels": pixels.numpy()})[0][:, 0]
+
+
+def openvino(model: Path, pixels: Tensor, precision: str) -> Work:
+    import openvino as ov
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = ov.Core().compile_model(model / "model.onnx", "CPU", settings)
+    return lambda: compiled([pixels.numpy()])[0][:, 0]
+
+
+def qkv(model: Path, pixels: Tensor, precision: str) -> Work:
+    import qkv as ours
+    from qkv.pipelines import ImageClassifier
+
+    classifier = ours.from_pretrained(model)
+    assert isinstance(classifier, ImageClassifier)
+    classifier.optimize(precision)  # type: ignore[arg-type]
+
+    def work() -> Answer:
+        with torch.inference_mode():
+            answer: Answer = classifier.model.features(pixels).first().numpy()
+        return answer
+
+    return work
+
+
+if __name__ == "__main__":
+    known = {f"{size}-{n}": partial(job, size=size, images=n) for size in SIZES for n in (1, 32)}
+    interleaved.main(__doc__, known)

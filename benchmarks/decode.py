@@ -1,0 +1,127 @@
+"""Greedy decoding by GPT-2 (124 M): qkv beside transformers and CTranslate2.
+
+usage: [GPT=FOLDER] python benchmarks/decode.py [one | sixteen] [--passes N] [--only NAME]
+
+128 new tokens after a prompt of 64, for one stream or for sixteen at once; no end token stops them.
+Without FOLDER the weights are random. Agreement is the share of tokens that are those of transformers in
+fp32, up to the first that is not. The limit is the time in which memory gives all weights once for each
+step, in the precision that the name says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import interleaved
+import numpy as np
+import torch
+from interleaved import Answer, Job, Work
+
+GPT = os.environ.get("GPT", "")
+"""A checkpoint of GPT-2's format; none: random weights of the 124 M model."""
+PROMPT, NEW = 64, 128
+
+
+def job(folder: Path, _: str, streams: int) -> Job:
+    """All variants for so many streams."""
+    model = _prepared(folder)
+    prompts = torch.randint(
+        1000, 40000, (streams, PROMPT), generator=torch.Generator().manual_seed(1)
+    ).tolist()
+    variants: dict[str, Callable[[], Work]] = {
+        "transformers fp32": partial(transformers, model, prompts, torch.float32),
+        "transformers bf16": partial(transformers, model, prompts, torch.bfloat16),
+        "CTranslate2 fp32": partial(ctranslate2, model, prompts, "float32"),
+        "CTranslate2 int8": partial(ctranslate2, model, prompts, "int8"),
+    }
+    variants |= {f"qkv {p}": partial(qkv, model, prompts, p) for p in ("fp32", "bf16", "int8")}
+    weights = 12 * 12 * 768**2 + 50257 * 768
+    limit = {precision: NEW * seconds for precision, seconds in interleaved.reading(weights).items()}
+    title = f"GPT-2 124 M, {streams} stream{'s' if streams > 1 else ''}"
+    return Job(title, "tokens", streams * NEW, variants, interleaved.same_tokens, limit)
+
+
+def _prepared(folder: Path) -> Path:
+    """The checkpoint in both formats; made once."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    where = folder / "gpt2"
+    if (where / "ctranslate2").exists():
+        return where
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(GPT) if GPT else GPT2LMHeadModel(GPT2Config())
+    model.save_pretrained(where)
+    # CTranslate2 takes tokens, not ids: t17 stands for id 17.
+    last = model.config.vocab_size - 1
+    names = {**{f"t{i}": i for i in range(last)}, "<|endoftext|>": last}
+    backend = Tokenizer(models.WordLevel(names, unk_token="<|endoftext|>"))
+    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **ends).save_pretrained(where)
+    import ctranslate2 as theirs
+
+    theirs.converters.TransformersConverter(str(where)).convert(str(where / "ctranslate2"))
+    return where
+
+
+def transformers(model: Path, prompts: list[list[int]], dtype: torch.dtype) -> Work:
+    from transformers import GPT2LMHeadModel
+
+    net = GPT2LMHeadModel.from_pretrained(model, dtype=dtype).eval()
+    ids = torch.tensor(prompts)
+
+    def work() -> Answer:
+        with torch.inference_mode():
+            found = net.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                min_new_tokens=NEW, pad_token_id=0,
+            )  # fmt: skip
+        answer: Answer = found[:, PROMPT:].numpy()
+        return answer
+
+    return work
+
+
+def ctranslate2(model: Path, prompts: list[list[int]], precision: str) -> Work:
+    import ctranslate2 as theirs
+
+    where, threads = str(model / "ctranslate2"), torch.get_num_threads()
+    generator = theirs.Generator(where, compute_type=precision, intra_threads=threads, inter_threads=1)
+    tokens = [[f"t{i}" for i in prompt] for prompt in prompts]
+
+    def work() -> Answer:
+        found = generator.generate_batch(
+            tokens,
+            max_length=NEW,
+            min_length=NEW,
+            sampling_topk=1,
+            beam_size=1,
+            include_prompt_in_result=False,
+        )
+        return np.array([one.sequences_ids[0] for one in found])
+
+    return work
+
+
+def qkv(model: Path, prompts: list[list[int]], precision: str) -> Work:
+    import qkv as ours
+    from qkv.decode import Decoding, generate
+    from qkv.pipelines import TextGenerator
+
+    generator = ours.from_pretrained(model)
+    assert isinstance(generator, TextGenerator)
+    generator.optimize(precision)  # type: ignore[arg-type]
+    decoding = Decoding(max_new_tokens=NEW, temperature=0.0)
+
+    def work() -> Answer:
+        return np.array([answers[0].ids for answers in generate(generator.model, prompts, decoding)])
+
+    return work
+
+
+if __name__ == "__main__":
+    jobs = {name: partial(job, streams=streams) for name, streams in (("one", 1), ("sixteen", 16))}
+    interleaved.main(__doc__, jobs)

@@ -1,0 +1,234 @@
+"""Texts to vectors: qkv beside transformers, sentence-transformers, ONNX Runtime, OpenVINO and CTranslate2.
+
+usage: [MINILM=FOLDER] python benchmarks/encode.py [minilm | bert-base] --texts FILE [--passes N] [--only NAME]
+
+256 sentences of mixed length, from FILE, to mean vectors. Peers pad, in batches of 32 sentences of
+similar lengths; all are given the same ids. minilm is trained, bert-base has random weights. Agreement is
+the cosine to transformers in fp32, mean and smallest. The limit is the time of the products with the
+blocks' weights at the measured peak of bfloat16 products; in fp32 at that of fp32, in int8 at twice that
+of bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import interleaved
+import numpy as np
+import torch
+from interleaved import Answer, Job, Work
+from torch import Tensor, nn
+
+MINILM = os.environ.get("MINILM", "sentence-transformers/all-MiniLM-L6-v2")
+SENTENCES, BATCH = 256, 32
+
+
+def job(folder: Path, texts: str, name: str) -> Job:
+    """All variants of one model."""
+    ids = _ids(texts)
+    model = _prepared(folder, name)
+    variants: dict[str, Callable[[], Work]] = {
+        "transformers fp32": partial(transformers, model, ids, torch.float32),
+        "transformers bf16": partial(transformers, model, ids, torch.bfloat16),
+        "ONNX Runtime fp32": partial(onnx_runtime, model, ids, "model.onnx"),
+        "ONNX Runtime int8": partial(onnx_runtime, model, ids, "int8.onnx"),
+        "OpenVINO fp32": partial(openvino, model, ids, "f32"),
+        "OpenVINO bf16": partial(openvino, model, ids, "bf16"),
+        "CTranslate2 fp32": partial(ctranslate2, model, ids, "float32"),
+        "CTranslate2 int8": partial(ctranslate2, model, ids, "int8"),
+    }
+    if name == "minilm":
+        variants["sentence-transformers, from text, fp32"] = partial(sentence_transformers, texts)
+    variants |= {f"qkv {p}": partial(qkv, model, ids, p) for p in ("fp32", "bf16", "int8")}
+    tokens = sum(map(len, ids))
+    D, depth = (384, 6) if name == "minilm" else (768, 12)
+    limit = interleaved.products(tokens * depth * 12 * D * D)
+    title = f"{name}: {SENTENCES} sentences, {tokens} tokens"
+    return Job(title, "sentences", SENTENCES, variants, interleaved.cosines, limit)
+
+
+# ---------------------------------------------------------------- what is encoded
+
+
+def _sentences(texts: str) -> list[str]:
+    lines = [line for line in Path(texts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    chosen = np.random.default_rng(0).choice(len(lines), SENTENCES, replace=False)
+    return [lines[i] for i in chosen]
+
+
+def _ids(texts: str) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    found: list[list[int]] = tokenizer(_sentences(texts), truncation=True, max_length=256)["input_ids"]
+    return found
+
+
+def _batches(ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Indices, ids (N, L) and mask (N, L) of sentences of similar lengths."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(ids), BATCH):
+        chosen = order[start : start + BATCH]
+        rows = [torch.tensor(ids[i]) for i in chosen]
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        yield chosen, padded, mask
+
+
+def _answer(ids: list[list[int]], encode: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+    """Mean vectors (N, D) of all sentences by what makes hidden vectors (n, L, D) of a padded batch."""
+    rows: dict[int, Tensor] = {}
+    for chosen, padded, mask in _batches(ids):
+        weight = mask[..., None].float()
+        mean = (encode(padded, mask).float() * weight).sum(1) / weight.sum(1)
+        rows |= zip(chosen, mean, strict=True)
+    return torch.stack([rows[i] for i in range(len(ids))]).numpy()
+
+
+# ---------------------------------------------------------------- models
+
+
+def _prepared(folder: Path, name: str) -> Path:
+    """The checkpoint in the formats of all peers; made once."""
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+    where = folder / name
+    if (where / "int8.onnx").exists():
+        return where
+    torch.manual_seed(0)
+    model = AutoModel.from_pretrained(MINILM) if name == "minilm" else BertModel(BertConfig())
+    model.eval().save_pretrained(where)
+    AutoTokenizer.from_pretrained(MINILM).save_pretrained(where)
+    _onnx(model, where)
+    import ctranslate2 as theirs
+
+    theirs.converters.TransformersConverter(str(where)).convert(str(where / "ctranslate2"))
+    return where
+
+
+def _onnx(model: nn.Module, where: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return found
+
+    model.set_attn_implementation("eager")
+    names = ["input_ids", "attention_mask"]
+    axes = {name: {0: "batch", 1: "length"} for name in [*names, "hidden"]}
+    sample = torch.ones(2, 7, dtype=torch.long)
+    torch.onnx.export(
+        Hidden(), (sample, sample), where / "plain.onnx", input_names=names, output_names=["hidden"],
+        dynamic_axes=axes, opset_version=17, dynamo=False,
+    )  # fmt: skip
+    config = model.config
+    fused = optimize_model(
+        str(where / "plain.onnx"),
+        "bert",
+        num_heads=config.num_attention_heads,
+        hidden_size=config.hidden_size,
+    )
+    fused.save_model_to_file(str(where / "model.onnx"))
+    quantize_dynamic(
+        where / "model.onnx", where / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True,
+        extra_options={"DefaultTensorType": 1},
+    )  # fmt: skip
+
+
+def transformers(model: Path, ids: list[list[int]], dtype: torch.dtype) -> Work:
+    from transformers import AutoModel
+
+    net = AutoModel.from_pretrained(model, dtype=dtype).eval()
+
+    def encode(padded: Tensor, mask: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = net(input_ids=padded, attention_mask=mask).last_hidden_state
+        return found
+
+    return lambda: _answer(ids, encode)
+
+
+def sentence_transformers(texts: str) -> Work:
+    from sentence_transformers import SentenceTransformer
+
+    net = SentenceTransformer(MINILM, device="cpu")
+    sentences = _sentences(texts)
+
+    def work() -> Answer:
+        found: Answer = net.encode(sentences, batch_size=BATCH, show_progress_bar=False)
+        return found
+
+    return work
+
+
+def onnx_runtime(model: Path, ids: list[list[int]], file: str) -> Work:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(model / file), options, providers=["CPUExecutionProvider"])
+    types = {i.name: np.int32 if "int32" in i.type else np.int64 for i in session.get_inputs()}
+
+    def encode(padded: Tensor, mask: Tensor) -> Tensor:
+        values = {"input_ids": padded, "attention_mask": mask}
+        inputs = {name: values[name].numpy().astype(kind) for name, kind in types.items()}
+        return torch.from_numpy(session.run(None, inputs)[0])
+
+    return lambda: _answer(ids, encode)
+
+
+def openvino(model: Path, ids: list[list[int]], precision: str) -> Work:
+    import openvino as ov
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    compiled = ov.Core().compile_model(model / "plain.onnx", "CPU", settings)
+    return lambda: _answer(ids, lambda x, mask: torch.from_numpy(compiled([x.numpy(), mask.numpy()])[0]))
+
+
+def ctranslate2(model: Path, ids: list[list[int]], precision: str) -> Work:
+    import ctranslate2 as theirs
+
+    where, threads = str(model / "ctranslate2"), torch.get_num_threads()
+    encoder = theirs.Encoder(where, compute_type=precision, intra_threads=threads, inter_threads=1)
+
+    def encode(padded: Tensor, mask: Tensor) -> Tensor:
+        rows = [row[: int(length)].tolist() for row, length in zip(padded, mask.sum(1), strict=True)]
+        return torch.from_numpy(np.array(encoder.forward_batch(rows).last_hidden_state))
+
+    return lambda: _answer(ids, encode)
+
+
+def qkv(model: Path, ids: list[list[int]], precision: str) -> Work:
+    import qkv as ours
+    from qkv.pipelines import Encoder
+
+    encoder = ours.from_pretrained(model)
+    assert isinstance(encoder, Encoder)
+    encoder.optimize(precision)  # type: ignore[arg-type]
+
+    def work() -> Answer:
+        rows = np.empty((len(ids), encoder.model.config.dim), np.float32)
+        order = np.argsort([len(one) for one in ids])
+        with torch.inference_mode():
+            rows[order] = encoder.model.features(ours.pack([ids[i] for i in order])).mean().numpy()
+        return rows
+
+    return work
+
+
+if __name__ == "__main__":
+    jobs = {name: partial(job, name=name) for name in ("minilm", "bert-base")}
+    interleaved.main(__doc__, jobs, texts=True)

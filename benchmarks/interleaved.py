@@ -1,0 +1,156 @@
+"""What the inference benchmarks share: variants of a job in processes of their own, interleaved A B A B.
+
+A process loads its model, answers once, then answers for some seconds; the median of its times counts, and of
+the passes the median again. Peers and qkv load libraries that slow each other down in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qkv.roofline import peak
+
+SECONDS = 4.0
+"""How long a process answers, after the first time; at least three times."""
+
+Answer = NDArray[np.generic]
+Work = Callable[[], Answer]
+"""The job done once; the answer is compared with the reference's."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One comparison. Variants whose names begin with qkv are ours, the others are peers."""
+
+    title: str
+    unit: str
+    items: int
+    """Of the unit, in one answer."""
+    variants: Mapping[str, Callable[[], Work]]
+    """What loads a model, by name; the first is the reference of all answers."""
+    agreement: Callable[[Answer, Answer], str]
+    """How near an answer (second) is to the reference's."""
+    limit: Mapping[str, float]
+    """Seconds that an answer takes at least here, by the precision that a variant's name ends in."""
+
+
+def cosines(reference: Answer, answer: Answer) -> str:
+    """Of rows of vectors: mean and smallest."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (reference, answer))
+    cosine = (a * b).sum(1)
+    return f"{cosine.mean():.5f}, {cosine.min():.5f}"
+
+
+def same_tokens(reference: Answer, answer: Answer) -> str:
+    """Of rows of ids: equal ones, up to where a row first differs."""
+    return f"{np.mean(np.logical_and.accumulate(reference == answer, axis=1)):.1%}"
+
+
+def products(weights: float) -> dict[str, float]:
+    """Seconds that so many multiplications take at least, by precision; int8 counts as twice bf16."""
+    rates = {precision: peak(torch.device("cpu"), precision) for precision in ("fp32", "bf16")}
+    rates["int8"] = 2 * rates["bf16"]
+    return {precision: 2 * weights / rate for precision, rate in rates.items()}
+
+
+def reading(weights: float) -> dict[str, float]:
+    """Seconds that reading so many weights from memory takes at least, by precision."""
+    block = torch.ones(1 << 28)  # larger than any cache
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        block.sum()
+        times.append(time.perf_counter() - began)
+    rate = block.numel() * block.element_size() / min(times)
+    sizes = {"fp32": 4, "bf16": 2, "int8": 1}
+    return {precision: size * weights / rate for precision, size in sizes.items()}
+
+
+def main(doc: str | None, jobs: Mapping[str, Callable[[Path, str], Job]], texts: bool = False) -> None:
+    """A benchmark's command line. A job is made from a folder for prepared models and a file of texts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("jobs", nargs="*", choices=[*jobs, []])
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"), help="for prepared models")
+    parser.add_argument("--only", default="", help="variants whose names contain this")
+    if texts:
+        parser.add_argument("--texts", required=True, help="a file with a sentence a line")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    file = given.texts if texts else ""
+    given.folder.mkdir(parents=True, exist_ok=True)
+    if given.one:
+        job = jobs[given.jobs[0]](given.folder, file)
+        print(json.dumps(_measure(job.variants[given.one], given.answer)))
+        return
+    for name in given.jobs or jobs:
+        command = [sys.executable, sys.argv[0], name, "--folder", str(given.folder)]
+        _compare(jobs[name](given.folder, file), command + ["--texts", file] * texts, given)
+
+
+def _measure(load: Callable[[], Work], out: Path) -> dict[str, float]:
+    began = time.perf_counter()
+    work = load()
+    answer = work()
+    first = time.perf_counter() - began
+    np.save(out, answer)
+    times: list[float] = []
+    while sum(times) < SECONDS or len(times) < 3:
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    memory = next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
+    return {"seconds": statistics.median(times), "first": first, "memory": memory}
+
+
+def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
+    found: dict[str, list[dict[str, float]]] = {}
+    answers: dict[str, Answer] = {}
+    reference = next(iter(job.variants))
+    chosen = [name for name in job.variants if given.only in name or name == reference]
+    for _ in range(given.passes):
+        for name in chosen:
+            path = given.folder / "answer.npy"
+            one = [*command, "--one", name, "--answer", str(path)]
+            done = subprocess.run(one, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{job.title}, {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+                continue
+            found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
+            answers[name] = np.load(path)
+    _report(job, found, answers, answers[reference])
+
+
+def _report(
+    job: Job, found: dict[str, list[dict[str, float]]], answers: dict[str, Answer], reference: Answer
+) -> None:
+    seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+    fastest = min((s for name, s in seconds.items() if not name.startswith("qkv")), default=float("nan"))
+    print(f"\n## {job.title}\n")
+    print(f"| variant | {job.unit}/s | spread | x best peer | of limit | agreement | GiB | first s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, value in seconds.items():
+        runs = found[name]
+        spread = (max(r["seconds"] for r in runs) - min(r["seconds"] for r in runs)) / value
+        limit = next((s for precision, s in job.limit.items() if name.endswith(precision)), None)
+        share = "" if limit is None else f"{limit / value:.0%}"
+        memory, first = (statistics.median(run[key] for run in runs) for key in ("memory", "first"))
+        print(
+            f"| {name} | {job.items / value:,.1f} | {spread:.0%} | {fastest / value:.2f} | {share} "
+            f"| {job.agreement(reference, answers[name])} | {memory:.2f} | {first:.1f} |",
+            flush=True,
+        )

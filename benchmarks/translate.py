@@ -1,0 +1,143 @@
+"""Translation by a model of Marian's base size: qkv beside transformers and CTranslate2.
+
+usage: python benchmarks/translate.py [greedy | beam] [--passes N] [--only NAME]
+
+64 sources of 12 to 28 tokens, 20 new tokens each, greedily or with 4 beams; no end token stops them. 6
+and 6 layers, 512 wide, a vocabulary of 58,101 pieces, random weights. Agreement is the share of tokens
+that are those of transformers in fp32, up to the first that is not. The limit is the time of all products
+at the measured peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import interleaved
+import numpy as np
+import torch
+from interleaved import Answer, Job, Work
+from torch import nn
+
+VOCAB, D, F, DEPTH = 58101, 512, 2048, 6
+SENTENCES, NEW = 64, 20
+END, START = 0, VOCAB - 1
+
+
+def job(folder: Path, _: str, beams: int) -> Job:
+    """All variants with so many beams."""
+    model, sources = _prepared(folder), _sources()
+    variants: dict[str, Callable[[], Work]] = {
+        "transformers fp32": partial(transformers, model, sources, beams, torch.float32),
+        "transformers bf16": partial(transformers, model, sources, beams, torch.bfloat16),
+        "CTranslate2 fp32": partial(ctranslate2, model, sources, beams, "float32"),
+        "CTranslate2 int8": partial(ctranslate2, model, sources, beams, "int8"),
+    }
+    variants |= {f"qkv {p}": partial(qkv, model, sources, beams, p) for p in ("fp32", "bf16", "int8")}
+    encoder, decoder = DEPTH * (4 * D * D + 2 * D * F), DEPTH * (6 * D * D + 2 * D * F) + VOCAB * D
+    work = sum(map(len, sources)) * (encoder + DEPTH * 2 * D * D) + SENTENCES * beams * NEW * decoder
+    how = "greedy" if beams == 1 else f"{beams} beams"
+    title = f"Marian base, {SENTENCES} sentences, {how}"
+    return Job(title, "sentences", SENTENCES, variants, interleaved.same_tokens, interleaved.products(work))
+
+
+def _sources() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(12, 29, SENTENCES)
+    return [[*rng.integers(10, VOCAB - 10, length - 1).tolist(), END] for length in lengths]
+
+
+def _prepared(folder: Path) -> Path:
+    """The checkpoint in both formats; made once."""
+    from ctranslate2.converters.transformers import MarianMTLoader
+    from transformers import MarianConfig, MarianMTModel
+
+    where = folder / "marian"
+    if (where / "ctranslate2").exists():
+        return where
+    torch.manual_seed(0)
+    config = MarianConfig(
+        vocab_size=VOCAB, decoder_vocab_size=VOCAB, d_model=D, encoder_layers=DEPTH, decoder_layers=DEPTH,
+        encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=F, decoder_ffn_dim=F,
+        activation_function="swish", scale_embedding=True, static_position_embeddings=True,
+        max_position_embeddings=512, pad_token_id=START, eos_token_id=END, decoder_start_token_id=START,
+        forced_eos_token_id=END, share_encoder_decoder_embeddings=True, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = MarianMTModel(config).eval()
+    model.save_pretrained(where)
+    for name in ("normalize_before", "normalize_embedding", "add_final_layer_norm"):
+        setattr(
+            model.config, name, False
+        )  # the converter asks for these, and transformers knows them no more
+    model.config.bos_token_id = None
+    spec = MarianMTLoader().get_model_spec(model)
+    names = ["</s>", *(f"t{i}" for i in range(1, VOCAB - 1)), "<pad>"]
+    spec.register_source_vocabulary(names)
+    spec.register_target_vocabulary(names)
+    spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
+    spec.config.eos_token, spec.config.unk_token = "</s>", "t1"
+    spec.validate()
+    spec.optimize()
+    (where / "ctranslate2").mkdir()
+    spec.save(str(where / "ctranslate2"))
+    return where
+
+
+def transformers(model: Path, sources: list[list[int]], beams: int, dtype: torch.dtype) -> Work:
+    from transformers import MarianMTModel
+
+    net = MarianMTModel.from_pretrained(model, dtype=dtype).eval()
+    rows = [torch.tensor(source) for source in sources]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=START)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+    def work() -> Answer:
+        with torch.inference_mode():
+            found = net.generate(
+                input_ids=ids, attention_mask=mask, num_beams=beams, do_sample=False, min_new_tokens=NEW,
+                max_new_tokens=NEW, forced_eos_token_id=None,
+            )  # fmt: skip
+        answer: Answer = found[:, 1:].numpy()
+        return answer
+
+    return work
+
+
+def ctranslate2(model: Path, sources: list[list[int]], beams: int, precision: str) -> Work:
+    import ctranslate2 as theirs
+
+    where, threads = str(model / "ctranslate2"), torch.get_num_threads()
+    translator = theirs.Translator(where, compute_type=precision, intra_threads=threads, inter_threads=1)
+    tokens = [["</s>" if i == END else f"t{i}" for i in source] for source in sources]
+
+    def work() -> Answer:
+        found = translator.translate_batch(
+            tokens, beam_size=beams, min_decoding_length=NEW, max_decoding_length=NEW, disable_unk=False
+        )
+        return np.array(
+            [[int(t.strip("t")) if t[0] == "t" else END for t in one.hypotheses[0]] for one in found]
+        )
+
+    return work
+
+
+def qkv(model: Path, sources: list[list[int]], beams: int, precision: str) -> Work:
+    import qkv as ours
+    from qkv.decode import Decoding, generate
+    from qkv.pipelines import Translator
+
+    translator = ours.from_pretrained(model)
+    assert isinstance(translator, Translator)
+    translator.optimize(precision)  # type: ignore[arg-type]
+    temperature = 0.0 if beams == 1 else 1.0
+    decoding = Decoding(max_new_tokens=NEW, num_beams=beams, temperature=temperature)
+
+    def work() -> Answer:
+        return np.array([answers[0].ids for answers in generate(translator.model, sources, decoding)])
+
+    return work
+
+
+if __name__ == "__main__":
+    interleaved.main(__doc__, {name: partial(job, beams=k) for name, k in (("greedy", 1), ("beam", 4))})
