@@ -193,6 +193,19 @@ class Output(nn.Module):
         """hidden (..., D), embeddings (V, D), bias (V,) -> logits (..., V)."""
         return F.linear(hidden, embeddings, bias)
 
+    def best(
+        self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int, banned: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (N, D) -> log-probabilities and ids of the `count` likeliest tokens, best first: (N, count).
+
+        banned: a token that is impossible.
+        """
+        logits = self(hidden, embeddings, bias).float()  # (N, V)
+        if banned is not None:
+            logits[:, banned] = -math.inf
+        best = logits.log_softmax(-1).topk(count)
+        return best.values, best.indices
+
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:
     """Weights from N(0, 0.02²) cut at three deviations, biases 0, as GPT, BERT and ViT begin.

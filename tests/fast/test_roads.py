@@ -17,8 +17,9 @@ from qkv.config import Decoding
 from qkv.decode import generate
 from qkv.errors import InputError
 from qkv.fast import optimize
-from qkv.fast.native import NativeLinear, UnavailableError, library
+from qkv.fast.native import NativeLinear, NativeOutput, UnavailableError, library
 from qkv.fast.roads import Road, _fastest, _seconds
+from qkv.layers import Output
 from qkv.models import Model
 
 try:
@@ -225,3 +226,30 @@ def test_loading_a_model_imports_none_of_this():
     code = "import sys, qkv.pipelines; print([m for m in sys.modules if m.startswith('qkv.fast')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@native_code
+@settings(deadline=None, max_examples=40)
+@given(
+    precision=st.sampled_from(sorted(ROUNDED)),
+    rows=st.integers(1, 20),
+    vocabulary=st.integers(20, 300),
+    count=st.integers(1, 12),
+    biased=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_the_likeliest_tokens_are_those_of_all_logits(precision, rows, vocabulary, count, biased, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, embeddings = (torch.randn(n, 32, generator=generator) for n in (rows, vocabulary))
+    bias = torch.randn(vocabulary, generator=generator) if biased else None
+    banned = seed if seed % 2 else None
+    output = NativeOutput(embeddings, precision)
+    logits = output(hidden, embeddings, bias)
+    if banned is not None:
+        logits[:, banned] = -torch.inf
+    expected = logits.log_softmax(-1).topk(count)
+    scores, found = output.best(hidden, embeddings, bias, count, banned)
+    torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found, expected.indices)
+    theirs, same = Output().best(hidden, embeddings, bias, count, banned)
+    assert theirs.shape == scores.shape and (precision != "fp32" or torch.equal(same, found))

@@ -680,6 +680,81 @@ void run(Computation &computation, int precision, Team team) {
     else computation.run<FP32>(team);
 }
 
+// ---------------------------------------------------------------- a linear map alone
+
+// x (T, in) times W by all threads: store(thread, row, column, 16 values, mask of those there are).
+template <class Store>
+void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Store store) {
+    int groups = groups_of(precision, w.in), stride = w.in * bytes_of(precision);
+    Rows rows{nullptr, nullptr, nullptr, stride, groups};
+    Arena &arena = head_arena;
+    arena.lay([&] {
+        rows.data = arena.take<char>((size_t)T * stride);
+        rows.scale = arena.take<float>((size_t)T * groups);
+        rows.start = arena.take<int32_t>((size_t)T * groups);
+    });
+    Barrier barrier;
+    auto part = [&](auto precision_of, Team team) {
+        constexpr int P = decltype(precision_of)::value;
+        for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
+            convert<P>(x + (int64_t)t * w.in, w.in, rows, t);
+        team.wait();
+        multiply<P>(w, rows, T, team, [&](int row, int column, V value, __mmask16 mask) {
+            store(team.rank, row, column, value, mask);
+        });
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        if (precision == INT8) part(std::integral_constant<int, INT8>{}, team);
+        else if (precision == BF16) part(std::integral_constant<int, BF16>{}, team);
+        else part(std::integral_constant<int, FP32>{}, team);
+    }
+}
+
+struct Best {  // the largest numbers of a row that comes in pieces, and the sum of all exponentials
+    std::vector<float> scores;
+    std::vector<int32_t> ids;
+    float most = -INFINITY;
+    V sum = set(0);  // of exp(x - most)
+
+    explicit Best(int count) : scores(count, -INFINITY), ids(count, 0) {}
+
+    void add(int column, V values, __mmask16 mask) {
+        if (!mask) return;
+        raise(_mm512_mask_reduce_max_ps(mask, values));
+        sum = _mm512_mask_add_ps(sum, mask, sum, exp16(_mm512_sub_ps(values, set(most))));
+        alignas(64) float each[16];
+        for (auto left = _mm512_mask_cmp_ps_mask(mask, values, set(scores.back()), _CMP_GT_OQ); left; left &= left - 1) {
+            _mm512_store_ps(each, values);
+            int lane = __builtin_ctz(left);
+            insert(each[lane], column + lane);
+        }
+    }
+
+    void add(const Best &other) {
+        raise(other.most);
+        if (other.most > -INFINITY) sum = _mm512_fmadd_ps(other.sum, set(std::exp(other.most - most)), sum);
+        for (size_t i = 0; i < scores.size(); i++) insert(other.scores[i], other.ids[i]);
+    }
+
+    float log_sum() const { return most + std::log(_mm512_reduce_add_ps(sum)); }
+
+private:
+    void raise(float to) {
+        if (to <= most) return;
+        if (most > -INFINITY) sum = _mm512_mul_ps(sum, set(std::exp(most - to)));
+        most = to;
+    }
+
+    void insert(float score, int32_t id) {  // ties: the one that came first, which has the smaller id
+        if (!(score > scores.back())) return;
+        size_t i = scores.size() - 1;
+        for (; i > 0 && score > scores[i - 1]; i--) scores[i] = scores[i - 1], ids[i] = ids[i - 1];
+        scores[i] = score, ids[i] = id;
+    }
+};
+
 }  // namespace
 
 // ---------------------------------------------------------------- the doors
@@ -721,32 +796,29 @@ void qkv_pack(int precision, const float *weight, int out, int in, char *packed,
     }
 }
 
-// x (T, in) -> out (T, matrix.out), a linear map by all threads.
+// x (T, in) -> out (T, matrix.out).
 void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, float *out, int threads) {
-    int groups = groups_of(precision, matrix->in), stride = matrix->in * bytes_of(precision);
-    Rows rows{nullptr, nullptr, nullptr, stride, groups};
-    Arena &arena = head_arena;
-    arena.lay([&] {
-        rows.data = arena.take<char>((size_t)T * stride);
-        rows.scale = arena.take<float>((size_t)T * groups);
-        rows.start = arena.take<int32_t>((size_t)T * groups);
+    multiply_by_all(*matrix, precision, x, T, threads, [&](int, int row, int column, V value, __mmask16 mask) {
+        _mm512_mask_storeu_ps(out + (int64_t)row * matrix->out + column, mask, value);
     });
-    Barrier barrier;
-#pragma omp parallel num_threads(threads)
-    {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-        auto go = [&](auto tag) {
-            constexpr int P = decltype(tag)::value;
-            for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
-                convert<P>(x + (int64_t)t * matrix->in, matrix->in, rows, t);
-            team.wait();
-            multiply<P>(*matrix, rows, T, team, [&](int row, int column, V value, __mmask16 mask) {
-                _mm512_mask_storeu_ps(out + (int64_t)row * matrix->out + column, mask, value);
-            });
-        };
-        if (precision == INT8) go(std::integral_constant<int, INT8>{});
-        else if (precision == BF16) go(std::integral_constant<int, BF16>{});
-        else go(std::integral_constant<int, FP32>{});
+}
+
+// The `count` largest of each row of log_softmax(x W^T + bias), best first: scores and ids (T, count). The output
+// `banned` (-1: none) is neither among them nor in the sum. No row is ever written as a whole.
+void qkv_best(const Matrix *matrix, int precision, const float *x, int T, int count, int banned, float *scores, int32_t *ids, int threads) {
+    std::vector<Best> found((size_t)threads * T, Best(count));
+    multiply_by_all(*matrix, precision, x, T, threads, [&](int rank, int row, int column, V value, __mmask16 mask) {
+        if (banned >= column && banned < column + 16) mask &= ~(1 << (banned - column));
+        found[(size_t)rank * T + row].add(column, value, mask);
+    });
+    for (int row = 0; row < T; row++) {
+        Best &all = found[row];
+        for (int rank = 1; rank < threads; rank++) all.add(found[(size_t)rank * T + row]);
+        float normaliser = all.log_sum();
+        for (int i = 0; i < count; i++) {
+            scores[(size_t)row * count + i] = all.scores[i] - normaliser;
+            ids[(size_t)row * count + i] = all.ids[i];
+        }
     }
 }
 
