@@ -62,6 +62,7 @@ _CODE = Path(__file__).with_name("code")
 _HEADS = ("pooler", "words", "next_sentence", "classifier")
 """Modules that may be absent from a checkpoint if the caller asks for a head."""
 
+
 @dataclass
 class Checkpoint:
     """A model and what it needs to be used."""
@@ -237,12 +238,13 @@ def _unfilled(config: AnyModelConfig) -> Model:
 
 
 def _allocate(model: Model) -> None:
-    """Give a model without contents memory on the CPU, as its `to_empty` does, but without importing sympy."""
+    """Give a model without contents memory on the CPU, as its `to_empty` does, which would import sympy."""
     for module in model.modules():
-        for name, old in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad))
-        for name, old in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(old.shape, dtype=old.dtype))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(values, parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 # ---------------------------------------------------------------- adapting
