@@ -13,8 +13,6 @@ import sentence_transformers
 import tokenizers
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny
 
@@ -134,13 +132,6 @@ def test_what_a_checkpoint_lacks_is_named() -> None:
     assert isinstance(blind, ImageClassifier)
     with pytest.raises(InputError, match=r"no preprocessor_config\.json"):
         blind.classify(image(0))
-
-
-@given(st.lists(st.integers(1, 3 * batching.BATCH_TOKENS // 2)))
-def test_batches_keep_the_budget_and_lose_nothing(costs: list[int]) -> None:
-    batches = list(batching.batches(costs))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(costs)))
-    assert all(len(batch) == 1 or sum(costs[i] for i in batch) <= batching.BATCH_TOKENS for batch in batches)
 
 
 # ---------------------------------------------------------------- GPT
