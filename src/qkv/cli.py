@@ -315,7 +315,8 @@ def classify(
         top_k: How many classes; default 5, but all labels of a multi-label model.
         truncate: Cut texts longer than the context, and say how many.
     """
-    from qkv.pipelines import ImageClassifier, from_pretrained
+    from qkv import from_pretrained  # as a public name it comes faster
+    from qkv.pipelines import ImageClassifier
 
     pipeline = from_pretrained(model)
     target = _Target(output, ".jsonl", (pair, top_k))
@@ -477,7 +478,6 @@ def _answer(
 
 
 def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
-    from qkv.data.corpus import Corpus, ImageFolder
     from qkv.output import Output, no_header, npy_header
     from qkv.stream import work
 
@@ -485,11 +485,10 @@ def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
     if target.path.suffix != target.suffix:
         raise InputError(f"--output writes {target.suffix} files; {target.path} is not called so")
     header = partial(npy_header, dim=target.dim) if target.dim else no_header
-    made_from = None
-    if isinstance(source, Corpus | ImageFolder):
-        if target.path.exists() and target.path.samefile(source.path):
-            raise InputError(f"{target.path} is the input itself: write to another file")
-        made_from = work(pipeline, source.identity(), *target.settings)
+    if source.path is not None and target.path.exists() and target.path.samefile(source.path):
+        raise InputError(f"{target.path} is the input itself: write to another file")
+    identity = source.identity()
+    made_from = None if identity is None else work(pipeline, identity, *target.settings)
     return Output(target.path, header, made_from)
 
 
@@ -497,22 +496,24 @@ def _texts(
     texts: Sequence[str], data: Path | None, columns: Sequence[str], perhaps: Sequence[str] = ()
 ) -> Source:
     """Texts given, those of a file, or the lines of standard input."""
-    from qkv.data.corpus import TextCorpus
     from qkv.stream import Given
 
     if data is None:
         return Given(_lines(texts))
+    from qkv.data.corpus import TextCorpus
+
     _check_alone(texts)
     return TextCorpus(data, columns, perhaps)
 
 
 def _images(files: Sequence[str], data: Path | None, columns: Sequence[str]) -> Source:
     """Image files given, those of a folder or named in a file, or named on standard input."""
-    from qkv.data.corpus import ImageCorpus, ImageFolder
     from qkv.stream import Given
 
     if data is None:
         return Given(_lines(files))
+    from qkv.data.corpus import ImageCorpus, ImageFolder
+
     _check_alone(files)
     return ImageFolder(data) if data.is_dir() else ImageCorpus(data, columns or ["image"])
 
@@ -527,7 +528,7 @@ def _rows(rows: Sequence[Guess | TaggedWord]) -> str:
 
 
 def _load(source: str, family: Family) -> AnyPipeline:
-    from qkv.pipelines import from_pretrained
+    from qkv import from_pretrained  # as a public name it comes faster
 
     return _of_family(from_pretrained(source), source, family)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -26,6 +27,11 @@ class Source(Protocol):
     """How much was read."""
 
     @property
+    def path(self) -> Path | None:
+        """Where it is, if it is on the disk."""
+        ...
+
+    @property
     def total(self) -> int | None:
         """How much there is to read, if that is known."""
         ...
@@ -38,12 +44,16 @@ class Source(Protocol):
         """What errors call an input; the first one has the number 0."""
         ...
 
+    def identity(self) -> str | None:
+        """What is another if the inputs are; None: they are there only once."""
+        ...
+
 
 class Given:
     """Texts that are at hand."""
 
     unit = "texts"
-    total = None
+    total = path = None
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = texts
@@ -57,6 +67,9 @@ class Given:
     def name(self, number: int) -> str:
         """What errors call a text; the first one has the number 0."""
         return f"text {number}"
+
+    def identity(self) -> None:
+        """They are there only once."""
 
 
 def answer_all(

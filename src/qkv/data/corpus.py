@@ -107,7 +107,7 @@ class Corpus:
         return tuple(values)
 
     def identity(self) -> str:
-        """What changes if the file does."""
+        """What is another if the file is."""
         about = self.path.stat()
         names = ",".join([*self.columns, *self.perhaps])
         return f"{self.path.resolve()} {about.st_size} {about.st_mtime_ns} {names}"
@@ -168,5 +168,5 @@ class ImageFolder:
         return str(self.files[number])
 
     def identity(self) -> str:
-        """What changes if other files are there."""
+        """What is another if other files are there."""
         return "\n".join(str(file.absolute()) for file in self.files)
