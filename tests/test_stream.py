@@ -143,6 +143,16 @@ def test_images_of_a_folder_a_list_and_a_table(models, tmp_path):
     )
 
 
+def test_a_broken_image_in_a_table_is_named_by_its_row(models, tmp_path):
+    image(0).save(tmp_path / "a.png")
+    good = {"image": {"bytes": (tmp_path / "a.png").read_bytes()}}
+    data = write(tmp_path / "a.parquet", [good] * 5 + [{"image": {"bytes": b"no image"}}])
+    said = fail("classify", models["images"], "--data", data)
+    assert (
+        said == f"qkv: row 6 of {data} cannot be used: an image of 8 bytes is not an image that can be read"
+    )
+
+
 def test_standard_input_to_a_file(models, tmp_path):
     succeed("embed", models["embed"], "-o", tmp_path / "v.npy", text="".join(f"{t}\n" for t in CORPUS))
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), encoder().embed(CORPUS), atol=1e-5)
@@ -168,7 +178,7 @@ def test_standard_input_to_a_file(models, tmp_path):
         (
             "a.txt",
             b"fox\n" * 20 + b"dog " * 60 + b"\n",
-            "row 21 of .*a.txt has 62 tokens; .* with --truncate",
+            "row 21 of .*a.txt has 62 tokens; the limit is 40: .*--truncate",
         ),
     ],
 )
@@ -295,6 +305,29 @@ def test_a_full_disk_keeps_what_it_took_and_the_work_goes_on_with_room(models, s
     _, _, said = qkv(*command)
     assert f"Going on behind {kept} answers" in said
     np.testing.assert_allclose(np.load(small_disk / "v.npy"), encoder().embed(CORPUS * 30), atol=1e-5)
+
+
+def test_an_interrupt_within_a_write_leaves_no_half_row(tmp_path):
+    class Torn:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, row):
+            self.file.write(row)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Output(tmp_path / "out", made_from="x") as out:
+        out.write(b"one\n")
+        out.file = Torn(out.file)
+        out.write(b"two\n")
+    with Output(tmp_path / "out", made_from="x") as out:
+        assert out.done == 1
+        out.write(b"two\n")
+    assert (tmp_path / "out").read_bytes() == b"one\ntwo\n"
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_only_one_process_writes_a_file(tmp_path):

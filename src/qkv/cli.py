@@ -454,7 +454,7 @@ def _answer(
     line: Callable[[Answer], str],
     target: _Target,
 ) -> None:
-    """Ask for the answer to each input and print or write it, as a line or, to a .npy file, as a vector."""
+    """Ask for the answer to each input, and print or write it: a line, or in a .npy file a vector."""
     from qkv.stream import answer_all
 
     if target.path is None:
@@ -475,9 +475,11 @@ def _answer(
             said = f"{output.kept:,} answers are kept in {output.part}: the same command goes on from there"
             console.print(said, highlight=False, soft_wrap=True)
         raise
+    print(json.dumps({"file": str(target.path), "answers": output.done}))
 
 
 def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
+    """The file that answers go to; work on a source that can be read again can be gone on with."""
     from qkv.output import Output, no_header, npy_header
     from qkv.stream import work
 

@@ -82,14 +82,14 @@ class DecodingOptions(TypedDict, total=False):
     seed: int
 
 
-class TooLongError(InputError):
-    """A text has more tokens than the model reads."""
+class NumberedError(InputError):
+    """One of many inputs cannot be used."""
 
-    def __init__(self, number: int, length: int, limit: int) -> None:
+    def __init__(self, kind: Literal["text", "image"], number: int, said: str) -> None:
+        """number: of the input among those given, from 0; said: what is wrong with it, and what to do."""
+        super().__init__(f"{kind} {number} {said}")
         self.number = number
-        """Of the text among those given, from 0."""
-        self.said = f"has {length} tokens; the limit is {limit}"
-        super().__init__(f"text {number} {self.said}: shorten it, or in Python pass truncate=True to cut it")
+        self.said = said
 
 
 class Pipeline(Generic[M]):
@@ -514,22 +514,29 @@ class ImageClassifier(Pipeline[ViT]):
             raise InputError("this model has no classification head: fine-tune it first")
         tokens = (self.images.size // self.model.config.patch_size) ** 2 + 1
 
+        def read(window: list[AnyImage], first: int) -> list[Tensor]:
+            return [self._pixels(image, first + i) for i, image in enumerate(window)]
+
         @torch.inference_mode()
-        def guesses(batch: list[AnyImage]) -> list[list[Guess]]:
-            logits = self(torch.stack([self.images(image) for image in batch])).logits
+        def guesses(batch: list[Tensor]) -> list[list[Guess]]:
+            logits = self(torch.stack(batch)).logits
             assert logits is not None  # (N, K)
             return _guesses(logits.float().softmax(-1), labels, top_k)
 
         # All cost the same, so a window of one batch is as good as a longer one.
         found = in_order(
-            images,
-            lambda window, _: window,
-            lambda _: tokens,
-            guesses,
-            lambda _: tokens,
-            batching.BATCH_TOKENS,
+            images, read, lambda _: tokens, guesses, lambda _: tokens, batching.BATCH_TOKENS - tokens + 1
         )
         return found if isinstance(images, Iterator) else list(found)
+
+    def _pixels(self, image: ImageLike, number: int) -> Tensor:
+        """(C, S, S)"""
+        try:
+            return self.images(image)
+        except InputError as error:
+            if isinstance(image, str | Path):  # then the error names it
+                raise
+            raise NumberedError("image", number, f"cannot be used: {error}") from None
 
 
 # ---------------------------------------------------------------- opening
@@ -615,10 +622,12 @@ class _Limit:
         return encodings
 
     def over(self, lengths: list[int], first: int) -> list[int]:
-        """Which of these texts have more. Raises TooLongError for the first one unless they may be cut."""
+        """Which of these texts have more. Raises NumberedError for the first one unless they may be cut."""
         over = [i for i, length in enumerate(lengths) if length > self.tokens]
         if over and not self.truncate:
-            raise TooLongError(first + over[0], lengths[over[0]], self.tokens)
+            said = f"has {lengths[over[0]]} tokens; the limit is {self.tokens}"
+            help = "shorten it, or cut it with truncate=True (--truncate)"
+            raise NumberedError("text", first + over[0], f"{said}: {help}")
         self.seen += len(lengths)
         self.cut += len(over)
         return over

@@ -14,7 +14,7 @@ from rich.console import Console
 from qkv.console import CorpusBar
 from qkv.errors import InputError
 from qkv.output import Output
-from qkv.pipelines import AnyPipeline, TooLongError
+from qkv.pipelines import AnyPipeline, NumberedError
 
 Answer = TypeVar("Answer")
 
@@ -96,19 +96,15 @@ def answer_all(
                 write(answer)
                 answered += 1
                 bar.update(source.read, answered)
-        except TooLongError as error:
-            raise InputError(
-                f"{source.name(first + error.number)} {error.said}: shorten it, or cut it with --truncate"
-            ) from None
+        except NumberedError as error:
+            raise InputError(f"{source.name(first + error.number)} {error.said}") from None
 
 
 def work(pipeline: AnyPipeline, *settings: object) -> str:
     """A fingerprint of a model and its settings: the same work gives the same answers."""
     checkpoint = pipeline.checkpoint
-    sha = hashlib.sha256(
-        repr((settings, checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens)).encode()
-    )
-    sha.update(repr((pipeline.model.config, checkpoint.images)).encode())
+    about = (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens, checkpoint.images)
+    sha = hashlib.sha256(repr((settings, pipeline.model.config, *about)).encode())
     if checkpoint.tokenizer is not None:
         sha.update(checkpoint.tokenizer.definition.encode())
     for name, tensor in pipeline.model.state_dict().items():
