@@ -153,9 +153,9 @@ class CorpusBar:
         now = time.monotonic()
         if now - self.began < PATIENCE or now - self.told < _REFRESH:
             return
-        if not self.shown:
-            self.bar.start()
-            self.shown = True
         self.told = now
         said = f"{answered / (now - self.began):,.0f} answers/s"
         self.bar.update(self.task, completed=read, said=said)
+        if not self.shown:
+            self.bar.start()
+            self.shown = True
