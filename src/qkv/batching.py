@@ -11,8 +11,9 @@ from typing import TypeVar
 BATCH_TOKENS = 4096
 """Most tokens that a pipeline gives a model at once; an input larger than that goes alone."""
 
-WINDOW_CHARACTERS = 1 << 20
-"""Most characters of text that are read ahead: some sixty batches, which are then of very similar lengths."""
+WINDOW_CHARACTERS = 1 << 16
+"""Most characters of text that are read ahead: about four batches of similar lengths. More would gain little,
+as nothing is padded, and the first answer of a window waits for its last."""
 
 Input = TypeVar("Input")
 Prepared = TypeVar("Prepared")

@@ -592,7 +592,7 @@ def _decode(
     def answer(batch: list[list[int]]) -> list[list[Hypothesis]]:
         return generate(model, batch, decoding, eos)
 
-    return in_order(inputs, read, cost, answer, size, batching.WINDOW_CHARACTERS)
+    return in_order(inputs, read, cost, answer, size, batching.WINDOW_CHARACTERS // copies)
 
 
 class _Words(NamedTuple):
