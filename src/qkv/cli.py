@@ -11,12 +11,12 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import asdict, replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import tyro
 from tyro.conf import Positional, arg
@@ -26,6 +26,7 @@ from qkv.errors import InputError
 from qkv.recipes import default_recipe
 
 if TYPE_CHECKING:
+    from qkv.output import Output
     from qkv.pipelines import (
         AnyPipeline,
         DecodingOptions,
@@ -35,13 +36,21 @@ if TYPE_CHECKING:
         TextGenerator,
         Translator,
     )
+    from qkv.stream import Source
 
 P = ParamSpec("P")
+Answer = TypeVar("Answer")
 
 Model = Annotated[str, arg(metavar="RUN_OR_HUB_ID")]
 Settings = Annotated[RunConfig, arg(name="")]
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none: lines of standard input)")]
+Data = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(none)")]
+Column = Annotated[str, arg(metavar="NAME")]
+Columns = Annotated[
+    tuple[str, ...], arg(metavar="NAME", help_behavior_hint="(text, and text_pair if there is one)")
+]
+Out = Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="(standard output)")]
 
 
 # ---------------------------------------------------------------- train
@@ -238,6 +247,9 @@ def generate(
 def translate(
     model: Positional[Model],
     texts: Positional[Texts] = (),
+    data: Data = None,
+    column: Column = "source",
+    output: Out = None,
     num_beams: int = 4,
     length_penalty: float = 1.0,
     truncate: bool = False,
@@ -247,16 +259,23 @@ def translate(
     Args:
         model: Run folder, checkpoint folder or hub id of an encoder-decoder Transformer.
         texts: What to translate.
+        data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
+        column: Where a table has them.
+        output: A .txt file to write. With --data, an interrupted command can be given again to go on.
         num_beams: Beam width; 1 is greedy.
         length_penalty: Hypotheses compete by log-probability / length ** penalty.
         truncate: Cut texts longer than the context, and say how many.
     """
     translator = cast("Translator", _load(model, "transformer"))
-    lines = translator.translate(
-        _lines(texts), num_beams=num_beams, length_penalty=length_penalty, truncate=truncate
+    _answer(
+        translator,
+        _texts(texts, data, [column]),
+        lambda given: translator.translate(
+            given, num_beams=num_beams, length_penalty=length_penalty, truncate=truncate
+        ),
+        lambda answer: " ".join(answer.split("\n")),
+        _Target(output, ".txt", (num_beams, length_penalty)),
     )
-    for line in lines:
-        print(line)
 
 
 def fill(model: Positional[Model], texts: Positional[Texts] = (), top_k: int = 5) -> None:
@@ -269,12 +288,15 @@ def fill(model: Positional[Model], texts: Positional[Texts] = (), top_k: int = 5
     """
     encoder = cast("Encoder", _load(model, "bert"))
     for text in _lines(texts):
-        _print_rows(encoder.fill(text, top_k=top_k))
+        print(_rows(encoder.fill(text, top_k=top_k)))
 
 
 def classify(
     model: Positional[Model],
     inputs: Positional[Texts] = (),
+    data: Data = None,
+    column: Columns = (),
+    output: Out = None,
     pair: Annotated[str | None, arg(metavar="TEXT")] = None,
     top_k: int | None = None,
     truncate: bool = False,
@@ -285,47 +307,84 @@ def classify(
     Args:
         model: Run folder, checkpoint folder or hub id of a BERT or ViT with such a head.
         inputs: Texts, or image files.
-        pair: Second text, for a model of text pairs.
+        data: A file of texts, or of images' paths, instead: .jsonl, .csv, .tsv, .parquet, or one a line. Or a
+            folder of images, in the order of their paths.
+        column: Where a table has them, and their second texts; default for images: image.
+        output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
+        pair: Second text of all, for a model of text pairs.
         top_k: How many classes; default 5, but all labels of a multi-label model.
         truncate: Cut texts longer than the context, and say how many.
     """
-    from qkv.pipelines import ImageClassifier, from_pretrained
+    from qkv import from_pretrained  # as a public name it comes faster
+    from qkv.pipelines import ImageClassifier
 
     pipeline = from_pretrained(model)
-    given = _lines(inputs)
+    target = _Target(output, ".jsonl", (pair, top_k))
     if isinstance(pipeline, ImageClassifier):
         if pair is not None or truncate:
             raise InputError(f"{model} classifies images: leave out --pair and --truncate")
-        answers = pipeline.classify(given, top_k=5 if top_k is None else top_k)
+        count = 5 if top_k is None else top_k
+        source = _images(inputs, data, column)
+        _answer(pipeline, source, lambda given: pipeline.classify(given, top_k=count), _rows, target)
+        return
+    encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
+    if pair is not None and len(column) > 1:
+        raise InputError("the second text is either --pair or a column: leave one out")
+    perhaps = ["text_pair"] if not column and pair is None else []
+    source = _texts(inputs, data, column or ["text"], perhaps)
+
+    def paired(texts: Iterator[Any]) -> Iterator[Any]:
+        return texts if pair is None else ((text, pair) for text in texts)
+
+    if encoder.model.config.head == "regression":
+        labels = encoder.model.config.labels
+        _answer(
+            encoder,
+            source,
+            lambda given: encoder.estimate(paired(given), truncate=truncate),
+            lambda values: json.dumps(dict(zip(labels, values.tolist(), strict=True))),
+            target,
+        )
     else:
-        encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
-        texts = given if pair is None else [(text, pair) for text in given]
-        if encoder.model.config.head == "regression":
-            for values in encoder.estimate(texts, truncate=truncate).tolist():
-                print(json.dumps(dict(zip(encoder.model.config.labels, values, strict=True))))
-            return
-        answers = encoder.classify(texts, top_k=top_k, truncate=truncate)
-    for answer in answers:
-        _print_rows(answer)
+        _answer(
+            encoder,
+            source,
+            lambda given: encoder.classify(paired(given), top_k=top_k, truncate=truncate),
+            _rows,
+            target,
+        )
 
 
-def tag(model: Positional[Model], texts: Positional[Texts] = (), truncate: bool = False) -> None:
+def tag(
+    model: Positional[Model],
+    texts: Positional[Texts] = (),
+    data: Data = None,
+    column: Column = "text",
+    output: Out = None,
+    truncate: bool = False,
+) -> None:
     """Name the tag of each word of texts, with its place in the text; a JSON line each.
 
     Args:
         model: Run folder, checkpoint folder or hub id of a BERT with a tagging head.
         texts: What to tag.
+        data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
+        column: Where a table has them.
+        output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
         truncate: Cut texts longer than the context, and say how many.
     """
     encoder = cast("Encoder", _load(model, "bert"))
-    for words in encoder.tag(_lines(texts), truncate=truncate):
-        _print_rows(words)
+    source = _texts(texts, data, [column])
+    target = _Target(output, ".jsonl")
+    _answer(encoder, source, lambda given: encoder.tag(given, truncate=truncate), _rows, target)
 
 
 def embed(
     model: Positional[Model],
     texts: Positional[Texts] = (),
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None,
+    data: Data = None,
+    column: Column = "text",
+    output: Out = None,
     truncate: bool = False,
 ) -> None:
     """Turn texts into vectors: a JSON line each, or a NumPy file.
@@ -333,17 +392,20 @@ def embed(
     Args:
         model: Run folder, checkpoint folder or hub id of a BERT.
         texts: What to embed.
-        output: A .npy file for the (N, D) float32 array.
+        data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
+        column: Where a table has them.
+        output: A .npy file for the (N, D) float32 array. With --data, an interrupted command can be given
+            again to go on.
         truncate: Cut texts longer than the context, and say how many.
     """
-    import numpy as np
-
-    vectors = cast("Encoder", _load(model, "bert")).embed(_lines(texts), truncate=truncate)
-    if output is None:
-        for vector in vectors:
-            print(json.dumps([round(float(x), 7) for x in vector]))
-    else:
-        np.save(output, vectors)
+    encoder = cast("Encoder", _load(model, "bert"))
+    _answer(
+        encoder,
+        _texts(texts, data, [column]),
+        lambda given: encoder.embed(given, truncate=truncate),
+        lambda vector: json.dumps([round(float(x), 7) for x in vector]),
+        _Target(output, ".npy", dim=encoder.model.config.dim),
+    )
 
 
 def merge(model: Positional[Model], out: Positional[Path]) -> None:
@@ -374,12 +436,101 @@ def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> 
 # ---------------------------------------------------------------- shared
 
 
-def _print_rows(rows: Sequence[Guess | TaggedWord]) -> None:
-    print(json.dumps([row._asdict() for row in rows], ensure_ascii=False))
+class _Target(NamedTuple):
+    """Where answers go: to a file of that suffix, or to standard output."""
+
+    path: Path | None
+    suffix: str
+    settings: tuple[object, ...] = ()
+    """What answers depend on beside the model and the input."""
+    dim: int = 0
+    """Length of the vectors that a .npy file holds."""
+
+
+def _answer(
+    pipeline: AnyPipeline,
+    source: Source,
+    ask: Callable[[Iterator[Any]], Iterator[Answer]],
+    line: Callable[[Answer], str],
+    target: _Target,
+) -> None:
+    """Ask for the answer to each input, and print or write it: a line, or in a .npy file a vector."""
+    from qkv.stream import answer_all
+
+    if target.path is None:
+        watch = _stderr(quiet=sys.stdout.isatty())  # a bar between lines would be in their way
+        answer_all(source, ask, lambda answer: print(line(answer)), None, watch)
+        return
+    output = _output(pipeline, source, target)
+
+    def write(answer: Answer) -> None:
+        output.write(answer.tobytes() if target.dim else f"{line(answer)}\n".encode())  # type: ignore[attr-defined]
+
+    console = _stderr()
+    try:
+        with output:
+            answer_all(source, ask, write, output, console)
+    except BaseException:
+        if output.kept:
+            said = f"{output.kept:,} answers are kept in {output.part}: the same command goes on from there"
+            console.print(said, highlight=False, soft_wrap=True)
+        raise
+    print(json.dumps({"file": str(target.path), "answers": output.done}))
+
+
+def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
+    """The file that answers go to; work on a source that can be read again can be gone on with."""
+    from qkv.output import Output, no_header, npy_header
+    from qkv.stream import work
+
+    assert target.path is not None
+    if target.path.suffix != target.suffix:
+        raise InputError(f"--output writes {target.suffix} files; {target.path} is not called so")
+    header = partial(npy_header, dim=target.dim) if target.dim else no_header
+    if source.path is not None and target.path.exists() and target.path.samefile(source.path):
+        raise InputError(f"{target.path} is the input itself: write to another file")
+    identity = source.identity()
+    made_from = None if identity is None else work(pipeline, identity, *target.settings)
+    return Output(target.path, header, made_from)
+
+
+def _texts(
+    texts: Sequence[str], data: Path | None, columns: Sequence[str], perhaps: Sequence[str] = ()
+) -> Source:
+    """Texts given, those of a file, or the lines of standard input."""
+    from qkv.stream import Given
+
+    if data is None:
+        return Given(_lines(texts))
+    from qkv.data.corpus import TextCorpus
+
+    _check_alone(texts)
+    return TextCorpus(data, columns, perhaps)
+
+
+def _images(files: Sequence[str], data: Path | None, columns: Sequence[str]) -> Source:
+    """Image files given, those of a folder or named in a file, or named on standard input."""
+    from qkv.stream import Given
+
+    if data is None:
+        return Given(_lines(files))
+    from qkv.data.corpus import ImageCorpus, ImageFolder
+
+    _check_alone(files)
+    return ImageFolder(data) if data.is_dir() else ImageCorpus(data, columns or ["image"])
+
+
+def _check_alone(given: Sequence[str]) -> None:
+    if given:
+        raise InputError("the input is either --data or given in the command: leave one out")
+
+
+def _rows(rows: Sequence[Guess | TaggedWord]) -> str:
+    return json.dumps([row._asdict() for row in rows], ensure_ascii=False)
 
 
 def _load(source: str, family: Family) -> AnyPipeline:
-    from qkv.pipelines import from_pretrained
+    from qkv import from_pretrained  # as a public name it comes faster
 
     return _of_family(from_pretrained(source), source, family)
 
@@ -391,17 +542,19 @@ def _of_family(pipeline: AnyPipeline, source: str, family: Family) -> AnyPipelin
     return pipeline
 
 
-def _lines(texts: Sequence[str]) -> list[str]:
-    """The texts given, or the lines of standard input."""
-    lines = list(texts)
-    if not lines and not sys.stdin.isatty():
+def _lines(texts: Sequence[str]) -> Iterator[str]:
+    """The texts given, or the lines of standard input as they come."""
+    yield from texts
+    some = bool(texts)
+    if not some and not sys.stdin.isatty():
         try:
-            lines = [line.rstrip("\n") for line in sys.stdin]
+            for line in sys.stdin:
+                some = True
+                yield line.rstrip("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
-    if not lines:
+    if not some:
         raise InputError("nothing to work on: give texts, or lines on standard input")
-    return lines
 
 
 def _stderr(quiet: bool = False) -> Any:

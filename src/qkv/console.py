@@ -6,14 +6,25 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from qkv.config import RunConfig
 from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
 
 PATIENCE = 2.0
-"""Seconds that preparing data may take unseen."""
+"""Seconds that preparing data, or answering a corpus, may take unseen."""
+
+_REFRESH = 0.1
+"""Seconds between changes of a bar that is told of every answer."""
 
 
 class PreparationBar:
@@ -108,3 +119,43 @@ class TrainingBar(Observer):
     def close(self) -> None:
         """Take the bar away."""
         self.bar.stop()
+
+
+class CorpusBar:
+    """How far a corpus is read and how fast it is answered, used as a context manager; after a while only."""
+
+    def __init__(self, console: Console, name: str, total: int | None) -> None:
+        """total: of whatever unit `update` is told; None: nobody knows."""
+        self.bar = Progress(
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
+            TextColumn("of {task.description}, {task.fields[said]}, left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,  # answers may go there
+        )
+        self.task = self.bar.add_task(name, total=total, said="")
+        self.began = self.told = time.monotonic()
+        self.shown = False
+
+    def __enter__(self) -> CorpusBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.shown:
+            self.bar.stop()
+
+    def update(self, read: int, answered: int) -> None:
+        """read: so much of the total; answered: so many inputs since the beginning."""
+        now = time.monotonic()
+        if now - self.began < PATIENCE or now - self.told < _REFRESH:
+            return
+        self.told = now
+        said = f"{answered / (now - self.began):,.0f} answers/s"
+        self.bar.update(self.task, completed=read, said=said)
+        if not self.shown:
+            self.bar.start()
+            self.shown = True

@@ -2,15 +2,16 @@
 
 `from_pretrained` opens a checkpoint as the pipeline of its family. Pipelines only translate between
 what people read and what models read: tokens and pixels are made by the checkpoint's own tokenizer
-and image processor, answers by the model and `decode`.
+and image processor, answers by the model and `decode`. A list gives a list of answers. An iterator gives
+an iterator, which reads ahead no more than `batching` says: there may be more inputs than memory holds.
 
-Legend: T tokens of a batch, N inputs, D model width, V vocabulary, K classes.
+Legend: T tokens of a batch, N inputs of one, D model width, V vocabulary, K classes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -33,8 +34,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from qkv import hub
+from qkv import batching, hub
 from qkv.attention import Tappable
+from qkv.batching import in_order
 from qkv.config import BertHead, InferencePrecision
 from qkv.decode import Decoding, Finish, Hypothesis, generate, sample
 from qkv.errors import InputError
@@ -46,21 +48,20 @@ from qkv.models.transformer import Transformer, TransformerOutput
 from qkv.models.vit import ViT, ViTOutput
 from qkv.ragged import Ragged, pack
 from qkv.runtime import pick_device
-from qkv.tokenizers import Encoding, Tokenizer
+from qkv.tokenizers import Encoding, Tokenizer, WordEncoding
 
 if TYPE_CHECKING:
     from qkv.fast import Road
-
-BATCH_TOKENS = 4096
-"""Most tokens that a pipeline gives a model at once; an input larger than that goes alone."""
 
 M = TypeVar("M", bound=Transformer | Bert | GPT | ViT)
 
 ImageLike = Image.Image | str | Path | bytes
 """An image, its path, or its file's bytes."""
 AnyImage = TypeVar("AnyImage", bound=ImageLike)
-OneOrMany = TypeVar("OneOrMany", str, list[str])
-"""A text or a list of texts; the answer is of the same type."""
+OneOrMany = TypeVar("OneOrMany", str, list[str], Iterator[str])
+"""A text, a list of texts or an iterator of them; the answer is of the same type."""
+Input = TypeVar("Input")
+Answer = TypeVar("Answer")
 
 
 class Guess(NamedTuple):
@@ -94,6 +95,16 @@ class DecodingOptions(TypedDict, total=False):
     repetition_penalty: float
     num_return_sequences: int
     seed: int
+
+
+class NumberedError(InputError):
+    """One of many inputs cannot be used."""
+
+    def __init__(self, kind: Literal["text", "image"], number: int, said: str) -> None:
+        """number: of the input among those given, from 0; said: what is wrong with it, and what to do."""
+        super().__init__(f"{kind} {number} {said}")
+        self.number = number
+        self.said = said
 
 
 class Pipeline(Generic[M]):
@@ -193,7 +204,8 @@ class TextGenerator(Pipeline[GPT]):
         return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
 
     def _answers(self, prompts: list[list[int]], decoding: Decoding) -> list[str]:
-        found = _decode(self.model, prompts, decoding, self._eos())
+        decoded = _decode(self.model, prompts, lambda window, _: window, len, decoding, self._eos())
+        found = [answer for answers in decoded for answer in answers]
         self._warn_if_full([answer.finish for answer in found])
         return [self.tokenizer.decode(answer.ids) for answer in found]
 
@@ -234,7 +246,7 @@ class Translator(Pipeline[Transformer]):
         max_new_tokens: int | None = None,
         truncate: bool = False,
     ) -> OneOrMany:
-        """The likeliest translation of a text, or of each text of a list; num_beams=1 is greedy.
+        """The likeliest translation of a text, or of each text of a list or iterator; num_beams=1 is greedy.
 
         max_new_tokens: at most so many tokens each; None: what the model's context holds. truncate: cut
         texts longer than the context, with a warning that counts them. Raises InputError for such a
@@ -247,14 +259,28 @@ class Translator(Pipeline[Transformer]):
             temperature=0.0,
             max_new_tokens=context if max_new_tokens is None else max_new_tokens,
         )
-        given = [texts] if isinstance(texts, str) else texts
-        sources = _encode(self.tokenizer, given, context, truncate)
-        found = _decode(self.model, [source.ids for source in sources], decoding, [self.model.config.eos_id])
-        if unfinished := sum(answer.finish != "eos" for answer in found):
-            _warn(f"{unfinished} of {len(found)} translations were cut at {decoding.max_new_tokens} tokens")
+        given: Any = [texts] if isinstance(texts, str) else texts
+        found: Any = self._translations(given, decoding, truncate)
+        if isinstance(texts, Iterator):
+            return found  # type: ignore[no-any-return]
+        answers: Any = list(found)
+        return answers[0] if isinstance(texts, str) else answers  # type: ignore[no-any-return]
+
+    def _translations(self, texts: Iterable[str], decoding: Decoding, truncate: bool) -> Iterator[str]:
+        limit = _Limit(self.model.config.context, truncate)
         target = self.tokenizer.target
-        answers = [target.decode(answer.ids) for answer in found]
-        return answers[0] if isinstance(texts, str) else answers
+
+        def read(window: list[str], first: int) -> list[list[int]]:
+            return [encoding.ids for encoding in limit.encode(self.tokenizer, window, first)]
+
+        done = unfinished = 0
+        for (answer,) in _decode(self.model, texts, read, _characters, decoding, [self.model.config.eos_id]):
+            done += 1
+            unfinished += answer.finish != "eos"
+            yield target.decode(answer.ids)
+        limit.warn()
+        if unfinished:
+            _warn(f"{unfinished} of {done} translations were cut at {decoding.max_new_tokens} tokens")
 
 
 # ---------------------------------------------------------------- BERT
@@ -293,23 +319,35 @@ class Encoder(Pipeline[Bert]):
         found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [Guess(self.tokenizer.token(id), probability) for id, probability in found]
 
-    @torch.inference_mode()
-    def embed(self, texts: list[str], truncate: bool = False) -> NDArray[np.float32]:
+    @overload
+    def embed(self, texts: list[str], truncate: bool = False) -> NDArray[np.float32]: ...
+    @overload
+    def embed(self, texts: Iterator[str], truncate: bool = False) -> Iterator[NDArray[np.float32]]: ...
+    def embed(
+        self, texts: list[str] | Iterator[str], truncate: bool = False
+    ) -> NDArray[np.float32] | Iterator[NDArray[np.float32]]:
         """One vector a text, (N, D): the mean over its tokens, unless the checkpoint says otherwise.
 
+        Of an iterator of texts an iterator of vectors (D,).
         truncate: cut texts longer than the checkpoint's `max_tokens`, or else the context, with a warning
         that counts them. Raises InputError for such a text otherwise.
         """
         _check_list(texts)
-        config = self.model.config
-        limit = self.checkpoint.max_tokens or config.context
-        encodings = _encode(self.tokenizer, texts, limit, truncate)
-        vectors = np.empty((len(texts), config.dim), dtype=np.float32)
-        for indices in _batches([len(e.ids) for e in encodings]):
-            hidden = self.model.features(*self._batch([encodings[i] for i in indices]))
-            pooled = (hidden.first() if self.checkpoint.pooling == "cls" else hidden.mean()).float()  # (N, D)
-            vectors[indices] = (F.normalize(pooled) if self.checkpoint.normalize else pooled).cpu().numpy()
+        limit = self.checkpoint.max_tokens or self.model.config.context
+        found = self._encoded(texts, truncate, self._vectors, limit)
+        if isinstance(texts, Iterator):
+            return found
+        vectors = np.empty((len(texts), self.model.config.dim), dtype=np.float32)
+        for i, vector in enumerate(found):
+            vectors[i] = vector
         return vectors
+
+    @torch.inference_mode()
+    def _vectors(self, encodings: list[Encoding]) -> list[NDArray[np.float32]]:
+        """Of each text (D,)."""
+        hidden = self.model.features(*self._batch(encodings))
+        pooled = (hidden.first() if self.checkpoint.pooling == "cls" else hidden.mean()).float()  # (N, D)
+        return list((F.normalize(pooled) if self.checkpoint.normalize else pooled).cpu().numpy())
 
     @overload
     def classify(
@@ -319,9 +357,16 @@ class Encoder(Pipeline[Bert]):
     def classify(
         self, texts: list[OneOrPair], top_k: int | None = None, truncate: bool = False
     ) -> list[list[Guess]]: ...
+    @overload
     def classify(
-        self, texts: TextOrPair | list[OneOrPair], top_k: int | None = None, truncate: bool = False
-    ) -> list[Guess] | list[list[Guess]]:
+        self, texts: Iterator[OneOrPair], top_k: int | None = None, truncate: bool = False
+    ) -> Iterator[list[Guess]]: ...
+    def classify(
+        self,
+        texts: TextOrPair | list[OneOrPair] | Iterator[OneOrPair],
+        top_k: int | None = None,
+        truncate: bool = False,
+    ) -> list[Guess] | list[list[Guess]] | Iterator[list[Guess]]:
         """The likeliest classes of a text or a pair (a tuple of two), or of each of a list of them.
 
         top_k: so many; None: 5 of classes, all of a multi-label model's, whose probabilities are independent.
@@ -333,44 +378,56 @@ class Encoder(Pipeline[Bert]):
         if top_k is not None:
             _check_top_k(top_k)
         config = self.model.config
-        if config.head == "classification":
-            chances = self._class_logits(texts, truncate).softmax(-1)  # (N, K)
-            return _guesses(chances, config.labels, 5 if top_k is None else top_k)
-        if config.head == "multi_label":
-            chances = self._class_logits(texts, truncate).sigmoid()  # (N, K)
-            return _guesses(chances, config.labels, len(config.labels) if top_k is None else top_k)
-        help = "estimate gives its values" if config.head == "regression" else "fine-tune it first"
-        raise InputError(f"this model has no classification head but {config.head!r}: {help}")
+        if config.head not in ("classification", "multi_label"):
+            help = "estimate gives its values" if config.head == "regression" else "fine-tune it first"
+            raise InputError(f"this model has no classification head but {config.head!r}: {help}")
+        several = config.head == "multi_label"
+        count = top_k or (len(config.labels) if several else 5)
 
-    def estimate(self, texts: Sequence[TextOrPair], truncate: bool = False) -> NDArray[np.float32]:
-        """The values of texts or pairs, (N, K): K is 1 for models trained here.
+        def guesses(encodings: list[Encoding]) -> list[list[Guess]]:
+            logits = self._class_logits(encodings)  # (N, K)
+            return _guesses(logits.sigmoid() if several else logits.softmax(-1), config.labels, count)
+
+        found = self._encoded(texts, truncate, guesses)
+        return found if isinstance(texts, Iterator) else list(found)
+
+    @overload
+    def estimate(self, texts: Sequence[TextOrPair], truncate: bool = False) -> NDArray[np.float32]: ...
+    @overload
+    def estimate(
+        self, texts: Iterator[TextOrPair], truncate: bool = False
+    ) -> Iterator[NDArray[np.float32]]: ...
+    def estimate(
+        self, texts: Sequence[TextOrPair] | Iterator[TextOrPair], truncate: bool = False
+    ) -> NDArray[np.float32] | Iterator[NDArray[np.float32]]:
+        """The values of texts or pairs, (N, K): K is 1 for models trained here. Of an iterator, of each (K,).
 
         truncate: cut texts longer than the context, with a warning that counts them. Raises InputError
         for such a text otherwise, or if the model has no regression head.
         """
         _check_list(texts)
-        if self.model.config.head != "regression":
-            raise InputError(f"this model has no regression head but {self.model.config.head!r}")
-        return self._class_logits(texts, truncate).numpy()
+        config = self.model.config
+        if config.head != "regression":
+            raise InputError(f"this model has no regression head but {config.head!r}")
+        found = self._encoded(texts, truncate, lambda encodings: list(self._class_logits(encodings).numpy()))
+        if isinstance(texts, Iterator):
+            return found
+        return np.array(list(found), dtype=np.float32).reshape(-1, len(config.labels))
 
     @torch.inference_mode()
-    def _class_logits(self, texts: Sequence[TextOrPair], truncate: bool) -> Tensor:
+    def _class_logits(self, encodings: list[Encoding]) -> Tensor:
         """float32 (N, K), on the CPU."""
-        encodings = _encode(self.tokenizer, texts, self.model.config.context, truncate)
-        logits = torch.empty(len(texts), len(self.model.config.labels))
-        for indices in _batches([len(e.ids) for e in encodings]):
-            hidden = self.model.features(*self._batch([encodings[i] for i in indices]))
-            logits[indices] = self.model.class_logits(hidden).float().cpu()
-        return logits
+        return self.model.class_logits(self.model.features(*self._batch(encodings))).float().cpu()
 
     @overload
     def tag(self, texts: str, truncate: bool = False) -> list[TaggedWord]: ...
     @overload
     def tag(self, texts: list[str], truncate: bool = False) -> list[list[TaggedWord]]: ...
-    @torch.inference_mode()
+    @overload
+    def tag(self, texts: Iterator[str], truncate: bool = False) -> Iterator[list[TaggedWord]]: ...
     def tag(
-        self, texts: str | list[str], truncate: bool = False
-    ) -> list[TaggedWord] | list[list[TaggedWord]]:
+        self, texts: str | list[str] | Iterator[str], truncate: bool = False
+    ) -> list[TaggedWord] | list[list[TaggedWord]] | Iterator[list[TaggedWord]]:
         """The tag of each word of a text, or of each of a list of texts; its first piece decides.
 
         Words are what the tokenizer's pre-tokenizer makes of the text; one that has no token is left out.
@@ -379,29 +436,71 @@ class Encoder(Pipeline[Bert]):
         """
         if isinstance(texts, str):
             return self.tag([texts], truncate)[0]
-        config = self.model.config
-        if config.head != "tagging":
-            raise InputError(f"this model has no tagging head but {config.head!r}: fine-tune it first")
-        spans = [self.tokenizer.word_spans(text) for text in texts]
-        words = [[text[a:b] for a, b in places] for text, places in zip(texts, spans, strict=True)]
-        encodings = self.tokenizer.encode_words(words)
-        if _check_lengths([len(e.ids) for e in encodings], config.context, truncate):
-            encodings = self.tokenizer.shortened(config.context).encode_words(words)
-        tagged: dict[int, list[TaggedWord]] = {}
-        for indices in _batches([len(e.ids) for e in encodings]):
-            hidden = self.model.features(pack((encodings[i].ids for i in indices), self.device))
-            for i, states in zip(indices, hidden.split(), strict=True):  # states: (L, D)
-                found = [(*span, place) for span, place in zip(spans[i], encodings[i].first, strict=True)]
-                read = [(start, end, place) for start, end, place in found if place is not None]
-                logits = self.model.tag_logits(states[[place for *_, place in read]])  # (M, K)
-                best = logits.float().softmax(-1).max(-1)
-                tagged[i] = [
-                    TaggedWord(texts[i][start:end], config.labels[k], chance, start, end)
+        if self.model.config.head != "tagging":
+            raise InputError(
+                f"this model has no tagging head but {self.model.config.head!r}: fine-tune it first"
+            )
+        found = self._tagged(texts, truncate)
+        return found if isinstance(texts, Iterator) else list(found)
+
+    def _tagged(self, texts: Iterable[str], truncate: bool) -> Iterator[list[TaggedWord]]:
+        limit = _Limit(self.model.config.context, truncate)
+
+        def read(window: list[str], first: int) -> list[_Words]:
+            spans = [self.tokenizer.word_spans(text) for text in window]
+            words = [[text[a:b] for a, b in places] for text, places in zip(window, spans, strict=True)]
+            encodings = self.tokenizer.encode_words(words)
+            if limit.over([len(e.ids) for e in encodings], first):
+                encodings = self.tokenizer.shortened(limit.tokens).encode_words(words)
+            return [_Words(*one) for one in zip(window, spans, encodings, strict=True)]
+
+        yield from in_order(
+            texts,
+            read,
+            lambda words: len(words.encoding.ids),
+            self._tags,
+            _characters,
+            batching.WINDOW_CHARACTERS,
+        )
+        limit.warn()
+
+    @torch.inference_mode()
+    def _tags(self, batch: list[_Words]) -> list[list[TaggedWord]]:
+        labels = self.model.config.labels
+        hidden = self.model.features(pack((words.encoding.ids for words in batch), self.device))
+        answers = []
+        for (text, spans, encoding), states in zip(batch, hidden.split(), strict=True):  # states: (L, D)
+            found = [(*span, place) for span, place in zip(spans, encoding.first, strict=True)]
+            read = [(start, end, place) for start, end, place in found if place is not None]
+            logits = self.model.tag_logits(states[[place for *_, place in read]])  # (M, K)
+            best = logits.float().softmax(-1).max(-1)
+            answers.append(
+                [
+                    TaggedWord(text[start:end], labels[k], chance, start, end)
                     for (start, end, _), k, chance in zip(
                         read, best.indices.tolist(), best.values.tolist(), strict=True
                     )
                 ]
-        return [tagged[i] for i in range(len(texts))]
+            )
+        return answers
+
+    def _encoded(
+        self,
+        texts: Iterable[TextOrPair],
+        truncate: bool,
+        answer: Callable[[list[Encoding]], Sequence[Answer]],
+        tokens: int | None = None,
+    ) -> Iterator[Answer]:
+        """The answer to each text, which may have so many tokens; None: as many as the model reads."""
+        limit = _Limit(tokens or self.model.config.context, truncate)
+
+        def read(window: list[TextOrPair], first: int) -> list[Encoding]:
+            return limit.encode(self.tokenizer, window, first)
+
+        yield from in_order(
+            texts, read, lambda e: len(e.ids), answer, _characters, batching.WINDOW_CHARACTERS
+        )
+        limit.warn()
 
     def _batch(self, encodings: list[Encoding]) -> tuple[Ragged, Tensor]:
         """Ids and segments, (T,) each."""
@@ -423,8 +522,11 @@ class ImageClassifier(Pipeline[ViT]):
     def classify(self, images: ImageLike, top_k: int = 5) -> list[Guess]: ...
     @overload
     def classify(self, images: list[AnyImage], top_k: int = 5) -> list[list[Guess]]: ...
-    @torch.inference_mode()
-    def classify(self, images: ImageLike | list[AnyImage], top_k: int = 5) -> list[Guess] | list[list[Guess]]:
+    @overload
+    def classify(self, images: Iterator[AnyImage], top_k: int = 5) -> Iterator[list[Guess]]: ...
+    def classify(
+        self, images: ImageLike | list[AnyImage] | Iterator[AnyImage], top_k: int = 5
+    ) -> list[Guess] | list[list[Guess]] | Iterator[list[Guess]]:
         """The likeliest classes of an image, or of each of a list; an image can be a path or a file's bytes.
 
         Raises InputError for an image that cannot be read, or if the model has no head.
@@ -432,15 +534,34 @@ class ImageClassifier(Pipeline[ViT]):
         if isinstance(images, ImageLike):
             return self.classify([images], top_k)[0]
         _check_top_k(top_k)
-        if not self.model.config.labels:
+        labels = self.model.config.labels
+        if not labels:
             raise InputError("this model has no classification head: fine-tune it first")
         tokens = (self.images.size // self.model.config.patch_size) ** 2 + 1
-        guesses: list[list[Guess]] = []
-        for indices in _batches([tokens] * len(images)):
-            logits = self(torch.stack([self.images(images[i]) for i in indices])).logits
+
+        def read(window: list[AnyImage], first: int) -> list[Tensor]:
+            return [self._pixels(image, first + i) for i, image in enumerate(window)]
+
+        @torch.inference_mode()
+        def guesses(batch: list[Tensor]) -> list[list[Guess]]:
+            logits = self(torch.stack(batch)).logits
             assert logits is not None  # (N, K)
-            guesses += _guesses(logits.float().softmax(-1), self.model.config.labels, top_k)
-        return guesses
+            return _guesses(logits.float().softmax(-1), labels, top_k)
+
+        # All cost the same, so a window of one batch is as good as a longer one.
+        found = in_order(
+            images, read, lambda _: tokens, guesses, lambda _: tokens, batching.BATCH_TOKENS - tokens + 1
+        )
+        return found if isinstance(images, Iterator) else list(found)
+
+    def _pixels(self, image: ImageLike, number: int) -> Tensor:
+        """(C, S, S)"""
+        try:
+            return self.images(image)
+        except InputError as error:
+            if isinstance(image, str | Path):  # then the error names it
+                raise
+            raise NumberedError("image", number, f"cannot be used: {error}") from None
 
 
 # ---------------------------------------------------------------- opening
@@ -479,56 +600,84 @@ def pipeline(checkpoint: Checkpoint, device: str = "auto") -> AnyPipeline:
 # ---------------------------------------------------------------- shared
 
 
-def _batches(costs: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of inputs in batches of at most BATCH_TOKENS; the costliest come first, alike ones together."""
-    batch: list[int] = []
-    room = BATCH_TOKENS
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        if batch and costs[i] > room:
-            yield batch
-            batch, room = [], BATCH_TOKENS
-        batch.append(i)
-        room -= costs[i]
-    if batch:
-        yield batch
-
-
 def _decode(
-    model: GPT | Transformer, inputs: list[list[int]], decoding: Decoding, eos: list[int]
-) -> list[Hypothesis]:
-    """The answers of the first input, of the second, and so on."""
+    model: GPT | Transformer,
+    inputs: Iterable[Input],
+    read: Callable[[list[Input], int], list[list[int]]],
+    size: Callable[[Input], int],
+    decoding: Decoding,
+    eos: list[int],
+) -> Iterator[list[Hypothesis]]:
+    """The answers to each input; read: the ids of a window of them."""
     copies = max(decoding.num_beams, decoding.num_return_sequences)
-    costs = [min(len(ids) + decoding.max_new_tokens, model.config.context) * copies for ids in inputs]
-    found: dict[int, list[Hypothesis]] = {}
-    for indices in _batches(costs):
-        answers = generate(model, [inputs[i] for i in indices], decoding, eos)
-        found |= zip(indices, answers, strict=True)
-    return [answer for i in range(len(inputs)) for answer in found[i]]
+
+    def cost(ids: list[int]) -> int:
+        return min(len(ids) + decoding.max_new_tokens, model.config.context) * copies
+
+    def answer(batch: list[list[int]]) -> list[list[Hypothesis]]:
+        return generate(model, batch, decoding, eos)
+
+    return in_order(inputs, read, cost, answer, size, batching.WINDOW_CHARACTERS // copies)
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair], limit: int, truncate: bool) -> list[Encoding]:
-    """Each text or pair, cut to the limit. Raises InputError for one over it unless it may be cut."""
-    parts = [(text,) if isinstance(text, str) else text for text in texts]
-    encodings = [tokenizer.encode(*part) for part in parts]
-    if over := _check_lengths([len(encoding.ids) for encoding in encodings], limit, truncate):
-        shortened = tokenizer.shortened(limit)
-        for i in over:
-            encodings[i] = shortened.encode(*parts[i])
-    return encodings
+class _Words(NamedTuple):
+    """A text to tag."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    encoding: WordEncoding
 
 
-def _check_lengths(lengths: list[int], limit: int, truncate: bool) -> list[int]:
-    """Which texts are over the limit, with a warning. Raises InputError if these may not be cut."""
-    over = [i for i, length in enumerate(lengths) if length > limit]
-    if over and not truncate:
-        i = lengths.index(max(lengths))
-        raise InputError(
-            f"text {i} has {lengths[i]} tokens; the limit is {limit}: "
-            "shorten it, or in Python pass truncate=True to cut it"
-        )
-    if over:
-        _warn(f"{len(over)} of {len(lengths)} texts were longer than {limit} tokens and were cut")
-    return over
+class _Limit:
+    """The most tokens that a text may have, and how many texts had more."""
+
+    def __init__(self, tokens: int, truncate: bool) -> None:
+        self.tokens = tokens
+        self.truncate = truncate
+        self.seen = self.cut = 0
+
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[TextOrPair], first: int) -> list[Encoding]:
+        """Each text or pair, cut if it must and may be; the first one has that number among all."""
+        encodings = _encode(tokenizer, texts)
+        if over := self.over([len(encoding.ids) for encoding in encodings], first):
+            shortened = tokenizer.shortened(self.tokens)
+            cut = _encode(shortened, [texts[i] for i in over])
+            for i, encoding in zip(over, cut, strict=True):
+                encodings[i] = encoding
+        return encodings
+
+    def over(self, lengths: list[int], first: int) -> list[int]:
+        """Which of these texts have more. Raises NumberedError for the first one unless they may be cut."""
+        over = [i for i, length in enumerate(lengths) if length > self.tokens]
+        if over and not self.truncate:
+            said = f"has {lengths[over[0]]} tokens; the limit is {self.tokens}"
+            help = "shorten it, or cut it with truncate=True (--truncate)"
+            raise NumberedError("text", first + over[0], f"{said}: {help}")
+        self.seen += len(lengths)
+        self.cut += len(over)
+        return over
+
+    def warn(self) -> None:
+        """Tell how many texts were cut, when all are done."""
+        if self.cut:
+            _warn(f"{self.cut} of {self.seen} texts were longer than {self.tokens} tokens and were cut")
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair]) -> list[Encoding]:
+    """Texts and pairs, all at once."""
+    alone = [text for text in texts if isinstance(text, str)]
+    pairs = [text for text in texts if not isinstance(text, str)]
+    of_alone = iter(tokenizer.encode_batch(alone))
+    of_pairs = iter(tokenizer.encode_batch([one for one, _ in pairs], [other for _, other in pairs]))
+    return [next(of_alone if isinstance(text, str) else of_pairs) for text in texts]
+
+
+_MARGIN = 32
+"""What a text counts beside its characters: empty ones fill a window too."""
+
+
+def _characters(text: TextOrPair) -> int:
+    return _MARGIN + (len(text) if isinstance(text, str) else sum(map(len, text)))
 
 
 def _guesses(chances: Tensor, labels: tuple[str, ...], top_k: int) -> list[list[Guess]]:

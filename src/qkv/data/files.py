@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,21 @@ def read_lines(path: Path) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return [line.removesuffix("\r") for line in lines]
+
+
+def each_line(path: Path) -> Iterator[tuple[str, int]]:
+    """Each line with its end, read when it is asked for, and the byte behind it.
+
+    Raises InputError if the file is unreadable or not UTF-8.
+    """
+    end = 0
+    with readable(path), path.open("rb") as file:
+        for number, data in enumerate(file, start=1):
+            end += len(data)
+            try:
+                yield data.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8"), end
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, error, number) from None
 
 
 def read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
@@ -218,67 +233,93 @@ def read_table(path: Path, wanted: Sequence[str]) -> Table:
 
 
 def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
-    """CSV as in RFC 4180; TSV, as its media type defines it, knows no quotes. Values stay text."""
+    """Values stay text."""
     text = read_text(path)
-    tabs = path.suffix.lower() == ".tsv"
-    usual_limit = csv.field_size_limit(len(text))
-    reader = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
-    rows: list[list[str]] = []
-    try:
-        for row in filter(None, reader):
-            if rows and len(row) != len(rows[0]):
-                raise csv.Error(f"{len(row)} columns, not {len(rows[0])}")
-            rows.append(row)
-    except csv.Error as error:
-        raise InputError(f"{path} is not a table: line {reader.line_num}: {error}") from None
-    finally:
-        csv.field_size_limit(usual_limit)
-    header, *rows = rows
+    header, *rows = each_csv_row(path, io.StringIO(text, newline=""), len(text))
     places = {name: header.index(name) for name in wanted if header.count(name) == 1}
     columns = {name: [row[place] for row in rows] for name, place in places.items()}
     return Table(path, tuple(header), columns, {})
 
 
+def each_csv_row(path: Path, lines: Iterable[str], longest: int) -> Iterator[list[str]]:
+    """CSV as in RFC 4180; TSV, as its media type defines it, knows no quotes.
+
+    path: by its ending the file is one or the other; lines: of it, with their ends; longest: no value has
+    more characters. Raises InputError, naming the line, where it is neither.
+    """
+    tabs = path.suffix.lower() == ".tsv"
+    usual_limit = csv.field_size_limit(longest)
+    reader = csv.reader(
+        lines,
+        delimiter="\t" if tabs else ",",
+        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        strict=True,
+    )
+    columns = 0
+    try:
+        for row in filter(None, reader):
+            columns = columns or len(row)
+            if len(row) != columns:
+                raise csv.Error(f"{len(row)} columns, not {columns}")
+            yield row
+    except csv.Error as error:
+        raise InputError(f"{path} is not a table: line {reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(usual_limit)
+
+
 def _read_json_lines(path: Path, wanted: Sequence[str]) -> Table:
-    """One JSON object a line."""
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}: line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number} is not a JSON object with column names as keys")
-        rows.append(row)
+    rows = list(each_json_row(path, read_lines(path)))
     present = tuple(dict.fromkeys(key for row in rows for key in row))
     columns = {name: [row.get(name) for row in rows] for name in wanted if name in present}
     return Table(path, present, columns, {})
 
 
+def each_json_row(path: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """One JSON object a line. Raises InputError, naming the file and the line, for another."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number} is not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {number} is not a JSON object with column names as keys")
+        yield row
+
+
 def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     """Parquet; class names are where Hugging Face's datasets library puts them."""
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-        schema = file.schema_arrow
+    file = parquet_file(path)
+    schema = file.schema_arrow
+    with parquet_errors(path):
         table = file.read([name for name in wanted if schema.names.count(name) == 1], use_threads=False)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     elements = {name: f.get("feature") or f for name, f in features.items()}  # of lists, their elements
     class_names = {name: tuple(f["names"]) for name, f in elements.items() if f.get("_type") == "ClassLabel"}
     columns = {name: table[name].to_pylist() for name in table.column_names}
     return Table(path, tuple(schema.names), columns, class_names)
+
+
+def parquet_file(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`. Raises InputError if it is none."""
+    from pyarrow import parquet
+
+    with parquet_errors(path):
+        return parquet.ParquetFile(path)
+
+
+@contextmanager
+def parquet_errors(path: Path) -> Iterator[None]:
+    """Around the use of a Parquet file: whatever is wrong with it is an InputError that names it."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from qkv import files, images
 from qkv.config import (
@@ -204,6 +206,18 @@ def _classes(config: AnyModelConfig) -> tuple[str, tuple[str, ...]] | None:
     return (config.family, config.labels) if isinstance(config, ViTConfig) else None
 
 
+class _Undrawn(TorchFunctionMode):
+    """No random numbers are drawn: without contents to fill, torch would import its compiler for it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):  # of tensors, and of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def _unfilled(config: AnyModelConfig) -> Model:
     """A model with fresh heads, whose body waits for a checkpoint's tensors: none are drawn in vain."""
     body = config
@@ -211,9 +225,9 @@ def _unfilled(config: AnyModelConfig) -> Model:
         body = replace(config, head="none", labels=())
     elif isinstance(config, ViTConfig):
         body = replace(config, labels=())
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = build(body)
-    model.to_empty(device="cpu")
+    _allocate(model)
     if isinstance(model, Transformer):
         model.position_table = sinusoidal(model.config.context, model.config.dim)  # on no disk
     elif isinstance(model, Bert) and isinstance(config, BertConfig):
@@ -221,6 +235,16 @@ def _unfilled(config: AnyModelConfig) -> Model:
     elif isinstance(model, ViT) and isinstance(config, ViTConfig):
         model.reset_head(config.labels)
     return model
+
+
+def _allocate(model: Model) -> None:
+    """Give a model without contents memory on the CPU, as its `to_empty` does, which would import sympy."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(values, parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 # ---------------------------------------------------------------- adapting

@@ -56,8 +56,9 @@ class Row:
 
     def read(self, parts: list[Tensor], shape: torch.Size, config: AnyModelConfig) -> Tensor:
         """Tensors on disk -> ours."""
-        whole = torch.cat([part.T if self.transpose else part for part in parts]).reshape(shape)
-        return self.by_matrix(whole, config)
+        parts = [part.T if self.transpose else part for part in parts]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.by_matrix(whole.reshape(shape), config)
 
     def by_matrix(self, rows: Tensor, config: AnyModelConfig) -> Tensor:
         """Rows (H n E, ...) in the order on disk -> ours (n H E, ...), n matrices `interleaved`."""

@@ -1,0 +1,113 @@
+"""Inputs through a pipeline and on to a file: with progress, bounded memory, and on from where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from rich.console import Console
+
+from qkv.console import CorpusBar
+from qkv.errors import InputError
+from qkv.output import Output
+from qkv.pipelines import AnyPipeline, NumberedError
+
+Answer = TypeVar("Answer")
+
+
+class Source(Protocol):
+    """Where inputs come from, such as a `qkv.data.corpus.Corpus`."""
+
+    unit: str
+    read: int
+    """How much was read."""
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is, if it is on the disk."""
+        ...
+
+    @property
+    def total(self) -> int | None:
+        """How much there is to read, if that is known."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        """Inputs, each of one or two parts."""
+        ...
+
+    def name(self, number: int) -> str:
+        """What errors call an input; the first one has the number 0."""
+        ...
+
+    def identity(self) -> str | None:
+        """What is another if the inputs are; None: they are there only once."""
+        ...
+
+
+class Given:
+    """Texts that are at hand."""
+
+    unit = "texts"
+    total = path = None
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = texts
+        self.read = 0
+
+    def __iter__(self) -> Iterator[tuple[str]]:
+        for text in self.texts:
+            yield (text,)
+            self.read += 1
+
+    def name(self, number: int) -> str:
+        """What errors call a text; the first one has the number 0."""
+        return f"text {number}"
+
+    def identity(self) -> None:
+        """They are there only once."""
+
+
+def answer_all(
+    source: Source,
+    ask: Callable[[Iterator[Any]], Iterator[Answer]],
+    write: Callable[[Answer], object],
+    output: Output | None,
+    console: Console,
+) -> None:
+    """Ask for the answer to each input, and write it.
+
+    output: what `write` writes to, if it is a file; answers that earlier work put there are not asked for.
+    Raises InputError as source, pipeline and output do.
+    """
+    inputs = (parts[0] if len(parts) == 1 else parts for parts in source)
+    first = output.done if output is not None else 0
+    if first:
+        console.print(f"Going on behind {first:,} answers.", highlight=False)
+    next(islice(inputs, first, first), None)  # goes past them
+    answered = 0
+    with CorpusBar(console, source.unit, source.total) as bar:
+        try:
+            for answer in ask(inputs):
+                write(answer)
+                answered += 1
+                bar.update(source.read, answered)
+        except NumberedError as error:
+            raise InputError(f"{source.name(first + error.number)} {error.said}") from None
+
+
+def work(pipeline: AnyPipeline, *settings: object) -> str:
+    """A fingerprint of a model and its settings: the same work gives the same answers."""
+    checkpoint = pipeline.checkpoint
+    about = (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens, checkpoint.images)
+    sha = hashlib.sha256(repr((settings, pipeline.model.config, *about)).encode())
+    if checkpoint.tokenizer is not None:
+        sha.update(checkpoint.tokenizer.definition.encode())
+    for name, tensor in pipeline.model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return sha.hexdigest()
