@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, KeyValue, LayerCache, Pattern
+from qkv.attention import Attention, KeyValue, Past, Pattern
 from qkv.config import Activation, ModelConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
@@ -119,7 +119,7 @@ class Block(nn.Module):
         pattern: Pattern,
         *,
         rotation: KeyValue | None = None,
-        cache: LayerCache | None = None,
+        cache: Past | None = None,
         memory: KeyValue | None = None,
         memory_pattern: Pattern | None = None,
     ) -> Tensor:

@@ -128,12 +128,16 @@ class Bert(nn.Module):
         check_lengths(batch.layout, self.config.context)
         if segments is None:
             segments = torch.zeros_like(batch.values)
-        x = self.tokens(batch.values) + self.positions(batch.layout.positions)
-        x = self.dropout(self.norm(x + self.segments(segments)))  # (T, D)
         pattern = Pattern(batch.layout, batch.layout)
+        return batch.like(self.run(batch.values, segments, batch.layout.positions, pattern))
+
+    def run(self, ids: Tensor, segments: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+        """ids, segments and positions (T,) of tokens that attend as the pattern says -> hidden (T, D)."""
+        x = self.tokens(ids) + self.positions(positions)
+        x = self.dropout(self.norm(x + self.segments(segments)))  # (T, D)
         for block in self.blocks:
             x = block(x, pattern)
-        return batch.like(x)
+        return x  # type: ignore[no-any-return]
 
     def pool(self, hidden: Ragged) -> Tensor:
         """hidden (T, D) -> (N, D). Raises InputError where the model has no pooler."""

@@ -5,12 +5,13 @@ Legend: T tokens of the batch, N sequences, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Cache, Pattern
+from qkv.attention import Attention, Cache, Past, Pattern
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.layers import blocks, check_lengths, init_normal, rotary
@@ -59,16 +60,25 @@ class GPT(nn.Module):
         else:
             pattern, positions = cache.extend(batch.layout)
         check_lengths(pattern.keys, self.config.context)
-        x, rotation = self.tokens(batch.values), None  # (T, D)
+        layers = None if cache is None else cache.layers
+        return batch.like(self.run(batch.values, positions, pattern, layers))
+
+    def run(
+        self, ids: Tensor, positions: Tensor, pattern: Pattern, layers: Sequence[Past] | None = None
+    ) -> Tensor:
+        """ids and positions (T,) of tokens that attend as the pattern says -> hidden (T, D).
+
+        layers: where each layer keeps keys and values of earlier tokens.
+        """
+        x, rotation = self.tokens(ids), None  # (T, D)
         if self.positions is None:
             rotation = rotary(positions, self.config.dim // self.config.heads)
         else:
             x = x + self.positions(positions)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            layer = None if cache is None else cache.layers[i]
-            x = block(x, pattern, rotation=rotation, cache=layer)
-        return batch.like(self.norm(x))
+            x = block(x, pattern, rotation=rotation, cache=None if layers is None else layers[i])
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""

@@ -6,13 +6,14 @@ Legend: T tokens of the targets, S tokens of the sources, N sequences, D model w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Cache, KeyValue, Pattern
+from qkv.attention import Attention, Cache, KeyValue, Past, Pattern
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.layers import blocks, check_lengths, init_xavier, sinusoidal
@@ -72,11 +73,15 @@ class Transformer(nn.Module):
     def encode(self, source: Ragged) -> Ragged:
         """source ids (S,) -> memory (S, D)."""
         check_lengths(source.layout, self.config.context)
-        x = self.embed(source.values, source.layout.positions)
         pattern = Pattern(source.layout, source.layout)
+        return source.like(self.run_encoder(source.values, source.layout.positions, pattern))
+
+    def run_encoder(self, ids: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+        """ids and positions (S,) of tokens that attend as the pattern says -> memory (S, D)."""
+        x = self.embed(ids, positions)
         for block in self.encoder:
             x = block(x, pattern)
-        return source.like(self.encoder_norm(x))
+        return self.encoder_norm(x)  # type: ignore[no-any-return]
 
     def read(self, memory: Ragged) -> list[KeyValue]:
         """Each decoder layer's keys and values of memory (S, D)."""
@@ -91,11 +96,29 @@ class Transformer(nn.Module):
         else:
             pattern, positions = cache.extend(target.layout)
         check_lengths(pattern.keys, self.config.context)
-        x = self.embed(target.values, positions)
+        layers = None if cache is None else cache.layers
+        return target.like(
+            self.run_decoder(target.values, positions, pattern, memory, memory_pattern, layers)
+        )
+
+    def run_decoder(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        pattern: Pattern,
+        memory: Sequence[KeyValue],
+        memory_pattern: Pattern,
+        layers: Sequence[Past] | None = None,
+    ) -> Tensor:
+        """ids and positions (T,) of tokens that attend as the patterns say -> hidden (T, D).
+
+        memory: each layer's keys and values of the sources. layers: where each keeps those of earlier tokens.
+        """
+        x = self.embed(ids, positions)
         for i, block in enumerate(self.decoder):
-            layer = None if cache is None else cache.layers[i]
+            layer = None if layers is None else layers[i]
             x = block(x, pattern, cache=layer, memory=memory[i], memory_pattern=memory_pattern)
-        return target.like(self.decoder_norm(x))
+        return self.decoder_norm(x)  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (T,) -> sqrt(D) times their embeddings, plus positions: (T, D) (3.4, 3.5)."""
