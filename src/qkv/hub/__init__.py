@@ -322,7 +322,8 @@ def _writer(checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None
         weights = folders.ADAPTER_WEIGHTS
         texts, tensors = adapters.write(model, config, format, checkpoint.base)
     else:
-        weights, tensors = folders.WEIGHTS, format.table.save(model, config, format.bare(config))
+        weights = folders.WEIGHTS
+        tensors = {} if write_weights else format.table.save(model, config, format.bare(config))
         settings = {
             "model_type": format.model_type,
             **format.fields.write(config),
