@@ -56,7 +56,7 @@ class PaddedBert(Padded):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor
     ) -> tuple[Tensor, ...]:
-        """(N, L) each -> (N, L, D), (N, L, V) or (N, L, K) of tokens, (N, .) of sequences."""
+        """(N, L) each -> (N, L, .) of tokens, (N, .) of sequences, as `outputs` names them."""
         N, L = input_ids.shape
         positions = torch.arange(L).expand(N, L)
         x = self.model.run(
@@ -65,7 +65,7 @@ class PaddedBert(Padded):
         return self._answers(x.view(N, L, -1), attention_mask)
 
     def _answers(self, hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """hidden (N, L, D), mask (N, L)."""
+        """What the head says of hidden (N, L, D), with the mask (N, L)."""
         model, first = self.model, hidden[:, 0]
         if self.pooling is not None:
             vector = first if self.pooling == "cls" else _mean(hidden, attention_mask)
@@ -203,7 +203,7 @@ class PaddedDecoderWithPast(Padded):
 
 
 def _key_values(prefix: str, config: ModelConfig, stacks: Sequence[str], length: str) -> dict[str, Shape]:
-    """Names and shapes of each layer's keys and values, of the tokens and of the sources."""
+    """Names and shapes of each layer's keys and values, by stack: the decoder's own, and those of sources."""
     return {
         f"{prefix}.{i}{stack}.{kind}": (
             BATCH,
