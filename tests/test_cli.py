@@ -103,7 +103,7 @@ def test_help_needs_no_torch():
     code += " assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = "demo train plan eval generate translate fill classify tag embed merge"
+    commands = "demo train plan eval generate translate fill classify tag embed export"
     for command in commands.split():
         assert command in done.stdout
 
@@ -238,14 +238,25 @@ def test_fine_tune_a_checkpoint_of_another_size_than_the_recipe(runs, tmp_path):
     assert (model.dim, model.dropout, model.labels) == (32, 0.3, ("bad", "good"))
 
 
-def test_adapters_are_trained_used_and_merged(runs, tmp_path):
+def test_adapters_are_trained_used_and_made_whole(runs, tmp_path):
     data, run, out = runs["bert"].parent / "labelled.csv", tmp_path / "run", tmp_path / "out"
     succeed("train", "bert", "--data", data, "--init", runs["bert"], "--lora.rank=2", "--out", run, *STEPS)
     assert (run / "adapter_model.safetensors").is_file() and not (run / "model.safetensors").exists()
     assert "accuracy" in succeed("eval", run)
-    assert json.loads(succeed("merge", run, out)) == {"folder": str(out)}
+    assert json.loads(succeed("export", run, out)) == {"folder": str(out)}
     assert succeed("classify", out, "fine") == succeed("classify", run, "fine")
-    assert "is not an adapter: it is a whole model already" in fail("merge", out, tmp_path / "again")
+
+
+def test_export(runs, tmp_path):
+    assert json.loads(succeed("export", runs["gpt"], tmp_path / "hf", "--format", "hf"))
+    asked = ["3 bottles", "--max-new-tokens", 4, "--temperature", 0]
+    assert succeed("generate", tmp_path / "hf", *asked) == succeed("generate", runs["gpt"], *asked)
+    assert not (tmp_path / "hf" / "state").exists()
+    said = json.loads(succeed("export", runs["vit"], tmp_path / "onnx", "--format", "onnx"))
+    assert said["files"] == ["model.onnx"] and 0 <= said["largest_difference"] < 1e-4
+    assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()
+    assert "has a model.safetensors" in fail("export", runs["vit"], runs["vit"], "--format", "onnx")
+    assert "no model.safetensors" in fail("classify", tmp_path / "onnx", "x.png")
 
 
 def test_scores_stay_on_one_line_and_are_no_output(runs, tmp_path):
@@ -288,7 +299,7 @@ def test_output_that_cannot_show_every_character(runs, encoding):
         ("embed x -o", "Missing value .*--output.*; see qkv embed --help"),
         ("train gpt --data x --lora.rank 4", "lora.rank adapts a trained model: name it with init"),
         ("train gpt --data x --lora.rank 4 --init y --train.optimizer muon", "muon is for whole matrices"),
-        ("tran", "tran; there are demo, train, plan, eval, .*, merge$"),
+        ("tran", "tran; there are demo, train, plan, eval, .*, export$"),
         ("", "demo, train, plan, eval.*; see qkv --help"),
     ],
 )

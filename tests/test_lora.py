@@ -78,9 +78,9 @@ def test_a_masked_language_model_becomes_a_classifier(tmp_path: Path):
 def test_a_base_that_adapters_cannot_belong_to(tmp_path: Path):
     config = tuning(tmp_path, "bert", max_steps=1)
     train(new_job(config), tmp_path / "run", Nobody())
-    with pytest.raises(InputError, match=r"is itself an adapter: .* `qkv merge .*` first"):
+    with pytest.raises(InputError, match=r"is itself an adapter: .* `qkv export .*` first"):
         new_job(replace(config, init=str(tmp_path / "run")))
-    hub.merge(tmp_path / "run", tmp_path / "merged")
+    hub.save(tmp_path / "merged", hub.load(tmp_path / "run"))
     new_job(replace(config, init=str(tmp_path / "merged")))
     with pytest.raises(InputError, match="has no words head, and adapters alone cannot make one"):
         new_job(replace(config, data=DataConfig(path=samples.documents(tmp_path))))

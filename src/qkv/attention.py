@@ -175,6 +175,48 @@ class _Side:
         return flat if self.equal else flat.index_select(0, self.cells)
 
 
+@dataclass(frozen=True, eq=False)
+class Masked(Pattern):
+    """Who may attend whom told by a mask alone, for rows of one width in which sequences are padded.
+
+    Only for graphs that others feed (`export`): what is traced there must not depend on lengths.
+    Tokens are those of all rows, padding too: (N * Lq, H, E) of queries, (N * Lk, H, E) of keys.
+    """
+
+    allowed: Tensor = field(kw_only=True)
+    """True where a query may attend a key, bool (N, 1, 1 or Lq, 1 or Lk)."""
+
+    @staticmethod
+    def by(allowed: Tensor) -> Masked:
+        """The pattern of a mask as `allowed`."""
+        none = Layout((), allowed.device)
+        return Masked(none, none, allowed=allowed)
+
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        """All rows, which are dense already."""
+        return [_Rows(self)]
+
+    @cached_property
+    def order(self) -> None:
+        """The rows are in place."""
+        return None
+
+
+class _Rows(_Block):
+    """All rows of a masked pattern."""
+
+    def __init__(self, pattern: Masked) -> None:
+        self.allowed = pattern.allowed
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """Tokens (N * Lq, H, E), (N * Lk, H, E), (N * Lk, H, E) -> (N * Lq, H, E)."""
+        N = self.allowed.shape[0]
+        Q, K, V = (x.view(N, -1, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        answer = _dense(Q, K, V, self.allowed, False, dropout)  # (N, H, Lq, E)
+        return answer.transpose(1, 2).flatten(0, 1)
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -286,7 +328,7 @@ class Attention(nn.Module):
         pattern: Pattern,
         *,
         memory: KeyValue | None = None,
-        cache: LayerCache | None = None,
+        cache: Past | None = None,
         rotation: KeyValue | None = None,
     ) -> Tensor:
         """x (T, D) -> (T, D).
@@ -322,6 +364,14 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------- cache
+
+
+class Past(Protocol):
+    """Keys and values of earlier tokens in one layer."""
+
+    def append(self, key: Tensor, value: Tensor) -> KeyValue:
+        """Add those of the new tokens, (T, H, E) each; return those of all tokens."""
+        ...
 
 
 class LayerCache:

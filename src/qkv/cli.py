@@ -408,17 +408,18 @@ def embed(
     )
 
 
-def merge(model: Positional[Model], out: Positional[Path]) -> None:
-    """Write the whole model of an adapter, such as a run with --lora.rank makes, as a plain checkpoint.
+def export(model: Positional[Model], out: Positional[Path], format: Literal["hf", "onnx"] = "hf") -> None:
+    """Write a model for other programs: as a plain Hugging Face folder, an adapter as the whole model that it
+    makes, or as ONNX files, which ONNX Runtime must answer with as qkv does.
 
     Args:
-        model: Run folder, or folder or hub id of an adapter in peft's format.
+        model: Run folder, checkpoint folder or hub id.
         out: Folder to write.
+        format: hf for transformers and all that reads its folders; onnx for ONNX Runtime, without Python too.
     """
-    from qkv import hub
+    from qkv.export import export as write
 
-    hub.merge(model, out)
-    print(json.dumps({"folder": str(out)}))
+    print(json.dumps(write(model, out, format)))
 
 
 def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> None:
@@ -574,7 +575,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "classify": classify,
     "tag": tag,
     "embed": embed,
-    "merge": merge,
+    "export": export,
 }
 
 

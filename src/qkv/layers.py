@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Attention, Cache, KeyValue, LayerCache, Pattern, Tappable
+from qkv.attention import Attention, KeyValue, Past, Pattern, Tappable
 from qkv.config import Activation, ModelConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
@@ -120,7 +120,7 @@ class Block(nn.Module):
         pattern: Pattern,
         *,
         rotation: KeyValue | None = None,
-        cache: LayerCache | None = None,
+        cache: Past | None = None,
         memory: KeyValue | None = None,
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
@@ -157,17 +157,17 @@ class Stack(nn.ModuleList):
         pattern: Pattern,
         *,
         rotation: KeyValue | None = None,
-        cache: Cache | None = None,
+        caches: Sequence[Past] | None = None,
         memory: Sequence[KeyValue] = (),
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
-        """x (T, D) -> (T, D). memory: from `read`; the other arguments as for `Attention`."""
+        """x (T, D) -> (T, D). caches and memory have an item for each block, the latter from `read`."""
         for i, block in enumerate(self):
             x = block(
                 x,
                 pattern,
                 rotation=rotation,
-                cache=None if cache is None else cache.layers[i],
+                cache=None if caches is None else caches[i],
                 memory=memory[i] if memory else None,
                 memory_pattern=memory_pattern,
             )

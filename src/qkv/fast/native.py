@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import Cache, KeyValue, Pattern, Tap, Tappable
+from qkv.attention import KeyValue, LayerCache, Pattern, Tap, Tappable
 from qkv.config import Activation, ModelConfig
 from qkv.config import InferencePrecision as Precision
 from qkv.files import cache_folder, replace_file
@@ -268,7 +268,7 @@ class NativeStack(nn.Module):
         pattern: Pattern,
         *,
         rotation: KeyValue | None = None,
-        cache: Cache | None = None,
+        caches: Sequence[LayerCache] | None = None,
         memory: Sequence[KeyValue] = (),
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
@@ -287,12 +287,12 @@ class NativeStack(nn.Module):
             turns = [turn.float().contiguous() for turn in rotation]
             batch.cosine, batch.sine = (turn.data_ptr() for turn in turns)
             kept.append(turns)
-        if cache is not None:
+        if caches is not None:
             like = x.new_empty(0, self.heads, self.dim // self.heads)
-            keys, values = map(_pointers, zip(*(layer.reserve(like) for layer in cache.layers), strict=True))
+            keys, values = map(_pointers, zip(*(layer.reserve(like) for layer in caches), strict=True))
             past = _ints(pattern.keys.lengths) - lengths
             batch.keys, batch.values = ctypes.addressof(keys), ctypes.addressof(values)
-            batch.past, batch.capacity = past.ctypes.data, cache.capacity
+            batch.past, batch.capacity = past.ctypes.data, caches[0].cache.capacity
             kept += [keys, values, past]
         if memory_pattern is not None:
             keys, values = map(_pointers, zip(*memory, strict=True))
@@ -304,7 +304,7 @@ class NativeStack(nn.Module):
             batch.memory_starts, batch.source = starts.ctypes.data, source.ctypes.data
             batch.memory_stride = memory[0][0].stride(0)
             kept += [keys, values, starts, source]
-        self._run(batch, x, pattern, cache, memory, memory_pattern)
+        self._run(batch, x, pattern, caches, memory, memory_pattern)
         return x
 
     def read(self, memory: Tensor) -> list[KeyValue]:
@@ -325,7 +325,7 @@ class NativeStack(nn.Module):
         batch: CBatch,
         x: Tensor,
         pattern: Pattern,
-        cache: Cache | None,
+        caches: Sequence[LayerCache] | None,
         memory: Sequence[KeyValue],
         memory_pattern: Pattern | None,
     ) -> None:
@@ -346,8 +346,8 @@ class NativeStack(nn.Module):
             library().qkv_forward(byref(self.stack), byref(batch))
             if own is not None:
                 query, key, value = (part.reshape(shape) for part in packed.chunk(3, dim=1))
-                if cache is not None:
-                    key, value = cache.layers[i].reserve(key)
+                if caches is not None:
+                    key, value = caches[i].reserve(key)
                 own.see(query, key, value, pattern, answer.view(shape))
             if cross is not None:
                 assert memory_pattern is not None

@@ -257,7 +257,7 @@ def check_base(source: str | Path, fresh: Collection[str] = ()) -> None:
     """
     if adapters.read(folders.locate(source)) is not None:
         raise InputError(
-            f"{source} is itself an adapter: write its whole model with `qkv merge {source} FOLDER` first"
+            f"{source} is itself an adapter: write its whole model with `qkv export {source} FOLDER` first"
         )
     if untrained := [name for name in fresh if not name.startswith(HEAD)]:
         raise InputError(
@@ -310,18 +310,21 @@ def by_task(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     return found
 
 
-def save(folder: str | Path, checkpoint: Checkpoint) -> None:
+def save(
+    folder: str | Path, checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None = None
+) -> None:
     """Write a checkpoint's folder: config.json, model.safetensors, tokenizer and image settings, and the code
     of a model that transformers lacks.
 
     Of a model with adapters only what was learned: adapter_config.json, adapter_model.safetensors and
     labels.json instead of the first two. Of a multi-task model a folder a task, each with all of these.
+    write_weights: puts the weights into a folder in another form than model.safetensors.
 
     It is written beside and moved into place, so a failure leaves what was there before; what a kill -9
     leaves, `folder.replace` says. Raises InputError if the config cannot be expressed, the disk is full,
     or the folder cannot be written.
     """
-    writers = {name: _writer(one) for name, one in by_task(checkpoint).items()}
+    writers = {name: _writer(one, write_weights) for name, one in by_task(checkpoint).items()}
 
     def write(staging: Path) -> None:
         for name, fill in writers.items():
@@ -331,7 +334,7 @@ def save(folder: str | Path, checkpoint: Checkpoint) -> None:
     folders.replace(Path(folder), write)
 
 
-def _writer(checkpoint: Checkpoint) -> Callable[[Path], None]:
+def _writer(checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None) -> Callable[[Path], None]:
     """What writes the files of a checkpoint into an empty folder. Raises InputError if it cannot be."""
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     config: AnyModelConfig = model.config
@@ -343,7 +346,8 @@ def _writer(checkpoint: Checkpoint) -> Callable[[Path], None]:
         weights = folders.ADAPTER_WEIGHTS
         texts, tensors = adapters.write(model, config, format, checkpoint.base)
     else:
-        weights, tensors = folders.WEIGHTS, format.table.save(model, config, format.bare(config))
+        weights = folders.WEIGHTS
+        tensors = {} if write_weights else format.table.save(model, config, format.bare(config))
         settings = {
             "model_type": format.model_type,
             **format.fields.write(config),
@@ -353,13 +357,16 @@ def _writer(checkpoint: Checkpoint) -> Callable[[Path], None]:
         texts = {folders.CONFIG: settings, folders.GENERATION: format.generation(config)}
 
     def write(staging: Path) -> None:
-        save_file(tensors, staging / weights, metadata={"format": "pt"})
         for name, values in texts.items():
             if values:
                 text = json.dumps(values, indent=2, ensure_ascii=False)
                 (staging / name).write_text(text + "\n", encoding="utf-8")
-        # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
-        shutil.copymode(staging / next(iter(texts)), staging / weights)
+        if write_weights is not None:
+            write_weights(staging)
+        else:
+            save_file(tensors, staging / weights, metadata={"format": "pt"})
+            # safetensors lets nobody else read its file; the folder's other files follow the user's umask.
+            shutil.copymode(staging / next(iter(texts)), staging / weights)
         if format.code and not checkpoint.base:
             shutil.copyfile(_CODE / format.code, staging / format.code)
         if tokenizer is not None and not isinstance(config, ViTConfig):
@@ -371,13 +378,3 @@ def _writer(checkpoint: Checkpoint) -> Callable[[Path], None]:
             sentence.write(staging, config.dim, checkpoint.pooling, checkpoint.normalize, max_tokens)
 
     return write
-
-
-def merge(source: str | Path, folder: str | Path) -> None:
-    """Write the whole model of an adapter, a folder or a Hub id, to a folder.
-
-    Raises InputError if it is none, and like `load` and `save`.
-    """
-    if adapters.read(folders.locate(source)) is None:
-        raise InputError(f"{source} is not an adapter: it is a whole model already")
-    save(folder, load(source))

@@ -26,6 +26,7 @@ LABELS = "labels.json"
 MODULES = "modules.json"
 SENTENCE = "sentence_bert_config.json"
 CODE = "modeling_*.py"
+ONNX = ("*.onnx", "*.onnx.data")
 
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
 _FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS, LABELS)
@@ -140,19 +141,24 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
             new = {path.relative_to(staging) for path in staging.rglob("*") if path.is_file()}
             for name in new:
                 files.sync(staging / name)
-            for name in sorted(new, key=lambda name: (name.name in _WEIGHTS, name)):
-                if name.name in _WEIGHTS:  # an old index would hide the new weights
+            for name in sorted(new, key=lambda name: (_is_weights(name), name)):
+                if _is_weights(name):  # an old index would hide the new weights
                     for leftover in old - new:
-                        (folder / leftover).unlink()
+                        (folder / leftover).unlink(missing_ok=True)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(folder / name)
                 kept = ""
         files.sync(folder)
     except (OSError, SafetensorError) as error:
-        if made:
-            with suppress(OSError):
-                folder.rmdir()
         raise InputError(f"cannot save to {folder}: {files.reason(error)}{kept}") from error
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty: all is well
+                folder.rmdir()
+
+
+def _is_weights(name: Path) -> bool:
+    return name.name in _WEIGHTS or any(name.match(pattern) for pattern in ONNX)
 
 
 @contextmanager
@@ -169,8 +175,9 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 def _checkpoint_files(folder: Path) -> set[Path]:
     """The files of the checkpoint in a folder; none if it holds something else."""
-    whole = (folder / CONFIG).is_file() and ((folder / WEIGHTS).is_file() or (folder / INDEX).is_file())
+    weights = (WEIGHTS, INDEX, *ONNX)
+    whole = (folder / CONFIG).is_file() and any(any(folder.glob(pattern)) for pattern in weights)
     if not (whole or ((folder / ADAPTER).is_file() and (folder / ADAPTER_WEIGHTS).is_file())):
         return set()
-    patterns: Iterable[str] = (*_FILES, CODE, "*_Pooling/config.json", "*_Normalize/config.json")
+    patterns: Iterable[str] = (*_FILES, CODE, *ONNX, "*_Pooling/config.json", "*_Normalize/config.json")
     return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}

@@ -129,9 +129,14 @@ class Bert(nn.Module):
         check_lengths(batch.layout, self.config.context)
         if segments is None:
             segments = torch.zeros_like(batch.values)
-        x = self.tokens(batch.values) + self.positions(batch.layout.positions)
+        pattern = Pattern(batch.layout, batch.layout)
+        return batch.like(self.run(batch.values, segments, batch.layout.positions, pattern))
+
+    def run(self, ids: Tensor, segments: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+        """ids, segments and positions (T,) of tokens that attend as the pattern says -> hidden (T, D)."""
+        x = self.tokens(ids) + self.positions(positions)
         x = self.dropout(self.norm(x + self.segments(segments)))  # (T, D)
-        return batch.like(self.blocks(x, Pattern(batch.layout, batch.layout)))
+        return self.blocks(x, pattern)  # type: ignore[no-any-return]
 
     def pool(self, hidden: Ragged) -> Tensor:
         """hidden (T, D) -> (N, D). Raises InputError where the model has no pooler."""

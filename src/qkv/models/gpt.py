@@ -5,11 +5,12 @@ Legend: T tokens of the batch, N sequences, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkv.attention import Cache, Pattern, Tappable
+from qkv.attention import Cache, Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
@@ -59,13 +60,23 @@ class GPT(nn.Module):
         else:
             pattern, positions = cache.extend(batch.layout)
         check_lengths(pattern.keys, self.config.context)
-        x, rotation = self.tokens(batch.values), None  # (T, D)
+        caches = None if cache is None else cache.layers
+        return batch.like(self.run(batch.values, positions, pattern, caches))
+
+    def run(
+        self, ids: Tensor, positions: Tensor, pattern: Pattern, caches: Sequence[Past] | None = None
+    ) -> Tensor:
+        """ids and positions (T,) of tokens that attend as the pattern says -> hidden (T, D).
+
+        caches: where each layer keeps keys and values of earlier tokens.
+        """
+        x, rotation = self.tokens(ids), None  # (T, D)
         if self.positions is None:
             rotation = rotary(positions, self.config.dim // self.config.heads)
         else:
             x = x + self.positions(positions)
-        x = self.blocks(self.dropout(x), pattern, rotation=rotation, cache=cache)
-        return batch.like(self.norm(x))
+        x = self.blocks(self.dropout(x), pattern, rotation=rotation, caches=caches)
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""

@@ -6,12 +6,13 @@ Legend: T tokens of the targets, S tokens of the sources, N sequences, D model w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import Cache, KeyValue, Pattern, Tappable
+from qkv.attention import Cache, KeyValue, Past, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_xavier, sinusoidal
@@ -72,9 +73,12 @@ class Transformer(nn.Module):
     def encode(self, source: Ragged) -> Ragged:
         """source ids (S,) -> memory (S, D)."""
         check_lengths(source.layout, self.config.context)
-        x = self.embed(source.values, source.layout.positions)
-        x = self.encoder(x, Pattern(source.layout, source.layout))
-        return source.like(self.encoder_norm(x))
+        pattern = Pattern(source.layout, source.layout)
+        return source.like(self.run_encoder(source.values, source.layout.positions, pattern))
+
+    def run_encoder(self, ids: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+        """ids and positions (S,) of tokens that attend as the pattern says -> memory (S, D)."""
+        return self.encoder_norm(self.encoder(self.embed(ids, positions), pattern))  # type: ignore[no-any-return]
 
     def read(self, memory: Ragged) -> list[KeyValue]:
         """Each decoder layer's keys and values of memory (S, D)."""
@@ -89,9 +93,27 @@ class Transformer(nn.Module):
         else:
             pattern, positions = cache.extend(target.layout)
         check_lengths(pattern.keys, self.config.context)
-        x = self.embed(target.values, positions)
-        x = self.decoder(x, pattern, cache=cache, memory=memory, memory_pattern=memory_pattern)
-        return target.like(self.decoder_norm(x))
+        caches = None if cache is None else cache.layers
+        return target.like(
+            self.run_decoder(target.values, positions, pattern, memory, memory_pattern, caches)
+        )
+
+    def run_decoder(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        pattern: Pattern,
+        memory: Sequence[KeyValue],
+        memory_pattern: Pattern,
+        caches: Sequence[Past] | None = None,
+    ) -> Tensor:
+        """ids and positions (T,) of tokens that attend as the patterns say -> hidden (T, D).
+
+        memory: each layer's keys and values of the sources. caches: where each keeps those of earlier tokens.
+        """
+        x = self.embed(ids, positions)
+        x = self.decoder(x, pattern, caches=caches, memory=memory, memory_pattern=memory_pattern)
+        return self.decoder_norm(x)  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (T,) -> sqrt(D) times their embeddings, plus positions: (T, D) (3.4, 3.5)."""

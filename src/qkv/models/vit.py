@@ -1,7 +1,7 @@
 """ViT: an encoder over image patches (Dosovitskiy et al. 2021).
 
-Legend: N images, P patches of an image, C channels, p patch side, D model width, K classes; between
-convolutions h, w height and width, c channels.
+Legend: T tokens of all images, N images, P patches of an image, C channels, p patch side, D model width,
+K classes; between convolutions h, w height and width, c channels.
 """
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ class ViT(nn.Module):
 
     def features(self, images: Tensor) -> Ragged:
         """images (N, C, height, width) -> hidden: 1 + P tokens (., D) for each image."""
+        x = self.embed(images)  # (N, 1 + P, D)
+        layout = Layout((x.shape[1],) * len(x), x.device)
+        return Ragged(self.run(x.flatten(0, 1), Pattern(layout, layout)), layout)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """images (N, C, height, width) -> class token and patches at their positions (N, 1 + P, D)."""
         N, C, height, width = images.shape
         p, D = self.config.patch_size, self.config.dim
         channels = self.config.channels
@@ -136,10 +142,11 @@ class ViT(nn.Module):
         rows, columns = height // p, width // p
         x = self.patches(images)  # (N, P, D)
         x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1)  # (N, 1 + P, D)
-        x = self.dropout(x + self.positions_for(rows, columns)).flatten(0, 1)  # (T, D)
-        layout = Layout((1 + rows * columns,) * N, x.device)
-        x = self.blocks(x, Pattern(layout, layout))
-        return Ragged(self.norm(x), layout)
+        return self.dropout(x + self.positions_for(rows, columns))  # type: ignore[no-any-return]
+
+    def run(self, x: Tensor, pattern: Pattern) -> Tensor:
+        """x (T, D), embedded tokens that attend as the pattern says -> hidden (T, D)."""
+        return self.norm(self.blocks(x, pattern))  # type: ignore[no-any-return]
 
     def positions_for(self, rows: int, columns: int) -> Tensor:
         """Position vectors (1 + P, D): the trained ones, interpolated in 2-D for another grid (3.2)."""
