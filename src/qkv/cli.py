@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, ParamSpec
 import tyro
 from tyro.conf import Positional, arg
 
-from qkv.config import FAMILIES, AnyModelConfig, BleuTokenizer, Decoding, Family, RunConfig, read_toml
+from qkv.config import (
+    FAMILIES,
+    AnyModelConfig,
+    BleuTokenizer,
+    Decoding,
+    Family,
+    InferencePrecision,
+    RunConfig,
+    read_toml,
+)
 from qkv.errors import InputError
 from qkv.recipes import default_recipe
 
@@ -42,6 +51,7 @@ P = ParamSpec("P")
 Answer = TypeVar("Answer")
 
 Model = Annotated[str, arg(metavar="RUN_OR_HUB_ID")]
+Precision = InferencePrecision | Literal["auto"] | None
 Settings = Annotated[RunConfig, arg(name="")]
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none: lines of standard input)")]
@@ -253,6 +263,7 @@ def translate(
     num_beams: int = 4,
     length_penalty: float = 1.0,
     truncate: bool = False,
+    precision: Precision = None,
 ) -> None:
     """Translate texts, one line each.
 
@@ -265,6 +276,7 @@ def translate(
         num_beams: Beam width; 1 is greedy.
         length_penalty: Hypotheses compete by log-probability / length ** penalty.
         truncate: Cut texts longer than the context, and say how many.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     translator = cast("Translator", _load(model, "transformer"))
     _answer(
@@ -274,7 +286,7 @@ def translate(
             given, num_beams=num_beams, length_penalty=length_penalty, truncate=truncate
         ),
         lambda answer: " ".join(answer.split("\n")),
-        _Target(output, ".txt", (num_beams, length_penalty)),
+        _Target(output, ".txt", precision, (num_beams, length_penalty)),
     )
 
 
@@ -300,6 +312,7 @@ def classify(
     pair: Annotated[str | None, arg(metavar="TEXT")] = None,
     top_k: int | None = None,
     truncate: bool = False,
+    precision: Precision = None,
 ) -> None:
     """Name the class of texts or images, all labels of a multi-label model, or the value of a regression
     model; a JSON line each.
@@ -314,12 +327,13 @@ def classify(
         pair: Second text of all, for a model of text pairs.
         top_k: How many classes; default 5, but all labels of a multi-label model.
         truncate: Cut texts longer than the context, and say how many.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     from qkv import from_pretrained  # as a public name it comes faster
     from qkv.pipelines import ImageClassifier
 
     pipeline = from_pretrained(model)
-    target = _Target(output, ".jsonl", (pair, top_k))
+    target = _Target(output, ".jsonl", precision, (pair, top_k))
     if isinstance(pipeline, ImageClassifier):
         if pair is not None or truncate:
             raise InputError(f"{model} classifies images: leave out --pair and --truncate")
@@ -362,6 +376,7 @@ def tag(
     column: Column = "text",
     output: Out = None,
     truncate: bool = False,
+    precision: Precision = None,
 ) -> None:
     """Name the tag of each word of texts, with its place in the text; a JSON line each.
 
@@ -372,10 +387,11 @@ def tag(
         column: Where a table has them.
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
         truncate: Cut texts longer than the context, and say how many.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     encoder = cast("Encoder", _load(model, "bert"))
     source = _texts(texts, data, [column])
-    target = _Target(output, ".jsonl")
+    target = _Target(output, ".jsonl", precision)
     _answer(encoder, source, lambda given: encoder.tag(given, truncate=truncate), _rows, target)
 
 
@@ -386,6 +402,7 @@ def embed(
     column: Column = "text",
     output: Out = None,
     truncate: bool = False,
+    precision: Precision = None,
 ) -> None:
     """Turn texts into vectors: a JSON line each, or a NumPy file.
 
@@ -397,6 +414,7 @@ def embed(
         output: A .npy file for the (N, D) float32 array. With --data, an interrupted command can be given
             again to go on.
         truncate: Cut texts longer than the context, and say how many.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     encoder = cast("Encoder", _load(model, "bert"))
     _answer(
@@ -404,7 +422,7 @@ def embed(
         _texts(texts, data, [column]),
         lambda given: encoder.embed(given, truncate=truncate),
         lambda vector: json.dumps([round(float(x), 7) for x in vector]),
-        _Target(output, ".npy", dim=encoder.model.config.dim),
+        _Target(output, ".npy", precision, dim=encoder.model.config.dim),
     )
 
 
@@ -438,12 +456,14 @@ def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> 
 
 
 class _Target(NamedTuple):
-    """Where answers go: to a file of that suffix, or to standard output."""
+    """Where answers go: to a file of that suffix, or to standard output; and what they depend on."""
 
     path: Path | None
     suffix: str
+    precision: Precision
+    """None: as trained."""
     settings: tuple[object, ...] = ()
-    """What answers depend on beside the model and the input."""
+    """What else beside the model and the input."""
     dim: int = 0
     """Length of the vectors that a .npy file holds."""
 
@@ -458,11 +478,13 @@ def _answer(
     """Ask for the answer to each input, and print or write it: a line, or in a .npy file a vector."""
     from qkv.stream import answer_all
 
-    if target.path is None:
+    output = None if target.path is None else _output(pipeline, source, target)
+    if target.precision is not None:
+        pipeline.optimize(target.precision)
+    if output is None:
         watch = _stderr(quiet=sys.stdout.isatty())  # a bar between lines would be in their way
         answer_all(source, ask, lambda answer: print(line(answer)), None, watch)
         return
-    output = _output(pipeline, source, target)
 
     def write(answer: Answer) -> None:
         output.write(answer.tobytes() if target.dim else f"{line(answer)}\n".encode())  # type: ignore[attr-defined]
@@ -491,7 +513,7 @@ def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
     if source.path is not None and target.path.exists() and target.path.samefile(source.path):
         raise InputError(f"{target.path} is the input itself: write to another file")
     identity = source.identity()
-    made_from = None if identity is None else work(pipeline, identity, *target.settings)
+    made_from = None if identity is None else work(pipeline, identity, target.precision, *target.settings)
     return Output(target.path, header, made_from)
 
 

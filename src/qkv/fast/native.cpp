@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include <omp.h>
@@ -192,44 +193,55 @@ void convert(const float *x, int width, const Rows &rows, int row) {
     }
 }
 
+// sum + weight * x. As text, since GCC would copy the sums of intrinsics from register to register.
 template <int P>
-__m512i dot(__m512i sum, __m512i weight, __m512i x) {
-    if constexpr (P == INT8) return _mm512_dpbusd_epi32(sum, weight, x);
-    if constexpr (P == BF16) return (__m512i)_mm512_dpbf16_ps((V)sum, (__m512bh)weight, (__m512bh)x);
-    return (__m512i)_mm512_fmadd_ps((V)weight, (V)x, (V)sum);
+[[gnu::always_inline]] inline __m512i add_product(__m512i sum, __m512i weight, __m512i x) {
+    if constexpr (P == INT8) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(x));
+    else if constexpr (P == BF16) asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(x));
+    else asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(x));
+    return sum;
+}
+
+// work(0), work(1), ... with numbers that the compiler knows: in a loop it would keep arrays of vectors in memory.
+template <class Work, int... I>
+[[gnu::always_inline]] inline void each_of(Work work, std::integer_sequence<int, I...>) {
+    (work(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class Work>
+[[gnu::always_inline]] inline void each(Work work) {
+    each_of(work, std::make_integer_sequence<int, COUNT>{});
 }
 
 // M rows from `row` on times N vectors of columns of a panel, over `in` inputs -> out (M, WIDTH).
 template <int P, int M, int N>
-void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out) {
+[[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out) {
     constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;
-    const char *x[M];
-    for (int m = 0; m < M; m++) x[m] = rows.row(row + m);
     int steps = in / ELEMENTS, group = P == INT8 ? GROUP / ELEMENTS : steps;
+    const char *x = rows.row(row);
+    int64_t stride = rows.stride;
     for (int g = 0; g * group < steps; g++) {
-        __m512i sum[M][N];
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++)
-                sum[m][n] = _mm512_set1_epi32(P == INT8 ? rows.start[(row + m) * rows.groups + g] : 0);
+        __m512i sum[M * N], weight[N];
+        each<M * N>([&](auto i) {
+            sum[i] = _mm512_set1_epi32(P == INT8 ? rows.start[(row + i / N) * rows.groups + g] : 0);
+        });
         for (int s = g * group; s < std::min(steps, (g + 1) * group); s++) {
-            __m512i weight[N];
-            for (int n = 0; n < N; n++) weight[n] = _mm512_loadu_si512(panel + ((int64_t)s * WIDTH + n * 16) * 4);
-            for (int m = 0; m < M; m++) {
-                __m512i one = _mm512_set1_epi32(*(const int32_t *)(x[m] + s * 4));
-                for (int n = 0; n < N; n++) sum[m][n] = dot<P>(sum[m][n], weight[n], one);
-            }
+            each<N>([&](auto n) { weight[n] = _mm512_loadu_si512(panel + ((int64_t)s * WIDTH + n * 16) * 4); });
+            each<M>([&](auto m) {
+                __m512i one = _mm512_set1_epi32(*(const int32_t *)(x + m * stride + s * 4));
+                each<N>([&](auto n) { sum[m * N + n] = add_product<P>(sum[m * N + n], weight[n], one); });
+            });
         }
-        for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) {
-                float *to = out + m * WIDTH + n * 16;
-                V total = (V)sum[m][n];
-                if constexpr (P == INT8) {
-                    V both = _mm512_mul_ps(set(rows.scale[(row + m) * rows.groups + g]), _mm512_loadu_ps(scale + g * WIDTH + n * 16));
-                    total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][n]), both);
-                    if (g) total = _mm512_add_ps(total, _mm512_loadu_ps(to));
-                }
-                _mm512_storeu_ps(to, total);
+        each<M * N>([&](auto i) {
+            constexpr int m = i / N, n = i % N;
+            float *to = out + m * WIDTH + n * 16;
+            V total = (V)sum[i];
+            if constexpr (P == INT8) {
+                V both = _mm512_mul_ps(set(rows.scale[(row + m) * rows.groups + g]), _mm512_loadu_ps(scale + g * WIDTH + n * 16));
+                total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i]), both);
+                if (g) total = _mm512_add_ps(total, _mm512_loadu_ps(to));
             }
+            _mm512_storeu_ps(to, total);
+        });
     }
 }
 

@@ -120,15 +120,23 @@ def _fastest(roads: list[Road], config: ModelConfig) -> Road:
 
 @torch.inference_mode()
 def _seconds(
-    road: Road, config: ModelConfig, sequences: int = 16, length: int = 32, trials: int = 5
+    road: Road, config: ModelConfig, sequences: int = 16, length: int = 32, budget: float = 0.3
 ) -> float:
-    """The shortest time of a block of these sizes on so many sequences."""
+    """The shortest time of a block of these sizes on so many sequences, of all within a budget in seconds.
+
+    By one thread: two that wait for each other on a busy machine would be measured by how busy it is.
+    """
     block = _stack(Stack(replace(config, depth=1)).eval(), config, road)
     layout = Layout((length,) * sequences, torch.device("cpu"))
     x = torch.randn(layout.tokens, config.dim)
-    times = []
-    for _ in range(1 + trials):
-        started = time.perf_counter()
-        block(x.clone(), Pattern(layout, layout))
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    threads = torch.get_num_threads()
+    times: list[float] = []
+    try:
+        torch.set_num_threads(1)
+        while len(times) < 2 or sum(times) < budget:
+            started = time.perf_counter()
+            block(x.clone(), Pattern(layout, layout))
+            times.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return min(times)
