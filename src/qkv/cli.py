@@ -214,7 +214,11 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
 
 
 def evaluate(
-    model: Positional[Model], data: str = "", num_beams: int = 5, tokenize: BleuTokenizer = "13a"
+    model: Positional[Model],
+    data: str = "",
+    num_beams: int = 5,
+    tokenize: BleuTokenizer = "13a",
+    precision: Precision = None,
 ) -> None:
     """Score a model on labelled data, as JSON.
 
@@ -223,10 +227,11 @@ def evaluate(
         data: A file or folder in the form that the model was trained on; default: the run's held-out data.
         num_beams: Beam width of translations, whose BLEU is measured.
         tokenize: How BLEU splits them into words; none for text that is tokenised already.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     from qkv.evaluate import score
 
-    print(json.dumps(score(model, data, num_beams, tokenize), indent=2))
+    print(json.dumps(score(model, data, num_beams, tokenize, precision), indent=2))
 
 
 def generate(

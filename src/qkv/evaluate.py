@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from qkv.checkpoint import CONFIG, STATES
-from qkv.config import BertConfig, BleuTokenizer, DataConfig, RunConfig, Task, read_toml
+from qkv.config import BertConfig, BleuTokenizer, DataConfig, InferencePrecision, RunConfig, Task, read_toml
 from qkv.data import Dataset, MultiTaskDataset, Sampler, bert_head, build, read, read_held_out
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
 from qkv.distributed import ALONE, Ranks
@@ -180,14 +180,18 @@ def _settings(folder: Path) -> RunConfig | None:
 
 
 def score(
-    source: str, data: str = "", num_beams: int = 5, tokenize: BleuTokenizer = "13a"
+    source: str,
+    data: str = "",
+    num_beams: int = 5,
+    tokenize: BleuTokenizer = "13a",
+    precision: InferencePrecision | Literal["auto"] | None = None,
 ) -> dict[str, float | str]:
     """Scores of a run folder or checkpoint on all of `data`; "" takes the run's own held-out data.
 
     Column names are those of the run's config. Of a run of several tasks all are scored, each on its own
     held-out data; a task's folder in it is scored as a run of that task. Translations are also decoded
-    with beam search and compared by `translation_scores`, which is told to `tokenize`. Raises InputError
-    for data that do not suit the model.
+    with beam search and compared by `translation_scores`, which is told to `tokenize`. precision: of a model
+    made faster by `qkv.fast.optimize`. Raises InputError for data that do not suit the model.
     """
     settings = _settings(Path(source))
     if settings and settings.tasks:
@@ -195,8 +199,10 @@ def score(
         if data:
             named = ", ".join(folders.values())
             raise InputError(f"{source} has several tasks: score one on other data, as {named}")
-        return joined({name: score(folder) for name, folder in folders.items()})
+        return joined({name: score(folder, precision=precision) for name, folder in folders.items()})
     pipeline = from_pretrained(source)
+    if precision is not None:
+        pipeline.optimize(precision)
     if isinstance(pipeline, Translator):
         translation_scores([""], [""], tokenize)  # fails at once without sacreBLEU
     model = pipeline.model
