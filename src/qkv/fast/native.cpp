@@ -73,13 +73,14 @@ struct Batch {
     const float *cosine, *sine;   // (T, E), or null
     float *const *keys;           // a cache: each layer's (N * capacity, D), or null
     float *const *values;
-    const int32_t *past;          // (N) tokens in the cache before these
-    int32_t capacity;
-    const float *const *memory_keys;  // what cross-attention reads: each layer's (S, D) with rows `stride` apart
+    const int64_t *places;        // (T) which of its rows the new tokens take
+    const int32_t *key_lengths;   // (N) rows of each slot that are in use, these among them
+    const uint8_t *const *masks;  // (N) or null: for some slots, which rows each new token attends, (new, in use)
+    int32_t capacity, memory_stride;
+    const float *const *memory_keys;  // what cross-attention reads: each layer's rows, `memory_stride` floats apart
     const float *const *memory_values;
-    const int32_t *memory_starts;     // (sources + 1)
-    const int32_t *source;            // (N) which source a sequence reads
-    int32_t memory_stride;
+    const int64_t *memory_starts;     // (N) first row of the source that a sequence reads
+    const int32_t *memory_lengths;    // (N)
     float *seen_qkv, *seen_answer;    // of the last layer: (T, 3 D) and (T, D), or null
     float *seen_query, *seen_cross;   // of its cross-attention: (T, D) each, or null
 };
@@ -351,16 +352,20 @@ struct Keys {  // of one sequence and head: rows `stride` floats apart
     int count, stride;
 };
 
-// One query after another over keys as they lie: for the few of a decoding step.
-void attend_rows(const float *query, int rows, int query_stride, Keys keys, int E, int causal, float *out, int out_stride, float *scores) {
+// One query after another over keys as they lie: for the few of a decoding step. `index` and `scores` are scratch.
+void attend_rows(const float *query, int rows, int query_stride, Keys keys, int E, int causal, const uint8_t *mask,
+                 float *out, int out_stride, int32_t *index, float *scores) {
     float rate = 1 / std::sqrt((float)E);
     for (int i = 0; i < rows; i++) {
-        int seen = causal ? keys.count - rows + 1 + i : keys.count;
+        int last = causal ? keys.count - rows + 1 + i : keys.count, seen = 0;
+        if (mask) last = keys.count;
+        for (int j = 0; j < last; j++)
+            if (!mask || mask[(int64_t)i * keys.count + j]) index[seen++] = j;
         const float *q = query + (int64_t)i * query_stride;
         float most = -INFINITY;
         for (int j = 0; j < seen; j++) {
             V sum = set(0);
-            const float *k = keys.key + (int64_t)j * keys.stride;
+            const float *k = keys.key + (int64_t)index[j] * keys.stride;
             for (int e = 0; e < E; e += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + e), _mm512_loadu_ps(k + e), sum);
             scores[j] = _mm512_reduce_add_ps(sum) * rate;
             most = std::max(most, scores[j]);
@@ -375,7 +380,7 @@ void attend_rows(const float *query, int rows, int query_stride, Keys keys, int 
         float share = seen ? 1 / _mm512_reduce_add_ps(total) : 0;
         for (int e = 0; e < E; e += 16) {
             V sum = set(0);
-            for (int j = 0; j < seen; j++) sum = _mm512_fmadd_ps(set(scores[j]), _mm512_loadu_ps(keys.value + (int64_t)j * keys.stride + e), sum);
+            for (int j = 0; j < seen; j++) sum = _mm512_fmadd_ps(set(scores[j]), _mm512_loadu_ps(keys.value + (int64_t)index[j] * keys.stride + e), sum);
             _mm512_storeu_ps(out + (int64_t)i * out_stride + e, _mm512_mul_ps(sum, set(share)));
         }
     }
@@ -495,7 +500,7 @@ class Computation {  // some sequences of a batch on their way through the layer
     int64_t first_row;     // of their tokens among all
     float *x, *wide, *answer, *scores, *input_scale;
     char *inputs;
-    int32_t *input_start;
+    int32_t *input_start, *seen;
     int score_width;
     std::vector<Attention> attentions;  // one for each thread
 
@@ -506,11 +511,8 @@ public:
         int wide_width = std::max(3 * stack.dim, stack.mlp_dim), in = std::max(stack.dim, stack.mlp_dim);
         int groups = groups_of(stack.precision, in), longest = 1;
         for (int i = from; i < to; i++) {
-            longest = std::max(longest, batch.lengths[i] + (batch.past ? batch.past[i] : 0));
-            if (batch.source) {
-                int s = batch.source[i];
-                longest = std::max(longest, batch.memory_starts[s + 1] - batch.memory_starts[s]);
-            }
+            longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
+            if (batch.memory_keys) longest = std::max(longest, batch.memory_lengths[i]);
         }
         arena.lay([&] {
             wide = arena.take<float>((size_t)rows * wide_width);
@@ -519,6 +521,7 @@ public:
             input_scale = arena.take<float>((size_t)rows * groups);
             input_start = arena.take<int32_t>((size_t)rows * groups);
             scores = arena.take<float>((size_t)threads * (longest + 16));
+            seen = arena.take<int32_t>((size_t)threads * (longest + 16));
             for (Attention &one : attentions) {
                 if (stack.precision == FP32) one.lay<FP32>(arena, longest, stack.dim / stack.heads);
                 else one.lay<BF16>(arena, longest, stack.dim / stack.heads);
@@ -533,15 +536,15 @@ public:
         for (int l = batch.first; l < batch.last; l++) {
             const Layer &layer = stack.layers[l];
             int D = stack.dim;
-            bool seen = l + 1 == batch.last;
+            bool shown = l + 1 == batch.last;
             prepare<P>(team, layer.attention, norm);
             multiply<P>(layer.qkv, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
                 _mm512_storeu_ps(wide + (int64_t)row * 3 * D + column, value);
             });
             team.wait();
             attend<P>(team, l);
-            if (seen && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
-            if (seen && batch.seen_answer) show(team, answer, D, batch.seen_answer);
+            if (shown && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
+            if (shown && batch.seen_answer) show(team, answer, D, batch.seen_answer);
             join<P>(team, layer.out, answer, D);
             norm = &layer.attention;
             if (layer.cross_query.weight) {
@@ -551,8 +554,8 @@ public:
                 });
                 team.wait();
                 read_memory<P>(team, l);
-                if (seen && batch.seen_query) show(team, wide, D, batch.seen_query);
-                if (seen && batch.seen_cross) show(team, answer, D, batch.seen_cross);
+                if (shown && batch.seen_query) show(team, wide, D, batch.seen_query);
+                if (shown && batch.seen_cross) show(team, answer, D, batch.seen_cross);
                 join<P>(team, layer.cross_out, answer, D);
                 norm = &layer.cross;
             }
@@ -619,10 +622,11 @@ private:
     }
 
     template <int P>
-    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int causal, float *out) {
+    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int causal, const uint8_t *mask, float *out) {
         int E = stack.dim / stack.heads;
-        if (count < 4) {
-            attend_rows(query, count, query_stride, keys, E, causal, out, stack.dim, scores + (int64_t)team.rank * score_width);
+        if (count < 4 || mask) {
+            int64_t own = (int64_t)team.rank * score_width;
+            attend_rows(query, count, query_stride, keys, E, causal, mask, out, stack.dim, seen + own, scores + own);
         } else {
             constexpr int A = P == FP32 ? FP32 : BF16;
             attentions[team.rank].template attend<A>(query, count, query_stride, keys, E, causal, out, stack.dim);
@@ -642,15 +646,16 @@ private:
                 Keys keys{query + D, query + 2 * D, count, 3 * D};
                 for (int t = 0; t < count; t++) turn(layer, query + (int64_t)t * 3 * D, first_row + row + t);
                 if (batch.keys) {
-                    int64_t slot = ((int64_t)i * batch.capacity) * D + h * E;
                     for (int t = 0; t < count; t++) {
-                        int64_t at = slot + (int64_t)(batch.past[i] + t) * D;
+                        int64_t at = batch.places[first_row + row + t] * D + h * E;
                         std::memcpy(batch.keys[l] + at, keys.key + (int64_t)t * 3 * D, E * sizeof(float));
                         std::memcpy(batch.values[l] + at, keys.value + (int64_t)t * 3 * D, E * sizeof(float));
                     }
-                    keys = {batch.keys[l] + slot, batch.values[l] + slot, batch.past[i] + count, D};
+                    int64_t slot = (int64_t)i * batch.capacity * D + h * E;
+                    keys = {batch.keys[l] + slot, batch.values[l] + slot, batch.key_lengths[i], D};
                 }
-                attend_with<P>(team, query, count, 3 * D, keys, batch.causal, answer + (int64_t)row * D + h * E);
+                const uint8_t *mask = batch.masks ? batch.masks[i] : nullptr;
+                attend_with<P>(team, query, count, 3 * D, keys, batch.causal, mask, answer + (int64_t)row * D + h * E);
             }
         team.wait();
     }
@@ -677,10 +682,9 @@ private:
         for (int i = from; i < to; row += batch.lengths[i], i++)
             for (int h = 0; h < stack.heads; h++) {
                 if (item++ % team.size != team.rank) continue;
-                int source = batch.source[i], begin = batch.memory_starts[source];
-                int64_t at = (int64_t)begin * batch.memory_stride + h * E;
-                Keys keys{batch.memory_keys[l] + at, batch.memory_values[l] + at, batch.memory_starts[source + 1] - begin, batch.memory_stride};
-                attend_with<P>(team, wide + (int64_t)row * D + h * E, batch.lengths[i], D, keys, 0, answer + (int64_t)row * D + h * E);
+                int64_t at = batch.memory_starts[i] * batch.memory_stride + h * E;
+                Keys keys{batch.memory_keys[l] + at, batch.memory_values[l] + at, batch.memory_lengths[i], batch.memory_stride};
+                attend_with<P>(team, wide + (int64_t)row * D + h * E, batch.lengths[i], D, keys, 0, nullptr, answer + (int64_t)row * D + h * E);
             }
         team.wait();
     }

@@ -129,10 +129,9 @@ class CBatch(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "lengths")),
         *((name, c_int32) for name in ("sequences", "threads", "first", "last", "causal")),
-        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values", "past")),
-        ("capacity", c_int32),
-        *((name, c_void_p) for name in ("memory_keys", "memory_values", "memory_starts", "source")),
-        ("memory_stride", c_int32),
+        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values", "places", "key_lengths", "masks")),
+        *((name, c_int32) for name in ("capacity", "memory_stride")),
+        *((name, c_void_p) for name in ("memory_keys", "memory_values", "memory_starts", "memory_lengths")),
         *((name, c_void_p) for name in ("seen_qkv", "seen_answer", "seen_query", "seen_cross")),
     ]
 
@@ -290,20 +289,24 @@ class NativeStack(nn.Module):
         if caches is not None:
             like = x.new_empty(0, self.heads, self.dim // self.heads)
             keys, values = map(_pointers, zip(*(layer.reserve(like) for layer in caches), strict=True))
-            past = _ints(pattern.keys.lengths) - lengths
+            cache, key_lengths = caches[0].cache, _ints(pattern.keys.lengths)
             batch.keys, batch.values = ctypes.addressof(keys), ctypes.addressof(values)
-            batch.past, batch.capacity = past.ctypes.data, caches[0].cache.capacity
-            kept += [keys, values, past]
+            batch.places, batch.capacity = cache.rows.data_ptr(), cache.capacity
+            batch.key_lengths = key_lengths.ctypes.data
+            kept += [keys, values, key_lengths]
+        if pattern.masks:
+            masks = (c_void_p * len(lengths))()
+            for i, mask in pattern.masks.items():
+                masks[i] = mask.data_ptr()
+            batch.masks = ctypes.addressof(masks)
+            kept.append(masks)
         if memory_pattern is not None:
             keys, values = map(_pointers, zip(*memory, strict=True))
-            starts = np.cumsum([0, *memory_pattern.keys.lengths], dtype=np.int32)
-            # A query sequence of the memory's pattern holds those of all hypotheses of its source.
-            owner = np.repeat(np.arange(len(memory_pattern.queries)), memory_pattern.queries.lengths)
-            source = owner[np.cumsum(lengths) - lengths].astype(np.int32)
+            starts, memory_lengths = memory_pattern.keys.starts, _ints(memory_pattern.keys.lengths)
             batch.memory_keys, batch.memory_values = ctypes.addressof(keys), ctypes.addressof(values)
-            batch.memory_starts, batch.source = starts.ctypes.data, source.ctypes.data
+            batch.memory_starts, batch.memory_lengths = starts.data_ptr(), memory_lengths.ctypes.data
             batch.memory_stride = memory[0][0].stride(0)
-            kept += [keys, values, starts, source]
+            kept += [keys, values, starts, memory_lengths]
         self._run(batch, x, pattern, caches, memory, memory_pattern)
         return x
 
