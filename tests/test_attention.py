@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from qkv.attention import Attention, Cache, KeyValue, Pattern, attend, record, rotate
+from qkv.errors import InputError
 from qkv.layers import rotary
 from qkv.ragged import Layout, pack
 
@@ -283,7 +284,7 @@ def test_tokens_in_chunks_equal_tokens_at_once(chunks: list[list[int]]):
     attention = pair_of_modules()[0]
     sequences = [draw(sum(chunk[n] for chunk in chunks), D, seed=n) for n in range(3)]
     expected = module_outputs(attention, sequences)
-    cache = Cache(3, 1, CPU)
+    cache = Cache(3, 1, 100, CPU)
     done = [0, 0, 0]
     with torch.no_grad():
         for chunk in chunks:
@@ -297,11 +298,11 @@ def test_tokens_in_chunks_equal_tokens_at_once(chunks: list[list[int]]):
             assert cache.lengths == tuple(done)
 
 
-def test_a_cache_grows_by_doubling_and_keeps_what_it_holds():
+def test_a_cache_grows_by_doubling_up_to_the_context_and_keeps_what_it_holds():
     attention = pair_of_modules()[0]
     sequence = draw(100, D)
     expected = module_outputs(attention, [sequence])[0]
-    cache = Cache(1, 1, CPU)
+    cache = Cache(1, 1, 100, CPU)
     capacities = set()
     with torch.no_grad():
         for i in range(100):
@@ -309,32 +310,17 @@ def test_a_cache_grows_by_doubling_and_keeps_what_it_holds():
             out = attention(sequence[i : i + 1], pattern, cache=cache.layers[0])
             torch.testing.assert_close(out[0], expected[i])
             capacities.add(cache.capacity)
-    assert sorted(capacities) == [32, 64, 128]
-
-
-def test_a_cache_may_lose_all_its_sequences():
-    attention = pair_of_modules()[0]
-    cache = Cache(2, 1, CPU)
-    with torch.no_grad():
-        pattern, _ = cache.extend(layout([2, 3]))
-        attention(draw(5, D), pattern, cache=cache.layers[0])
-        cache.select([])
-        assert len(cache) == 0
-        pattern, positions = cache.extend(layout([]))
-        assert positions.dtype == torch.long
-        assert attention(draw(0, D), pattern, cache=cache.layers[0]).shape == (0, D)
+    assert sorted(capacities) == [32, 64, 100]
 
 
 def test_a_cache_refuses_what_it_cannot_do():
-    cache = Cache(2, 1, CPU, [], layout([3, 4]))
+    cache = Cache(2, 1, 40, CPU)
     cache.extend(layout([2, 3]))
-    with pytest.raises(ValueError, match="order of their sources"):
-        cache.select([1, 0])
     with pytest.raises(ValueError, match="fewer tokens"):
         cache.truncate([2, 4])
-    cache.select([0, 0, 1])
-    assert (cache.sources, cache.lengths) == ((0, 0, 1), (2, 2, 3))
-    assert cache.memory_pattern(layout([1, 2, 1])).queries.lengths == (3, 1)
+    with pytest.raises(InputError, match="sequence 1 has 41 tokens; this model reads at most 40"):
+        cache.extend(layout([1, 38]))
+    assert cache.lengths == (2, 3)
 
 
 # ---------------------------------------------------------------- rotary positions

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, cast
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from qkv.config import FAMILIES, AnyModelConfig, BleuTokenizer, Decoding, Family, RunConfig, read_toml
 from qkv.errors import InputError
@@ -212,24 +212,38 @@ def evaluate(
 
 def generate(
     model: Positional[Model],
-    prompt: Positional[str] = "",
+    texts: Positional[Texts] = (),
     decoding: Annotated[Decoding, arg(name="")] = Decoding(),  # noqa: B008 - frozen
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = (),
+    draft: Annotated[str | None, arg(metavar="RUN_OR_HUB_ID")] = None,
+    as_json: Annotated[bool, arg(name="json")] = False,
 ) -> None:
-    """Continue a prompt with a GPT; the text appears as it is made.
+    """Continue texts with a GPT. A single answer appears as it is made; several are made at the same time.
 
     Args:
         model: Run folder, checkpoint folder or hub id.
-        prompt: What to continue.
+        texts: What to continue.
         decoding: How to choose tokens.
+        stop: Answers end before this text; may be given several times.
+        draft: A smaller GPT with the same tokens, which guesses those that --speculate asks for.
+        as_json: Print a JSON line an answer: its text, its tokens, why it ended; with --logprobs, how likely.
     """
     generator = cast("TextGenerator", _load(model, "gpt"))
+    guesser = None if draft is None else cast("TextGenerator", _load(draft, "gpt"))
     options = cast("DecodingOptions", asdict(decoding))
-    if decoding.num_return_sequences > 1:
-        for answer in generator.generate([prompt], **options):
-            print(prompt + answer)
+    given = _lines(texts)
+    if as_json:
+        for answer in generator.complete(given, stop_strings=stop, draft=guesser, **options):
+            print(json.dumps({"prompt": given[answer.place[0]], **answer.as_dict()}, ensure_ascii=False))
         return
-    pieces = generator.generate(prompt, stream=True, **options)
-    print(prompt, end="", flush=True)
+    if decoding.logprobs:
+        raise InputError("log-probabilities are printed as JSON: give --json too, or leave out --logprobs")
+    if len(given) * decoding.num_return_sequences > 1:
+        for answer in generator.complete(given, stop_strings=stop, draft=guesser, **options):
+            print(given[answer.place[0]] + answer.text)
+        return
+    pieces = generator.generate(given[0], stream=True, stop_strings=stop, draft=guesser, **options)
+    print(given[0], end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -2,7 +2,7 @@
 
 `from_pretrained` opens a checkpoint as the pipeline of its family. Pipelines only translate between
 what people read and what models read: tokens and pixels are made by the checkpoint's own tokenizer
-and image processor, answers by the model and `decode`.
+and image processor, answers by the model and the decoding engine.
 
 Legend: T tokens of a batch, N inputs, D model width, V vocabulary, K classes.
 """
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from qkv import hub
 from qkv.attention import Attention
+from qkv.completion import Completion
 from qkv.config import BertHead
-from qkv.decode import Decoding, Finish, Hypothesis, generate, sample
+from qkv.decode import Decoding, engine_for, generate
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
@@ -34,6 +35,7 @@ from qkv.models.transformer import Transformer, TransformerOutput
 from qkv.models.vit import ViT, ViTOutput
 from qkv.ragged import Ragged, pack
 from qkv.runtime import pick_device
+from qkv.search import Request
 from qkv.tokenizers import Encoding, Tokenizer
 
 BATCH_TOKENS = 4096
@@ -70,6 +72,7 @@ class DecodingOptions(TypedDict, total=False):
     """The fields of `qkv.decode.Decoding`, which says what each means and checks them."""
 
     max_new_tokens: int
+    min_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
@@ -78,6 +81,8 @@ class DecodingOptions(TypedDict, total=False):
     length_penalty: float
     repetition_penalty: float
     num_return_sequences: int
+    speculate: int
+    logprobs: int
     seed: int
 
 
@@ -126,35 +131,120 @@ class TextGenerator(Pipeline[GPT]):
 
     @overload
     def generate(
-        self, text: str, *, stream: Literal[False] = False, **options: Unpack[DecodingOptions]
+        self,
+        text: str,
+        *,
+        stream: Literal[False] = False,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> str: ...
     @overload
     def generate(
-        self, text: str, *, stream: Literal[True], **options: Unpack[DecodingOptions]
+        self,
+        text: str,
+        *,
+        stream: Literal[True],
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> Iterator[str]: ...
     @overload
     def generate(
-        self, text: list[str], *, stream: Literal[False] = False, **options: Unpack[DecodingOptions]
+        self,
+        text: list[str],
+        *,
+        stream: Literal[False] = False,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]: ...
     def generate(
-        self, text: str | list[str], *, stream: bool = False, **options: Unpack[DecodingOptions]
+        self,
+        text: str | list[str],
+        *,
+        stream: bool = False,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> str | list[str] | Iterator[str]:
         """What follows a text; options are the fields of `qkv.decode.Decoding`.
 
         One text gives one answer, or with stream=True an iterator of its pieces, none of which splits a
         character (beam search gives the whole in one piece). A list gives a list: the
         `num_return_sequences` answers of the first text, of the second, and so on. An empty text starts
-        from the tokenizer's begin token. Raises InputError for a text longer than the context.
+        from the tokenizer's begin token. stop_strings: an answer ends before the first of them. draft: a
+        smaller model that guesses where `speculate` is set. Raises InputError for a text longer than the
+        context.
         """
         decoding = Decoding(**options)
+        if decoding.logprobs:
+            raise InputError("generate gives text alone: log-probabilities come with complete")
         if isinstance(text, str):
             if decoding.num_return_sequences > 1:
                 raise InputError("several answers come as a list: give the text in a list")
-            prompts = self._prompts([text])
-            return self._stream(prompts[0], decoding) if stream else self._answers(prompts, decoding)[0]
+            pieces = (piece for _, piece in self._decode([text], decoding, stop_strings, draft))
+            return pieces if stream else "".join(pieces)
         if stream:
             raise InputError("only one text can be streamed: give it alone, not in a list")
-        return self._answers(self._prompts(text), decoding)
+        return [answer.text for answer in self._complete(text, decoding, stop_strings, draft)]
+
+    def complete(
+        self,
+        texts: list[str],
+        *,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> list[Completion]:
+        """What `generate` gives for a list, with tokens, why each answer ended, and what `logprobs` asks for.
+
+        Arguments and errors as for `generate`.
+        """
+        return self._complete(texts, Decoding(**options), stop_strings, draft)
+
+    def _complete(
+        self,
+        texts: list[str],
+        decoding: Decoding,
+        stop_strings: Sequence[str],
+        draft: TextGenerator | None,
+    ) -> list[Completion]:
+        _check_list(texts)
+        found = dict.fromkeys(c for c, _ in self._decode(texts, decoding, stop_strings, draft))
+        return sorted(found, key=lambda completion: completion.place)
+
+    def _decode(
+        self,
+        texts: list[str],
+        decoding: Decoding,
+        stop_strings: Sequence[str],
+        draft: TextGenerator | None,
+    ) -> Iterator[tuple[Completion, str]]:
+        """Each answer to the texts as often as there is more of its text, with that piece; inputs checked."""
+        if draft is not None:
+            self._check_draft(draft, decoding)
+        prompts = self._prompts(texts)
+        engine = engine_for(self.model, prompts, decoding, None if draft is None else draft.model)
+        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        answers: dict[tuple[int, int], Completion] = {}
+        for prompt in prompts:
+            number = engine.submit(Request(prompt, decoding, eos))
+            for answer in range(decoding.num_return_sequences):
+                answers[number, answer] = Completion(self.tokenizer, stop_strings, (number, answer))
+
+        def pieces() -> Iterator[tuple[Completion, str]]:
+            for token in engine.run():
+                completion = answers[token.request, token.answer]
+                yield completion, completion.push(token)
+                if completion.finish == "stop":
+                    engine.cancel(token.request, token.answer)
+            ends = [completion.finish for completion in answers.values()]
+            if full := ends.count("context"):
+                context = self.model.config.context
+                _warn(f"{full} of {len(ends)} answers ended where the context of {context} tokens was full")
+
+        return pieces()
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:
         prompts = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
@@ -164,30 +254,14 @@ class TextGenerator(Pipeline[GPT]):
             raise InputError("an empty text has nothing to continue, and this tokenizer has no begin token")
         return [ids or [self.tokenizer.bos_id] for ids in prompts]
 
-    def _eos(self) -> list[int]:
-        return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-
-    def _answers(self, prompts: list[list[int]], decoding: Decoding) -> list[str]:
-        found = _decode(self.model, prompts, decoding, self._eos())
-        self._warn_if_full([answer.finish for answer in found])
-        return [self.tokenizer.decode(answer.ids) for answer in found]
-
-    def _stream(self, prompt: list[int], decoding: Decoding) -> Iterator[str]:
-        if decoding.num_beams > 1:
-            yield from self._answers([prompt], decoding)
-            return
-
-        def ids() -> Iterator[int]:
-            for token in sample(self.model, [prompt], decoding, self._eos()):
-                yield token.id
-            self._warn_if_full([token.finish])
-
-        yield from self.tokenizer.stream(ids())
-
-    def _warn_if_full(self, ends: Sequence[Finish | None]) -> None:
-        if full := ends.count("context"):
-            context = self.model.config.context
-            _warn(f"{full} of {len(ends)} answers ended where the context of {context} tokens was full")
+    def _check_draft(self, draft: TextGenerator, decoding: Decoding) -> None:
+        if not decoding.speculate:
+            raise InputError(
+                "a draft model guesses so many tokens as speculate says: set it, or leave out draft"
+            )
+        own, other = (p.tokenizer.backend.get_vocab(with_added_tokens=True) for p in (self, draft))
+        if own != other:
+            raise InputError("the draft model has another vocabulary: both must have the same tokens")
 
 
 # ---------------------------------------------------------------- Transformer
@@ -224,7 +298,8 @@ class Translator(Pipeline[Transformer]):
         )
         given = [texts] if isinstance(texts, str) else texts
         sources = _encode(self.tokenizer, given, context, truncate)
-        found = _decode(self.model, [source.ids for source in sources], decoding, [self.model.config.eos_id])
+        ids = [source.ids for source in sources]
+        found = [answer for answer, *_ in generate(self.model, ids, decoding, [self.model.config.eos_id])]
         if unfinished := sum(answer.finish != "eos" for answer in found):
             _warn(f"{unfinished} of {len(found)} translations were cut at {decoding.max_new_tokens} tokens")
         target = self.tokenizer.target
@@ -466,19 +541,6 @@ def _batches(costs: Sequence[int]) -> Iterator[list[int]]:
         room -= costs[i]
     if batch:
         yield batch
-
-
-def _decode(
-    model: GPT | Transformer, inputs: list[list[int]], decoding: Decoding, eos: list[int]
-) -> list[Hypothesis]:
-    """The answers of the first input, of the second, and so on."""
-    copies = max(decoding.num_beams, decoding.num_return_sequences)
-    costs = [min(len(ids) + decoding.max_new_tokens, model.config.context) * copies for ids in inputs]
-    found: dict[int, list[Hypothesis]] = {}
-    for indices in _batches(costs):
-        answers = generate(model, [inputs[i] for i in indices], decoding, eos)
-        found |= zip(indices, answers, strict=True)
-    return [answer for i in range(len(inputs)) for answer in found[i]]
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair], limit: int, truncate: bool) -> list[Encoding]:
