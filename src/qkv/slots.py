@@ -61,6 +61,7 @@ class Slots:
             return 0
         return _shared(self.texts[slot], reading.ids[: len(reading.ids) - reading.wanted])
 
+    @torch.inference_mode()
     def copy(self, donor: int, slot: int, length: int) -> None:
         """Let a slot begin with the first tokens of another's text, and have its source."""
         self.cache.copy(donor, slot, length)
