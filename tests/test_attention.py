@@ -41,8 +41,10 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tens
     key_starts = pattern.keys.starts.tolist()
     for n, (Lq, Lk) in enumerate(zip(pattern.queries.lengths, pattern.keys.lengths, strict=True)):
         for row in range(Lq):
-            seen = Lk - Lq + row + 1 if pattern.causal else Lk
-            rows = slice(key_starts[n], key_starts[n] + seen)
+            seen = torch.arange(Lk - Lq + row + 1 if pattern.causal else Lk)
+            if n in pattern.masks:
+                seen = pattern.masks[n][row].nonzero()[:, 0]
+            rows = key_starts[n] + seen
             for h in range(H):
                 scores = torch.stack(
                     [query[q, h] @ k / math.sqrt(E) for k in key[rows, h]] or [torch.zeros(())]
@@ -76,6 +78,32 @@ def test_attend_reads_strided_keys_and_nothing_beyond_them(pairs):
     key, value = draw(2, len(lengths) * stride, H, E, seed=1)
     expected = by_hand(query, key, value, pattern)
     free = torch.ones(len(key), dtype=torch.bool).index_fill_(0, pattern.keys.rows, False)
+    key[free], value[free] = 1e3, 1e3
+    torch.testing.assert_close(attend(query, key, value, pattern), expected)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from([1, 2, 3, 30, 200]), st.booleans()),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(0, 10**6),
+)
+def test_attend_reads_slots_of_all_lengths_by_their_own_masks(slots, seed: int):
+    """Some slots idle, some far longer than their neighbours, some with a mask in place of causality."""
+    lengths = [(q, max(q, k)) for q, k, _ in slots]
+    stride = max(k for _, k in lengths) + 3
+    generator = torch.Generator().manual_seed(seed)
+    masks = {i: torch.rand(*lengths[i], generator=generator) < 0.5 for i, (_, _, m) in enumerate(slots) if m}
+    for mask in masks.values():
+        mask[:, 0] = True  # every token attends itself at least
+    queries, keys = layout(q for q, _ in lengths), layout((k for _, k in lengths), stride)
+    pattern = Pattern(queries, keys, causal=True, masks=masks)
+    query = draw(queries.tokens, H, E)
+    key, value = draw(2, len(lengths) * stride, H, E, seed=1)
+    expected = by_hand(query, key, value, pattern)
+    free = torch.ones(len(key), dtype=torch.bool).index_fill_(0, keys.rows, False)
     key[free], value[free] = 1e3, 1e3
     torch.testing.assert_close(attend(query, key, value, pattern), expected)
 
