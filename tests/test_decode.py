@@ -177,17 +177,18 @@ def test_greedy_equals_transformers(
     assert ids_of(found) == wanted
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (3, 0.0)])
 def test_least_numbers_of_tokens_equal_transformers(
-    gpt2: tuple[GPT2LMHeadModel, GPT], num_beams: int
+    gpt2: tuple[GPT2LMHeadModel, GPT], num_beams: int, length_penalty: float
 ) -> None:
     theirs, ours = gpt2
-    options = {"num_beams": num_beams, "min_new_tokens": 7, "max_new_tokens": 16}
+    free = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 16}
+    options = {**free, "min_new_tokens": 7}
     inputs, end = prompts(8, first=4), 19
     found = generate(ours, inputs, Decoding(temperature=0.0, **options), [end])
     assert ids_of(found) == [expected(theirs, i, end, eos_token_id=end, **options)[0] for i in inputs]
-    free = generate(ours, inputs, Decoding(temperature=0.0, num_beams=num_beams, max_new_tokens=16), [end])
-    assert min(len(a.ids) for (a,) in free) < 7 <= min(len(a.ids) for (a,) in found)
+    others = generate(ours, inputs, Decoding(temperature=0.0, **free), [end])
+    assert min(len(a.ids) for (a,) in others) < 7 <= min(len(a.ids) for (a,) in found)
 
 
 @given(
