@@ -42,6 +42,9 @@ class Completion:
         self._pieces = Pieces(tokenizer)
         self._held = ""  # text that may be the beginning of a stop string
 
+    def __repr__(self) -> str:
+        return f"Completion({self.text!r}, finish={self.finish!r})"
+
     def push(self, token: Token) -> str:
         """One more token; the text that it makes certain. What comes after the end is passed over."""
         self.score = token.score
