@@ -462,7 +462,7 @@ class Cache:
         self._fit(max(ends, default=0))
         rows = [slot * self.capacity + row for slot, row in places]
         self.rows = torch.tensor(rows, dtype=torch.long, device=self.device)
-        masks = {i: tree.mask for i, tree in trees.items()}
+        masks = {i: tree.mask.to(self.device) for i, tree in trees.items()}
         pattern = Pattern(layout, self.layout, causal=True, masks=masks)
         return pattern, torch.tensor(positions, dtype=torch.long, device=self.device)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkv.sampling import choose, take, target, verify
+from qkv.sampling import choose, distribution, rows_of, verify
 from qkv.search import Beams, Request, Search, Stream, Token
 from qkv.slots import Decoder, Slots
 from qkv.speculate import Draft, LookUp
@@ -46,6 +46,7 @@ class Engine:
     A request of `num_return_sequences` samples takes a slot for each, a beam search one. A slot remembers
     its last text, so that a prompt which begins like a text in any slot is read from where they part. The
     cache holds at most slots x context tokens (beams of one input may need more rows than the context).
+    The model's weights must not change meanwhile.
     """
 
     def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None) -> None:
@@ -121,7 +122,7 @@ class Engine:
         chosen = self._choose(logits, rows)
         tokens: list[Token] = []
         for search in self._live:
-            own = take(logits, rows[search])
+            own = logits[rows[search].start : rows[search].stop]
             if isinstance(search, Stream):
                 guesses = len(search.guesses)
                 new = search.take(chosen[search], own)
@@ -165,7 +166,7 @@ class Engine:
         """Choose the slot whose last text saves the most, or copy from one in use that saves more."""
         reading = search.reading()
         slot = max(self._free, key=lambda free: self._slots.saved(free, reading))
-        others = [other.slot for other in self._live if other.slot not in (slot, -1)]
+        others = [other.slot for other in self._live]
         donor = max(others, key=lambda used: self._slots.saved(used, reading), default=slot)
         if self._slots.saved(donor, reading) > self._slots.saved(slot, reading):
             self._slots.copy(donor, slot, self._slots.shared(donor, reading))
@@ -181,7 +182,7 @@ class Engine:
             if stream.draft:
                 n = range(stream.made, stream.made + len(stream.guesses) + 1)
                 chosen[stream] = verify(
-                    target(take(logits, rows[stream]), stream.rows()),
+                    distribution(rows_of(logits, rows[stream]), stream.rows()),
                     torch.stack(stream.draft),
                     stream.guesses,
                     [stream.chances[i] for i in n[:-1]],
@@ -189,7 +190,7 @@ class Engine:
                 )
         # Guesses that were not drawn are right where they are what is drawn anyway.
         plain = sorted((s for s in streams if not s.draft), key=lambda s: rows[s].start)
-        some = take(logits, [row for s in plain for row in rows[s]])
+        some = rows_of(logits, [row for s in plain for row in rows[s]])
         ids = iter(choose(some, [row for s in plain for row in s.rows()]))
         return chosen | {s: [next(ids) for _ in rows[s]] for s in plain}
 

@@ -34,7 +34,7 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     chosen = [0] * len(rows)
     for indices in _alike(rows):
         group = [rows[i] for i in indices]
-        scores = adjust(take(logits, indices), group)
+        scores = adjust(rows_of(logits, indices), group)
         if group[0].decoding.temperature == 0:
             ids = scores.argmax(-1)
         else:
@@ -45,12 +45,12 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     return chosen
 
 
-def take(logits: Tensor, indices: Sequence[int]) -> Tensor:
+def rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
     """These rows of logits (R, V); all of them, in order, are no copy."""
     return logits if list(indices) == list(range(len(logits))) else logits[list(indices)]
 
 
-def target(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """The distributions that `choose` draws from, for rows of one request: float64 (R, V).
 
     Temperature is positive.

@@ -223,27 +223,30 @@ class Beams(Search):
         super().__init__(model, request, number)
         self.made = 0
         self.beams = [_Beam((), 0.0)]
-        self.parents = [0]
         self.found: list[_Beam] = []
         """The best finished answers; their scores are those that they are ranked by."""
+        self.rows: list[int] = []
+        """Where in the slot the beams' last tokens go."""
         self.seen = np.ones((1, len(self.prompt)), dtype=bool)  # (K, W): rows that each beam attends
 
     def reading(self) -> Reading:
         """The last token of each beam."""
         if not self.made:
             return Reading(self.prompt, self.source)
-        K = len(self.beams)
-        seen = self.seen[self.parents]  # (K, W)
-        # Rows that no beam needs any more, then new ones.
-        W = seen.shape[1]
-        needed = np.flatnonzero(seen.any(axis=0)).tolist()
-        rows = [*np.flatnonzero(~seen.any(axis=0)).tolist(), *range(W, W + K)][:K]
-        width = 1 + max(rows[-1], needed[-1])
+        position = len(self.prompt) + self.made - 1
+        branches = Branches(self.rows, position, torch.from_numpy(self.seen))
+        last = [beam.tokens[-1].id for beam in self.beams]
+        return Reading(last, self.source, len(last), branches)
+
+    def _place(self, parents: Sequence[int]) -> None:
+        """Give each new beam, beside its parent's rows, one that no beam needs any more or a new one."""
+        K, seen = len(parents), self.seen[list(parents)]  # (K, W)
+        W, needed = seen.shape[1], seen.any(axis=0)
+        self.rows = [*np.flatnonzero(~needed).tolist(), *range(W, W + K)][:K]
+        width = 1 + max(self.rows[-1], *np.flatnonzero(needed).tolist())
         self.seen = np.zeros((K, width), dtype=bool)
         self.seen[:, :W] = seen[:, :width]
-        self.seen[range(K), rows] = True
-        branches = Branches(rows, len(self.prompt) + self.made - 1, torch.from_numpy(self.seen))
-        return Reading([beam.tokens[-1].id for beam in self.beams], self.source, K, branches)
+        self.seen[range(K), self.rows] = True
 
     def take(self, logits: Tensor) -> list[Token]:
         """Choose the next beams by logits (K, V) after the present ones; the answers once all are found."""
@@ -274,10 +277,13 @@ class Beams(Search):
                 last = replace(token, finish="eos" if id in eos else self.full)
                 self.found.append(_Beam((*self.beams[k].tokens, last), self._rank(score)))
         self.found = sorted(self.found, key=lambda beam: beam.score, reverse=True)[:K]
-        self.beams, self.parents = new, parents
+        self.beams = new
         worst = self.found[-1].score if len(self.found) == K else -math.inf
         self.done = not new or worst >= self._rank(new[0].score)
-        return self._answers() if self.done else []
+        if self.done:
+            return self._answers()
+        self._place(parents)
+        return []
 
     def _rank(self, score: float) -> float:
         return score / float(self.made**self.decoding.length_penalty)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qkv.errors import InputError
-from qkv.sampling import choose, take, target
+from qkv.sampling import choose, distribution, rows_of
 from qkv.search import Stream
 from qkv.slots import Decoder, Reading, Slots
 
@@ -61,12 +61,12 @@ class Draft:
             readings = {s.slot: Reading(s.ids + s.guesses, s.source) for s in going}
             logits, places = self.slots.read(readings)
             going.sort(key=lambda stream: stream.slot)
-            logits = take(logits, [places[s.slot][0] for s in going])  # (R, V)
+            logits = rows_of(logits, [places[s.slot][0] for s in going])  # (R, V)
             rows = [s.row(len(s.guesses), s.draft_uniforms) for s in going]
             for stream, row, id, scores in zip(going, rows, choose(logits, rows), logits, strict=True):
                 stream.guesses.append(id)
                 if stream.decoding.temperature > 0:
-                    stream.draft.append(target(scores[None], [row])[0])
+                    stream.draft.append(distribution(scores[None], [row])[0])
 
     def _goes_on(self, stream: Stream) -> bool:
         length = max(len(stream.ids) + len(stream.guesses), len(stream.source))
