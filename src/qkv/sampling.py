@@ -97,14 +97,28 @@ def filter_logits(logits: Tensor, decoding: Decoding) -> Tensor:
         least = logits.topk(decoding.top_k).values[:, -1:]  # (R, 1)
         logits = logits.masked_fill(logits < least, -math.inf)
     if decoding.top_p < 1:
-        ordered, index = logits.sort(descending=True)  # (R, V)
-        probability = ordered.softmax(-1)
-        likelier = probability.cumsum(-1) - probability  # of all tokens before this one
-        cut = torch.zeros_like(logits, dtype=torch.bool).scatter(1, index, likelier >= decoding.top_p)
-        logits = logits.masked_fill(cut, -math.inf)
+        logits = logits.masked_fill(~_nucleus(logits.softmax(-1), decoding.top_p), -math.inf)
     if decoding.min_p > 0:
         logits = logits.masked_fill(logits < math.log(decoding.min_p), -math.inf)
     return logits
+
+
+NUCLEUS = 256
+"""For top_p so many of the likeliest tokens are looked at, and more if these are too few: to sort a large
+vocabulary takes longer than a step of a small model."""
+
+
+def _nucleus(probability: Tensor, top_p: float) -> Tensor:
+    """Of probabilities (R, V), the fewest that make top_p together, as bool (R, V)."""
+    size = min(NUCLEUS, probability.shape[-1])
+    while True:
+        best = probability.topk(size)
+        together = best.values.cumsum(-1)  # (R, size)
+        if size == probability.shape[-1] or bool((together[:, -1] >= top_p).all()):
+            break
+        size = min(16 * size, probability.shape[-1])
+    likelier = together - best.values  # of all tokens before this one
+    return torch.zeros_like(probability, dtype=torch.bool).scatter(1, best.indices, likelier < top_p)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
