@@ -443,25 +443,25 @@ class Cache:
         Raises InputError for a text over the context.
         """
         trees = branches or {}
-        ends = [old + new for old, new in zip(self.lengths, layout.lengths, strict=True)]
-        for i, (end, new) in enumerate(zip(ends, layout.lengths, strict=True)):
-            length = trees[i].position + 1 if i in trees else end
-            if new and length > self.context:
-                raise InputError(f"sequence {i} has {length} tokens; this model reads at most {self.context}")
-        places: list[tuple[int, int]] = []  # slot and row of each new token
+        ends = list(self.lengths)
+        places: list[tuple[int, Sequence[int]]] = []  # slots and the rows of their new tokens
         positions: list[int] = []
-        for i, (old, end) in enumerate(zip(self.lengths, ends, strict=True)):
-            if i in trees:
-                places += [(i, row) for row in trees[i].rows]
-                positions += [trees[i].position] * len(trees[i].rows)
-                ends[i] = trees[i].mask.shape[1]
-            else:
-                places += [(i, row) for row in range(old, end)]
-                positions += range(old, end)
+        for i, new in enumerate(layout.lengths):
+            if not new:
+                continue
+            tree = trees.get(i)
+            rows = range(ends[i], ends[i] + new) if tree is None else tree.rows
+            depths = rows if tree is None else [tree.position] * new
+            if depths[-1] >= self.context:
+                said = f"sequence {i} has {depths[-1] + 1} tokens"
+                raise InputError(f"{said}; this model reads at most {self.context}")
+            ends[i] = rows[-1] + 1 if tree is None else tree.mask.shape[1]
+            places.append((i, rows))
+            positions += depths
         self.lengths = tuple(ends)
         self._fit(max(ends, default=0))
-        rows = [slot * self.capacity + row for slot, row in places]
-        self.rows = torch.tensor(rows, dtype=torch.long, device=self.device)
+        every = [slot * self.capacity + row for slot, rows in places for row in rows]
+        self.rows = torch.tensor(every, dtype=torch.long, device=self.device)
         masks = {i: tree.mask.to(self.device) for i, tree in trees.items()}
         pattern = Pattern(layout, self.layout, causal=True, masks=masks)
         return pattern, torch.tensor(positions, dtype=torch.long, device=self.device)

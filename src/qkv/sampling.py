@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,12 @@ from qkv.config import Decoding
 from qkv.ragged import Ragged, pack
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What one next token is chosen by, besides its logits."""
 
     decoding: Decoding
     history: Sequence[int]
-    """The text so far, whose tokens the repetition penalty makes less likely."""
+    """The text so far, whose tokens the repetition penalty makes less likely; empty if there is none."""
     banned: Collection[int]
     """Ids that may not come next."""
     uniform: float
@@ -60,6 +59,8 @@ def distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _alike(rows: Sequence[Row]) -> list[list[int]]:
     """Indices of rows that one call can choose."""
+    if all(row.decoding is rows[0].decoding for row in rows):
+        return [list(range(len(rows)))] if rows else []
     groups: dict[tuple[float, ...], list[int]] = {}
     for i, row in enumerate(rows):
         d = row.decoding

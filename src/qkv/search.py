@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +42,7 @@ class Request:
     """Ids that end an answer."""
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One new token of one answer."""
 
     request: int
@@ -91,6 +90,7 @@ class Search(ABC):
         # The last token is never read, so it needs no room.
         room = context - len(self.prompt) + 1
         self.limit = min(self.decoding.max_new_tokens, room)
+        self.penalised = self.decoding.repetition_penalty != 1
         self.full: Finish = "length" if self.limit == self.decoding.max_new_tokens else "context"
 
     def banned(self, made: int) -> tuple[int, ...]:
@@ -111,7 +111,7 @@ def with_logprobs(tokens: list[Token], logits: Tensor, number: int) -> list[Toke
     tops = [
         tuple(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
-    return [replace(t, logprob=x, top=top) for t, x, top in zip(tokens, own, tops, strict=True)]
+    return [t._replace(logprob=x, top=top) for t, x, top in zip(tokens, own, tops, strict=True)]
 
 
 # ---------------------------------------------------------------- sampling
@@ -169,7 +169,8 @@ class Stream(Search):
     def row(self, ahead: int, uniforms: _Uniforms) -> Row:
         """What the token after so many guesses is chosen by."""
         n = self.made + ahead
-        return Row(self.decoding, self.ids + self.guesses[:ahead], self.banned(n), uniforms[n])
+        history = self.ids + self.guesses[:ahead] if self.penalised else []
+        return Row(self.decoding, history, self.banned(n), uniforms[n])
 
     def rows(self) -> list[Row]:
         """What the tokens in the guesses' places, and the one after them, are chosen by."""
@@ -192,15 +193,15 @@ class Stream(Search):
         tokens = [Token(self.number, self.answer, id, guessed=n < right) for n, id in enumerate(ids)]
         if self.decoding.logprobs:
             tokens = with_logprobs(tokens, logits[: len(ids)], self.decoding.logprobs)
-        tokens[-1] = replace(tokens[-1], finish=finish)
+        if self.done:
+            tokens[-1] = tokens[-1]._replace(finish=finish)
         return tokens
 
 
 # ---------------------------------------------------------------- beam search
 
 
-@dataclass(frozen=True)
-class _Beam:
+class _Beam(NamedTuple):
     """The new tokens of a text, and its log-probability."""
 
     tokens: tuple[Token, ...]
@@ -243,7 +244,7 @@ class Beams(Search):
         K, seen = len(parents), self.seen[list(parents)]  # (K, W)
         W, needed = seen.shape[1], seen.any(axis=0)
         self.rows = [*np.flatnonzero(~needed).tolist(), *range(W, W + K)][:K]
-        width = 1 + max(self.rows[-1], *np.flatnonzero(needed).tolist())
+        width = 1 + max(self.rows[-1], int(np.flatnonzero(needed)[-1]))
         self.seen = np.zeros((K, width), dtype=bool)
         self.seen[:, :W] = seen[:, :width]
         self.seen[range(K), self.rows] = True
@@ -253,7 +254,8 @@ class Beams(Search):
         K, eos = self.decoding.num_beams, self.request.eos
         scores = logits.log_softmax(-1)  # (K, V)
         banned = self.banned(self.made)
-        rows = [Row(self.decoding, self.prompt + beam.ids, banned, 0.0) for beam in self.beams]
+        histories = [self.prompt + beam.ids if self.penalised else [] for beam in self.beams]
+        rows = [Row(self.decoding, history, banned, 0.0) for history in histories]
         so_far = torch.tensor([beam.score for beam in self.beams], device=logits.device)
         scores = (adjust(scores, rows) + so_far[:, None]).flatten()  # (K V,)
         # Even if every beam's likeliest continuation ends it, K others remain.
@@ -274,7 +276,7 @@ class Beams(Search):
                 new.append(_Beam((*self.beams[k].tokens, token), score))
                 parents.append(k)
             elif rank < K:
-                last = replace(token, finish="eos" if id in eos else self.full)
+                last = token._replace(finish="eos" if id in eos else self.full)
                 self.found.append(_Beam((*self.beams[k].tokens, last), self._rank(score)))
         self.found = sorted(self.found, key=lambda beam: beam.score, reverse=True)[:K]
         self.beams = new
@@ -291,6 +293,6 @@ class Beams(Search):
     def _answers(self) -> list[Token]:
         tokens: list[Token] = []
         for answer, beam in enumerate(self.found[: self.decoding.num_return_sequences]):
-            last = replace(beam.tokens[-1], score=beam.score)
-            tokens += [replace(token, answer=answer) for token in (*beam.tokens[:-1], last)]
+            last = beam.tokens[-1]._replace(score=beam.score)
+            tokens += [token._replace(answer=answer) for token in (*beam.tokens[:-1], last)]
         return tokens

@@ -8,7 +8,7 @@ Legend: R rows of logits, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ from torch import Tensor
 from qkv.attention import Branches
 from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
-from qkv.ragged import Ragged, pack
+from qkv.ragged import Layout, Ragged
 
 Decoder = GPT | Transformer
 """A model that says what comes next."""
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """A text, whose next token is asked for."""
 
     ids: list[int]
@@ -119,14 +118,17 @@ class Slots:
             self.sources[slot] = source
 
     def _pack(self, sequences: list[Sequence[int]]) -> Ragged:
-        batch = pack(sequences, self.cache.device)
-        self.computed += batch.layout.tokens
-        return batch
+        ids = [id for sequence in sequences for id in sequence]
+        self.computed += len(ids)
+        layout = Layout(tuple(map(len, sequences)), self.cache.device)
+        return Ragged(torch.tensor(ids, dtype=torch.long, device=self.cache.device), layout)
 
 
 def _shared(first: list[int], second: list[int]) -> int:
     """Length of the longest common beginning."""
     size = min(len(first), len(second))
+    if first[:1] != second[:1]:
+        return 0
     if first[:size] == second[:size]:
         return size
     return next(i for i in range(size) if first[i] != second[i])
