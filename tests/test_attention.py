@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from qkv.attention import Attention, Cache, KeyValue, Pattern, attend, record, rotate
+from qkv.errors import InputError
 from qkv.layers import rotary
 from qkv.ragged import Layout, pack
 
@@ -40,8 +41,10 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern) -> Tens
     key_starts = pattern.keys.starts.tolist()
     for n, (Lq, Lk) in enumerate(zip(pattern.queries.lengths, pattern.keys.lengths, strict=True)):
         for row in range(Lq):
-            seen = Lk - Lq + row + 1 if pattern.causal else Lk
-            rows = slice(key_starts[n], key_starts[n] + seen)
+            seen = torch.arange(Lk - Lq + row + 1 if pattern.causal else Lk)
+            if n in pattern.masks:
+                seen = pattern.masks[n][row].nonzero()[:, 0]
+            rows = key_starts[n] + seen
             for h in range(H):
                 scores = torch.stack(
                     [query[q, h] @ k / math.sqrt(E) for k in key[rows, h]] or [torch.zeros(())]
@@ -75,6 +78,32 @@ def test_attend_reads_strided_keys_and_nothing_beyond_them(pairs):
     key, value = draw(2, len(lengths) * stride, H, E, seed=1)
     expected = by_hand(query, key, value, pattern)
     free = torch.ones(len(key), dtype=torch.bool).index_fill_(0, pattern.keys.rows, False)
+    key[free], value[free] = 1e3, 1e3
+    torch.testing.assert_close(attend(query, key, value, pattern), expected)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.sampled_from([1, 2, 3, 30, 200]), st.booleans()),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(0, 10**6),
+)
+def test_attend_reads_slots_of_all_lengths_by_their_own_masks(slots, seed: int):
+    """Some slots idle, some far longer than their neighbours, some with a mask in place of causality."""
+    lengths = [(q, max(q, k)) for q, k, _ in slots]
+    stride = max(k for _, k in lengths) + 3
+    generator = torch.Generator().manual_seed(seed)
+    masks = {i: torch.rand(*lengths[i], generator=generator) < 0.5 for i, (_, _, m) in enumerate(slots) if m}
+    for mask in masks.values():
+        mask[:, 0] = True  # every token attends itself at least
+    queries, keys = layout(q for q, _ in lengths), layout((k for _, k in lengths), stride)
+    pattern = Pattern(queries, keys, causal=True, masks=masks)
+    query = draw(queries.tokens, H, E)
+    key, value = draw(2, len(lengths) * stride, H, E, seed=1)
+    expected = by_hand(query, key, value, pattern)
+    free = torch.ones(len(key), dtype=torch.bool).index_fill_(0, keys.rows, False)
     key[free], value[free] = 1e3, 1e3
     torch.testing.assert_close(attend(query, key, value, pattern), expected)
 
@@ -283,7 +312,7 @@ def test_tokens_in_chunks_equal_tokens_at_once(chunks: list[list[int]]):
     attention = pair_of_modules()[0]
     sequences = [draw(sum(chunk[n] for chunk in chunks), D, seed=n) for n in range(3)]
     expected = module_outputs(attention, sequences)
-    cache = Cache(3, 1, CPU)
+    cache = Cache(3, 1, 100, CPU)
     done = [0, 0, 0]
     with torch.no_grad():
         for chunk in chunks:
@@ -297,11 +326,11 @@ def test_tokens_in_chunks_equal_tokens_at_once(chunks: list[list[int]]):
             assert cache.lengths == tuple(done)
 
 
-def test_a_cache_grows_by_doubling_and_keeps_what_it_holds():
+def test_a_cache_grows_by_doubling_up_to_the_context_and_keeps_what_it_holds():
     attention = pair_of_modules()[0]
     sequence = draw(100, D)
     expected = module_outputs(attention, [sequence])[0]
-    cache = Cache(1, 1, CPU)
+    cache = Cache(1, 1, 100, CPU)
     capacities = set()
     with torch.no_grad():
         for i in range(100):
@@ -309,32 +338,17 @@ def test_a_cache_grows_by_doubling_and_keeps_what_it_holds():
             out = attention(sequence[i : i + 1], pattern, cache=cache.layers[0])
             torch.testing.assert_close(out[0], expected[i])
             capacities.add(cache.capacity)
-    assert sorted(capacities) == [32, 64, 128]
-
-
-def test_a_cache_may_lose_all_its_sequences():
-    attention = pair_of_modules()[0]
-    cache = Cache(2, 1, CPU)
-    with torch.no_grad():
-        pattern, _ = cache.extend(layout([2, 3]))
-        attention(draw(5, D), pattern, cache=cache.layers[0])
-        cache.select([])
-        assert len(cache) == 0
-        pattern, positions = cache.extend(layout([]))
-        assert positions.dtype == torch.long
-        assert attention(draw(0, D), pattern, cache=cache.layers[0]).shape == (0, D)
+    assert sorted(capacities) == [32, 64, 100]
 
 
 def test_a_cache_refuses_what_it_cannot_do():
-    cache = Cache(2, 1, CPU, [], layout([3, 4]))
+    cache = Cache(2, 1, 40, CPU)
     cache.extend(layout([2, 3]))
-    with pytest.raises(ValueError, match="order of their sources"):
-        cache.select([1, 0])
     with pytest.raises(ValueError, match="fewer tokens"):
         cache.truncate([2, 4])
-    cache.select([0, 0, 1])
-    assert (cache.sources, cache.lengths) == ((0, 0, 1), (2, 2, 3))
-    assert cache.memory_pattern(layout([1, 2, 1])).queries.lengths == (3, 1)
+    with pytest.raises(InputError, match="sequence 1 has 41 tokens; this model reads at most 40"):
+        cache.extend(layout([1, 38]))
+    assert cache.lengths == (2, 3)
 
 
 # ---------------------------------------------------------------- rotary positions

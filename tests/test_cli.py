@@ -143,6 +143,48 @@ def test_generate_takes_every_setting_of_decoding(runs):
     )
 
 
+def test_generate_continues_several_texts_at_once(runs):
+    options = ["--max-new-tokens", 6, "--seed", 3]
+    texts = ["3 bottles", "", "4 b"]
+    one_by_one = [succeed("generate", runs["gpt"], text, *options) for text in texts]
+    assert succeed("generate", runs["gpt"], *texts, *options) == "".join(one_by_one)
+    assert succeed("generate", runs["gpt"], *options, text="3 bottles\n\n4 b\n") == "".join(one_by_one)
+    assert "nothing to work on" in fail("generate", runs["gpt"])
+
+
+def test_generate_stops_at_texts(runs):
+    options = ["--max-new-tokens", 20, "--min-new-tokens", 20, "--seed", 4]
+    whole = succeed("generate", runs["gpt"], "3 b", *options)
+    stop = whole[8:10]
+    wanted = whole[: 3 + whole[3:].index(stop)] + "\n"
+    stops = ["--stop", "never seen", "--stop", stop]
+    assert succeed("generate", runs["gpt"], "3 b", *options, *stops) == wanted
+    assert fail("generate", runs["gpt"], "3 b", "--stop", "") == (
+        "qkv: a stop string is empty: every text would end before it begins"
+    )
+
+
+def test_generate_prints_json_for_programs(runs):
+    options = ["--max-new-tokens", 5, "--num-return-sequences", 2, "--json", "--logprobs", 2]
+    printed = succeed("generate", runs["gpt"], "3 b", "4", *options)
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["prompt"] for line in lines] == ["3 b", "3 b", "4", "4"]
+    for line in lines:
+        assert line["finish"] in ("length", "eos")
+        assert all(len(token["top"]) == 2 and token["logprob"] < 0 for token in line["tokens"])
+    assert "give --json too" in fail("generate", runs["gpt"], "3 b", "--logprobs", 2)
+
+
+def test_generate_guesses_ahead(runs):
+    options = ["--max-new-tokens", 12, "--min-new-tokens", 12, "--seed", 2]
+    plain = succeed("generate", runs["gpt"], "3 b 3 b", *options)
+    assert succeed("generate", runs["gpt"], "3 b 3 b", *options, "--speculate", 3) == plain
+    drafted = ["--speculate", 3, "--draft", runs["gpt"], "--json"]
+    out = json.loads(succeed("generate", runs["gpt"], "3 b 3 b", *options, *drafted))
+    assert [token["guessed"] for token in out["tokens"]].count(True) == 9
+    assert "set it, or leave out draft" in fail("generate", runs["gpt"], "3 b", "--draft", runs["gpt"])
+
+
 def test_texts_are_cut_on_request(runs):
     for command, family in (("classify", "bert"), ("embed", "bert"), ("translate", "transformer")):
         assert "tokens; the limit is 32" in fail(command, runs[family], "red " * 100)

@@ -18,11 +18,12 @@ from tiny import CONTEXT, DECODERS, VOCAB, tiny
 from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
 from transformers.generation import logits_process
 
-from qkv import hub
-from qkv.decode import Decoding, Hypothesis, beam_search, draw, filter_logits, generate, penalise, sample
+from qkv import hub, sampling
+from qkv.decode import Decoding, Hypothesis, generate, sample
 from qkv.errors import InputError
 from qkv.models import GPT, Transformer
 from qkv.ragged import pack
+from qkv.sampling import draw, filter_logits, penalise
 
 EOS = 5
 GREEDY = Decoding(temperature=0.0, max_new_tokens=20)
@@ -114,7 +115,7 @@ def test_beam_search_of_gpt2_equals_transformers(
     }  # fmt: skip
     theirs, ours = gpt2
     inputs = prompts(6, first=4)
-    found = beam_search(ours, inputs, Decoding(**options), [EOS])
+    found = generate(ours, inputs, Decoding(**options), [EOS])
     check(found, [expected(theirs, ids, EOS, early_stopping=False, **options) for ids in inputs])
     if repetition_penalty == 1:
         assert {answer.finish for answers in found for answer in answers} == {"eos", "length"}
@@ -134,7 +135,7 @@ def test_beam_search_of_marian_equals_transformers(
     }  # fmt: skip
     theirs, ours = marian
     inputs = [[*ids, 0] for ids in prompts(6, first=1)]
-    found = beam_search(ours, inputs, Decoding(**options), [0])
+    found = generate(ours, inputs, Decoding(**options), [0])
     banned = {"bad_words_ids": [[22]]}
     check(found, [expected(theirs, ids, 0, early_stopping=False, **banned, **options) for ids in inputs])
     assert all(22 not in answer.ids for answers in found for answer in answers)
@@ -149,7 +150,7 @@ def check(found: list[list[Hypothesis]], wanted: Sequence[tuple[list[list[int]],
 def test_several_end_tokens_equal_transformers(gpt2: tuple[GPT2LMHeadModel, GPT]) -> None:
     theirs, ours = gpt2
     ends, inputs = [EOS, 19, 1], prompts(6, first=4)
-    found = beam_search(ours, inputs, Decoding(num_beams=3, max_new_tokens=20), ends)
+    found = generate(ours, inputs, Decoding(num_beams=3, max_new_tokens=20), ends)
     for ids, (answer,) in zip(inputs, found, strict=True):
         (row,) = theirs.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, num_beams=3,
@@ -176,6 +177,20 @@ def test_greedy_equals_transformers(
     assert ids_of(found) == wanted
 
 
+@pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 1.0), (3, 0.0)])
+def test_least_numbers_of_tokens_equal_transformers(
+    gpt2: tuple[GPT2LMHeadModel, GPT], num_beams: int, length_penalty: float
+) -> None:
+    theirs, ours = gpt2
+    free = {"num_beams": num_beams, "length_penalty": length_penalty, "max_new_tokens": 16}
+    options = {**free, "min_new_tokens": 7}
+    inputs, end = prompts(8, first=4), 19
+    found = generate(ours, inputs, Decoding(temperature=0.0, **options), [end])
+    assert ids_of(found) == [expected(theirs, i, end, eos_token_id=end, **options)[0] for i in inputs]
+    others = generate(ours, inputs, Decoding(temperature=0.0, **free), [end])
+    assert min(len(a.ids) for (a,) in others) < 7 <= min(len(a.ids) for (a,) in found)
+
+
 @given(
     st.integers(0, 10**6),
     st.floats(0.05, 5.0),
@@ -193,7 +208,10 @@ def test_filtered_distribution_equals_transformers_warpers(
         theirs = logits_process.TopKLogitsWarper(top_k)(None, theirs)
     theirs = logits_process.TopPLogitsWarper(top_p)(None, theirs)
     theirs = logits_process.MinPLogitsWarper(min_p)(None, theirs)
-    torch.testing.assert_close(filter_logits(logits, decoding).softmax(-1), theirs.softmax(-1))
+    for size in (3, 30):  # of the tokens that are looked at first
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "NUCLEUS", size)
+            torch.testing.assert_close(filter_logits(logits, decoding).softmax(-1), theirs.softmax(-1))
 
 
 @given(
@@ -323,36 +341,19 @@ def test_tokens_arrive_step_by_step(name: str) -> None:
     model = tiny(name)
     decoding = Decoding(max_new_tokens=25, num_return_sequences=2, temperature=1.5)
     steps = sample(model, [[4], [5, 6, 7]], decoding, [EOS, 8])
-    live = [0, 1, 2, 3]
-    ids: dict[int, list[int]] = {i: [] for i in live}
+    live = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ids: dict[tuple[int, int], list[int]] = {place: [] for place in live}
     while live:
-        step = [next(steps) for _ in live]
-        assert [token.sequence for token in step] == live
-        for token in step:
-            ids[token.sequence].append(token.id)
-            ended = "eos" if token.id in (EOS, 8) else "length" if len(ids[token.sequence]) == 25 else None
+        step = {(token.request, token.answer): token for token in (next(steps) for _ in live)}
+        assert list(step) == live
+        for place, token in step.items():
+            ids[place].append(token.id)
+            ended = "eos" if token.id in (EOS, 8) else "length" if len(ids[place]) == 25 else None
             assert token.finish == ended
-        live = [token.sequence for token in step if token.finish is None]
+        live = [place for place, token in step.items() if token.finish is None]
     assert next(steps, None) is None
     together = generate(model, [[4], [5, 6, 7]], decoding, [EOS, 8])
     assert [a.ids for answers in together for a in answers] == list(ids.values())
-
-
-def test_a_finished_sequence_leaves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("gpt-pre-norm")
-    sizes = []
-    real = model.next_logits
-
-    def spy(batch: object, cache: object) -> object:
-        sizes.append(len(batch))  # type: ignore[arg-type]
-        return real(batch, cache)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(model, "next_logits", spy)
-    decoding = Decoding(max_new_tokens=40, temperature=2.0)
-    found = generate(model, [[i] for i in range(4, 10)], decoding, [EOS])
-    lengths = [len(answer.ids) for (answer,) in found]
-    assert len(set(lengths)) > 2
-    assert sizes == [6] + [sum(length > step for length in lengths) for step in range(1, max(lengths))]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
@@ -387,7 +388,7 @@ def test_more_beams_than_tokens() -> None:
     model = tiny("gpt-pre-norm")
     steps = 2
     decoding = Decoding(num_beams=VOCAB**steps, max_new_tokens=steps, length_penalty=0.0)
-    (best, *_), *_ = beam_search(model, [[4, 9]], decoding)
+    (best, *_), *_ = generate(model, [[4, 9]], decoding)
 
     def log_probability(answer: tuple[int, ...]) -> float:
         logits = model(pack([[4, 9, *answer]])).logits.values[1:-1]
@@ -418,6 +419,11 @@ def test_more_beams_than_tokens() -> None:
         ({"num_beams": 4, "top_k": 5}, "beam search draws nothing"),
         ({"num_beams": 4, "temperature": 0.5}, "beam search draws nothing"),
         ({"num_beams": 2, "num_return_sequences": 3}, "raise num_beams"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "raise max_new_tokens"),
+        ({"speculate": -1}, "speculate is -1"),
+        ({"speculate": 2, "num_beams": 2}, "leave out speculate"),
+        ({"logprobs": -1}, "logprobs is -1"),
         ({"temperature": 0.0, "num_return_sequences": 2}, "temperature 0 always"),
         ({"temperature": 0.0, "top_p": 0.9}, "temperature 0 always"),
     ],

@@ -161,7 +161,7 @@ def test_one_text_many_texts_and_pieces_agree(num_beams: int, monkeypatch: pytes
     together = gpt.generate(texts, **options)
     assert together == [gpt.generate(text, **options) for text in texts]
     assert together == ["".join(gpt.generate(text, stream=True, **options)) for text in texts]
-    monkeypatch.setattr(batching, "BATCH_TOKENS", 50)
+    monkeypatch.setattr("qkv.decode.CACHE_TOKENS", 100)
     assert together == gpt.generate(texts, **options)
 
 
@@ -203,6 +203,73 @@ def test_a_full_context_is_said() -> None:
         gpt.generate("Two", max_new_tokens=3)
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_stop_strings_end_every_kind_of_answer(num_beams: int) -> None:
+    gpt = generator()
+    options: DecodingOptions = {"max_new_tokens": 25, "min_new_tokens": 25, "num_beams": num_beams}
+    texts = ["The", "Two dogs"]
+    whole = gpt.generate(texts, **options)
+    stop = whole[0][2:4]
+    wanted = [text.partition(stop)[0] for text in whole]
+    assert wanted[0] != whole[0]
+    assert gpt.generate(texts, stop_strings=[stop], **options) == wanted
+    pieces = list(gpt.generate(texts[0], stream=True, stop_strings=["never seen", stop], **options))
+    assert "".join(pieces) == wanted[0]
+    first, _ = gpt.complete(texts, stop_strings=[stop], **options)
+    assert (first.text, first.finish) == (wanted[0], "stop")
+    with pytest.raises(InputError, match="a stop string is empty"):
+        gpt.generate("The", stop_strings=[""])
+
+
+def test_an_answer_that_is_stopped_makes_no_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt = generator()
+    calls = []
+    real = gpt.model.next_logits
+    monkeypatch.setattr(gpt.model, "next_logits", lambda *given: calls.append(given) or real(*given))
+    options: DecodingOptions = {"max_new_tokens": 25, "min_new_tokens": 25, "seed": 2}
+    whole = gpt.generate("The", **options)
+    assert len(calls) == 25
+    calls.clear()
+    (stopped,) = gpt.complete(["The"], stop_strings=[whole[2:4]], **options)
+    assert len(calls) == len(stopped.tokens) < 25
+
+
+def test_completions_have_tokens_and_reasons() -> None:
+    gpt = generator()
+    texts = ["The", "Two dogs", "The"]
+    options: DecodingOptions = {"max_new_tokens": 8, "num_return_sequences": 2, "seed": 1}
+    found = gpt.complete(texts, logprobs=3, **options)
+    assert [completion.text for completion in found] == gpt.generate(texts, **options)
+    assert [completion.place for completion in found] == [(i, a) for i in range(3) for a in range(2)]
+    for completion in found:
+        assert completion.text == gpt.tokenizer.decode([token.id for token in completion.tokens])
+        assert completion.finish in ("length", "eos") and completion.score is None
+        assert all(token.logprob is not None and len(token.top) == 3 for token in completion.tokens)
+    beams = gpt.complete(["The"], num_beams=3, num_return_sequences=2, max_new_tokens=8)
+    assert beams[0].score is not None and beams[1].score is not None
+    assert beams[0].score >= beams[1].score
+    with pytest.raises(InputError, match="log-probabilities come with complete"):
+        gpt.generate("The", logprobs=1)
+    with pytest.raises(InputError, match="a list of texts"):
+        gpt.complete("The")  # type: ignore[arg-type]
+
+
+def test_a_draft_model_has_the_same_tokens() -> None:
+    gpt = generator()
+    options: DecodingOptions = {"max_new_tokens": 12, "min_new_tokens": 12, "temperature": 0.0}
+    assert gpt.generate(["The"], speculate=3, draft=generator(context=30), **options) == gpt.generate(
+        ["The"], **options
+    )
+    (all_guessed,) = gpt.complete(["The"], speculate=3, draft=gpt, **options)
+    assert sum(token.guessed for token in all_guessed.tokens) == 9
+    with pytest.raises(InputError, match="as speculate says: set it"):
+        gpt.generate("The", draft=gpt)
+    other = pipeline(Checkpoint(gpt.model, tokenizer("gpt", "bpe", 290)), "cpu")
+    assert isinstance(other, TextGenerator)
+    with pytest.raises(InputError, match="another vocabulary"):
+        gpt.generate("The", speculate=2, draft=other)
+
+
 # ---------------------------------------------------------------- Transformer
 
 
@@ -212,9 +279,9 @@ def test_translations_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match=r"of [16] translations were cut at 12 tokens"):
         together = mt.translate(texts, max_new_tokens=12)
         alone = [mt.translate(text, max_new_tokens=12) for text in texts]
-        monkeypatch.setattr(batching, "BATCH_TOKENS", 100)
-        in_batches = mt.translate(texts, max_new_tokens=12)
-    assert together == alone == in_batches
+        monkeypatch.setattr("qkv.decode.CACHE_TOKENS", 300)
+        in_turn = mt.translate(texts, max_new_tokens=12)
+    assert together == alone == in_turn
     assert len(set(together)) > 1
 
 

@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from qkv.attention import record
     from qkv.config import BertConfig, GPTConfig, TransformerConfig, ViTConfig
     from qkv.decode import Decoding
+    from qkv.engine import Engine
     from qkv.errors import InputError
     from qkv.models import PRESETS, build
     from qkv.pipelines import Encoder, ImageClassifier, TextGenerator, Translator, from_pretrained
     from qkv.ragged import Layout, Ragged, pack
+    from qkv.search import Request
 
 _HOMES = {
     "qkv.attention": ("record",),
     "qkv.config": ("BertConfig", "GPTConfig", "TransformerConfig", "ViTConfig"),
     "qkv.decode": ("Decoding",),
+    "qkv.engine": ("Engine",),
     "qkv.errors": ("InputError",),
     "qkv.models": ("PRESETS", "build"),
     "qkv.pipelines": ("Encoder", "ImageClassifier", "TextGenerator", "Translator", "from_pretrained"),
     "qkv.ragged": ("Layout", "Ragged", "pack"),
+    "qkv.search": ("Request",),
 }
 
 __all__ = [
@@ -33,11 +37,13 @@ __all__ = [
     "BertConfig",
     "Decoding",
     "Encoder",
+    "Engine",
     "GPTConfig",
     "ImageClassifier",
     "InputError",
     "Layout",
     "Ragged",
+    "Request",
     "TextGenerator",
     "TransformerConfig",
     "Translator",

@@ -6,17 +6,16 @@ the tap that shows the probabilities. Theory: Vaswani et al. 2017, "Attention Is
 
 Legend: T tokens of the batch (Tq of queries, Tk of keys), N sequences, D model width, H heads,
 E = D / H head width, B sequences of a block, Lq and Lk longest queries and keys of a block,
-C slots of a sequence in a cache, S source sequences that cross-attention reads.
+S slots of a cache, C rows of a slot.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.dropout import dropout as drop
+from qkv.errors import InputError
 from qkv.ragged import Layout
 
 KeyValue = tuple[Tensor, Tensor]
@@ -38,12 +38,14 @@ class Pattern:
     """Which tokens may attend which: queries of sequence i attend keys of sequence i and no others.
 
     causal: query and key sequences are aligned at their ends, and a query sees no later key.
+    masks: for some sequences, in place of that: True where a query may attend a key, bool (Lq, Lk).
     Shared by all layers of a forward pass, as are the index tensors and masks derived from it.
     """
 
     queries: Layout
     keys: Layout
     causal: bool = False
+    masks: Mapping[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.queries) != len(self.keys):
@@ -51,31 +53,44 @@ class Pattern:
         if self.causal and any(q > k for q, k in zip(self.queries.lengths, self.keys.lengths, strict=True)):
             raise ValueError("causal attention needs at least as many keys as queries in every sequence")
 
+    def mask(self, i: int) -> Tensor | None:
+        """Where a query of sequence i may attend a key, bool (Lq, Lk); None: everywhere."""
+        if i in self.masks or not self.causal:
+            return self.masks.get(i)
+        Lq, Lk = self.queries.lengths[i], self.keys.lengths[i]
+        return torch.ones(Lq, Lk, dtype=torch.bool, device=self.keys.device).tril(Lk - Lq)
+
     @cached_property
     def blocks(self) -> list[_Block]:
         """A partition of the sequences into dense blocks of similar lengths."""
         lengths = list(zip(self.keys.lengths, self.queries.lengths, strict=True))
         members = [i for i, (_, q) in enumerate(lengths) if q]
-        # One-token queries read a cache through a view: splitting them would copy it.
-        if self.queries.longest > 1:
+        if self.keys.stride is None:
             members.sort(key=lambda i: lengths[i])
         groups: list[list[int]] = []
         for i in members:
-            first = lengths[groups[-1][0]] if groups else (0, 0)
-            pairs = zip(lengths[i], first, strict=True)
-            similar = all(new <= _SPREAD * max(old, 1) + _SLACK for new, old in pairs)
-            if groups and (self.queries.longest == 1 or similar):
+            if groups and self._alike(groups[-1], i):
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        if len(groups) == 1 and len(members) == len(lengths):
-            groups = [list(range(len(lengths)))]
+        if len(groups) == 1:
+            groups[0].sort()
         return [_Block(self, group) for group in groups]
+
+    def _alike(self, group: list[int], i: int) -> bool:
+        """Whether sequence i may join the block that begins with this group."""
+        old = self.keys.lengths[group[0]], self.queries.lengths[group[0]]
+        new = self.keys.lengths[i], self.queries.lengths[i]
+        if self.keys.stride is None:  # no shorter keys come
+            return all(n <= _SPREAD * max(o, 1) + _SLACK for n, o in zip(new, old, strict=True))
+        # Slots side by side are a view of the cache; any others would have to be copied.
+        sides = zip(new, old, (_CACHE_SLACK, _SLACK), strict=True)
+        return i == group[-1] + 1 and all(max(n, o) <= _SPREAD * min(n, o) + more for n, o, more in sides)
 
     @cached_property
     def order(self) -> Tensor | None:
         """Where each query token is among the blocks' tokens, (Tq,); None: they are in place already."""
-        if len(self.blocks) == 1 and self.blocks[0].whole:
+        if len(self.blocks) == 1:
             return None
         rows = torch.cat([block.queries.rows for block in self.blocks])
         return torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
@@ -84,20 +99,23 @@ class Pattern:
 _SPREAD, _SLACK = 2.0, 4
 """A block takes sequences up to this much longer than its shortest: less padding against fewer calls."""
 
+_CACHE_SLACK = 64
+"""The same for the keys of a cache, which a block reads in place."""
+
 
 class _Block:
     """Some sequences of a pattern as one dense call; its padding never leaves this class."""
 
     def __init__(self, pattern: Pattern, members: list[int]) -> None:
-        self.whole = members == list(range(len(pattern.queries)))
         self.queries = _Side(pattern.queries, members)
         self.keys = _Side(pattern.keys, members)
         self.causal = pattern.causal and self.queries.width > 1
+        self.masks = {b: pattern.masks[i] for b, i in enumerate(members) if i in pattern.masks}
 
     @cached_property
     def plain(self) -> bool:
         """Whether the kernel needs no mask tensor: nothing is padded, and causal means the lower triangle."""
-        full = self.queries.equal and self.keys.equal and self.keys.width > 0
+        full = self.queries.equal and self.keys.equal and self.keys.width > 0 and not self.masks
         return full and (not self.causal or self.queries.width == self.keys.width)
 
     @cached_property
@@ -112,6 +130,10 @@ class _Block:
         if self.causal:
             query = torch.arange(self.queries.width, device=sizes.device)[:, None]  # (Lq, 1)
             allowed = allowed & (key <= query + sizes - self.queries.sizes[:, None, None])
+        if self.masks:
+            allowed = allowed.repeat(1, self.queries.width // allowed.shape[1], 1)  # (B, Lq, Lk)
+            for b, mask in self.masks.items():
+                allowed[b, : mask.shape[0], : mask.shape[1]] = mask
         return allowed[:, None]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
@@ -131,9 +153,19 @@ class _Side:
         self.width = max(self.lengths)
         self.padded_width = max(self.width, 1)
         self.equal = min(self.lengths) == self.width
-        # Evenly spaced sequences are a view: those of a cache, or a batch of equal lengths.
-        whole = len(members) == len(layout) and self.width > 0
-        self.spacing = (layout.stride or (self.width if self.equal else None)) if whole else None
+        self.spacing = layout.stride or self.width
+
+    @cached_property
+    def start(self) -> int | None:
+        """First row of the members if they are evenly spaced, a view: slots of a cache, or equal lengths."""
+        first, last = self.members[0], self.members[-1]
+        if self.layout.stride is not None:
+            # An empty slot is not zero, as padding is.
+            in_place = self.members == list(range(first, last + 1)) and 0 not in self.lengths
+            return first * self.layout.stride if in_place else None
+        # Those between them, if any, are empty.
+        in_place = self.equal and sum(self.layout.lengths[first : last + 1]) == self.width * len(self.members)
+        return sum(self.layout.lengths[:first]) if in_place and self.width else None
 
     @cached_property
     def sizes(self) -> Tensor:
@@ -160,8 +192,9 @@ class _Side:
         """(T, H, E) -> (B, H, L, E); padding is zero."""
         H, E = values.shape[1:]
         B = len(self.members)
-        if self.spacing is not None:
-            dense = values.view(B, self.spacing, H, E)[:, : self.width]
+        if self.start is not None:
+            rows = values[self.start : self.start + B * self.spacing]
+            dense = rows.view(B, self.spacing, H, E)[:, : self.width]
         elif self.equal and self.width:
             dense = values.index_select(0, self.rows).view(B, self.width, H, E)
         else:
@@ -375,7 +408,7 @@ class Past(Protocol):
 
 
 class LayerCache:
-    """Keys and values of one layer, each (N * C, H, E)."""
+    """Keys and values of one layer, each (S * C, H, E): row r of slot s is s * C + r."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -383,7 +416,7 @@ class LayerCache:
         self.value: Tensor | None = None
 
     def append(self, key: Tensor, value: Tensor) -> KeyValue:
-        """Store those of the new tokens, (T, H, E) each; return those of all tokens."""
+        """Store those of the new tokens, (T, H, E) each, where `Cache.extend` said; return all."""
         kept, seen = self.reserve(key)
         kept.index_copy_(0, self.cache.rows, key)
         seen.index_copy_(0, self.cache.rows, value)
@@ -392,92 +425,124 @@ class LayerCache:
     def reserve(self, like: Tensor) -> KeyValue:
         """Room for the cache's slots, of the type of `like` (., H, E); what is there already stays."""
         if self.key is None or self.value is None:
+            # Zeros, because what no query may attend is multiplied by a weight of zero.
             shape = (len(self.cache) * self.cache.capacity, *like.shape[1:])
             self.key, self.value = like.new_zeros(shape), like.new_zeros(shape)
         return self.key, self.value
 
-    def regroup(self, slots: Tensor, old_capacity: int) -> None:
-        """Take the sequences `slots` (N,), in that order, and make each as long as the cache's capacity."""
-        self.key, self.value = (self._regroup(x, slots, old_capacity) for x in (self.key, self.value))
+    def read(self) -> KeyValue:
+        """All keys and values. Something must have been stored."""
+        assert self.key is not None and self.value is not None
+        return self.key, self.value
 
-    def _regroup(self, x: Tensor | None, slots: Tensor, old_capacity: int) -> Tensor | None:
-        if x is None:
-            return None
-        kept = x.view(-1, old_capacity, *x.shape[1:]).index_select(0, slots)  # (N, C, H, E)
-        grown = F.pad(kept, (0, 0, 0, 0, 0, self.cache.capacity - old_capacity))
-        return grown.flatten(0, 1)
+    def slots(self) -> list[Tensor]:
+        """Keys and values as views (S, C, H, E); none if nothing is stored yet."""
+        return [x.view(len(self.cache), -1, *x.shape[1:]) for x in (self.key, self.value) if x is not None]
+
+    def grow(self, rows: int) -> None:
+        """Give every slot so many more rows."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = (F.pad(x, (0, 0, 0, 0, 0, rows)).flatten(0, 1) for x in self.slots())
+
+
+@dataclass(frozen=True)
+class Branches:
+    """New tokens of one slot that each end a text of their own; the texts share what they have in common.
+
+    The rows of the slot are a tree. Who may attend whom is told by the mask alone, so a new token may take
+    any row that none of the texts needs any more, and nothing is ever moved.
+    """
+
+    rows: Sequence[int]
+    """Row of the slot that each new token takes."""
+    position: int
+    """The new tokens' position in their texts."""
+    mask: Tensor
+    """Which of the slot's rows each new token may attend, itself among them, bool (new, rows in use)."""
 
 
 class Cache:
-    """What decoding remembers: each layer's keys and values of every sequence's tokens so far.
+    """What decoding remembers: each layer's keys and values of the tokens in S slots, one text in each.
 
-    A sequence has a slot of C tokens, and the slots grow together. With an encoder, `memory` holds
-    each layer's keys and values of the S sources, and `sources` says which one each sequence reads;
-    hypotheses of one source read it without copies.
+    The slots are evenly spaced and grow together, up to the model's context. memory: with an encoder, a
+    cache of the same slots with the keys and values of their sources, which cross-attention reads.
     """
 
     def __init__(
-        self,
-        sequences: int,
-        depth: int,
-        device: torch.device,
-        memory: list[KeyValue] | None = None,
-        memory_layout: Layout | None = None,
+        self, slots: int, depth: int, context: int, device: torch.device, memory: Cache | None = None
     ) -> None:
-        self.lengths: tuple[int, ...] = (0,) * sequences
-        self.capacity = 32
+        self.lengths: tuple[int, ...] = (0,) * slots
+        """Rows in use of each slot."""
+        self.context = context
+        self.capacity = min(32, context)
         self.device = device
+        self.memory = memory
         self.layers = [LayerCache(self) for _ in range(depth)]
         self.rows = torch.zeros(0, dtype=torch.long, device=device)
-        self.memory = memory
-        self.memory_layout = memory_layout
-        self.sources: tuple[int, ...] = tuple(range(sequences))
+        """Where the tokens of the last `extend` go, (T,)."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def extend(self, layout: Layout) -> tuple[Pattern, Tensor]:
-        """Make room for new tokens, `layout.lengths[i]` for sequence i.
+    @property
+    def layout(self) -> Layout:
+        """Where the slots begin and end."""
+        return Layout(self.lengths, self.device, stride=self.capacity)
+
+    def extend(
+        self, layout: Layout, branches: Mapping[int, Branches] | None = None
+    ) -> tuple[Pattern, Tensor]:
+        """Make room for new tokens, `layout.lengths[i]` in slot i, at its end or as its branches say.
 
         Returns the causal pattern of the new tokens over all tokens, and the new tokens' positions (T,).
+        Raises InputError for a text over the context.
         """
-        old = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
-        self.lengths = tuple(a + b for a, b in zip(self.lengths, layout.lengths, strict=True))
-        longest = max(self.lengths, default=0)
-        if longest > self.capacity:
-            before, self.capacity = self.capacity, max(longest + 1, 2 * self.capacity)
-            for layer in self.layers:
-                layer.regroup(torch.arange(len(self), device=self.device), before)
-        positions = old[layout.owner] + layout.positions
-        self.rows = layout.owner * self.capacity + positions
-        keys = Layout(self.lengths, self.device, stride=self.capacity)
-        return Pattern(layout, keys, causal=True), positions
+        trees = branches or {}
+        ends = list(self.lengths)
+        places: list[tuple[int, Sequence[int]]] = []  # slots and the rows of their new tokens
+        positions: list[int] = []
+        for i, new in enumerate(layout.lengths):
+            if not new:
+                continue
+            tree = trees.get(i)
+            rows = range(ends[i], ends[i] + new) if tree is None else tree.rows
+            depths = rows if tree is None else [tree.position] * new
+            if depths[-1] >= self.context:
+                said = f"sequence {i} has {depths[-1] + 1} tokens"
+                raise InputError(f"{said}; this model reads at most {self.context}")
+            ends[i] = rows[-1] + 1 if tree is None else tree.mask.shape[1]
+            places.append((i, rows))
+            positions += depths
+        self.lengths = tuple(ends)
+        self._fit(max(ends, default=0))
+        every = [slot * self.capacity + row for slot, rows in places for row in rows]
+        self.rows = torch.tensor(every, dtype=torch.long, device=self.device)
+        masks = {i: tree.mask.to(self.device) for i, tree in trees.items()}
+        pattern = Pattern(layout, self.layout, causal=True, masks=masks)
+        return pattern, torch.tensor(positions, dtype=torch.long, device=self.device)
 
-    def memory_pattern(self, layout: Layout) -> Pattern:
-        """The new tokens of all sequences that read one source, as one query sequence over that source."""
-        assert self.memory_layout is not None
-        new = Counter[int]()
-        for source, length in zip(self.sources, layout.lengths, strict=True):
-            new[source] += length
-        readers = Layout(tuple(new[s] for s in range(len(self.memory_layout))), self.device)
-        return Pattern(readers, self.memory_layout)
-
-    def select(self, sequences: Sequence[int]) -> None:
-        """Keep these sequences, in this order; one may be taken several times.
-
-        With an encoder, those that read one source must stay together and in the order of the sources.
-        """
-        sources = tuple(self.sources[i] for i in sequences)
-        if self.memory is not None and any(a > b for a, b in pairwise(sources)):
-            raise ValueError("the kept sequences must stay in the order of their sources")
-        self.sources = sources
-        self.lengths = tuple(self.lengths[i] for i in sequences)
-        slots = torch.tensor(sequences, dtype=torch.long, device=self.device)
+    def _fit(self, longest: int) -> None:
+        """Grow until a slot has so many rows."""
+        if longest <= self.capacity:
+            return
+        # Only the branches of one text can need more rows than the context.
+        twice = 2 * self.capacity
+        grown = max(longest, twice if longest > self.context else min(twice, self.context))
         for layer in self.layers:
-            layer.regroup(slots, self.capacity)
+            layer.grow(grown - self.capacity)
+        self.capacity = grown
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make slot `target` begin with the first tokens of slot `source`, and end there."""
+        for layer in self.layers:
+            for slots in layer.slots():
+                slots[target, :length] = slots[source, :length]
+        self.lengths = tuple(length if i == target else old for i, old in enumerate(self.lengths))
+        if self.memory is not None:
+            self.memory.copy(source, target, self.memory.lengths[source])
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget the last tokens: sequence i keeps its first lengths[i]."""
+        """Forget the last tokens: slot i keeps its first lengths[i]. Raises ValueError if it has fewer."""
         if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
             raise ValueError("a cache can only be truncated to fewer tokens")
         self.lengths = tuple(lengths)
@@ -504,24 +569,24 @@ class Tap:
         query_starts = accumulate(pattern.queries.lengths, initial=0)
         lengths = zip(pattern.queries.lengths, pattern.keys.lengths, strict=True)
         maps = []
-        for (Lq, Lk), q, k in zip(lengths, query_starts, key_starts, strict=False):
+        for i, ((Lq, Lk), q, k) in enumerate(zip(lengths, query_starts, key_starts, strict=False)):
             own, seen = slice(q, q + Lq), slice(k, k + Lk)
-            maps.append(self._sequence(query[own], key[seen], value[seen], answer[own], pattern.causal))
+            maps.append(self._sequence(query[own], key[seen], value[seen], answer[own], pattern.mask(i)))
         self.calls.append(maps)
 
-    def _sequence(self, query: Tensor, key: Tensor, value: Tensor, answer: Tensor, causal: bool) -> Tensor:
+    def _sequence(
+        self, query: Tensor, key: Tensor, value: Tensor, answer: Tensor, mask: Tensor | None
+    ) -> Tensor:
         (Lq, H, E), Lk = query.shape, len(key)
         heads = list(range(H)) if self.heads is None else [range(H)[h] for h in self.heads]
         rows = list(range(Lq)) if self.rows is None else [range(Lq)[r] for r in self.rows]
         Q, K, V = (x[:, heads].transpose(0, 1).float() for x in (query[rows], key, value))  # (heads, L, E)
-        # The last key that each row may attend, (rows, 1).
-        reach = torch.tensor(rows, device=key.device)[:, None] + Lk - Lq
-        late = torch.arange(Lk, device=key.device) > reach if causal else None  # (rows, Lk)
+        hidden = None if mask is None else ~mask[rows]  # (rows, Lk)
         maps = []
         for head in range(len(heads)):  # one head at a time bounds the memory
             scores = Q[head] @ K[head].T * E**-0.5
-            if late is not None:
-                scores = scores.masked_fill(late, float("-inf"))
+            if hidden is not None:
+                scores = scores.masked_fill(hidden, float("-inf"))
             maps.append(scores.softmax(-1))
             if rows and Lk:
                 kernel = answer[rows][:, heads[head]].float()

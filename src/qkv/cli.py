@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from qkv.config import (
     FAMILIES,
@@ -236,24 +236,40 @@ def evaluate(
 
 def generate(
     model: Positional[Model],
-    prompt: Positional[str] = "",
+    texts: Positional[Texts] = (),
     decoding: Annotated[Decoding, arg(name="")] = Decoding(),  # noqa: B008 - frozen
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="TEXT")] = (),
+    draft: Annotated[str | None, arg(metavar="RUN_OR_HUB_ID")] = None,
+    as_json: Annotated[bool, arg(name="json")] = False,
+    precision: Precision = None,
 ) -> None:
-    """Continue a prompt with a GPT; the text appears as it is made.
+    """Continue texts with a GPT. A single answer appears as it is made; several are made at the same time.
 
     Args:
         model: Run folder, checkpoint folder or hub id.
-        prompt: What to continue.
+        texts: What to continue.
         decoding: How to choose tokens.
+        stop: Answers end before this text; may be given several times.
+        draft: A smaller GPT with the same tokens, which guesses those that --speculate asks for.
+        as_json: Print a JSON line an answer: its text, its tokens, why it ended; with --logprobs, how likely.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
-    generator = cast("TextGenerator", _load(model, "gpt"))
+    generator = cast("TextGenerator", _load(model, "gpt", precision))
+    guesser = None if draft is None else cast("TextGenerator", _load(draft, "gpt", precision))
     options = cast("DecodingOptions", asdict(decoding))
-    if decoding.num_return_sequences > 1:
-        for answer in generator.generate([prompt], **options):
-            print(prompt + answer)
+    given = list(_lines(texts))
+    if as_json:
+        for answer in generator.complete(given, stop_strings=stop, draft=guesser, **options):
+            print(json.dumps({"prompt": given[answer.place[0]], **answer.as_dict()}, ensure_ascii=False))
         return
-    pieces = generator.generate(prompt, stream=True, **options)
-    print(prompt, end="", flush=True)
+    if decoding.logprobs:
+        raise InputError("log-probabilities are printed as JSON: give --json too, or leave out --logprobs")
+    if len(given) * decoding.num_return_sequences > 1:
+        for answer in generator.complete(given, stop_strings=stop, draft=guesser, **options):
+            print(given[answer.place[0]] + answer.text)
+        return
+    pieces = generator.generate(given[0], stream=True, stop_strings=stop, draft=guesser, **options)
+    print(given[0], end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
@@ -295,15 +311,21 @@ def translate(
     )
 
 
-def fill(model: Positional[Model], texts: Positional[Texts] = (), top_k: int = 5) -> None:
+def fill(
+    model: Positional[Model],
+    texts: Positional[Texts] = (),
+    top_k: int = 5,
+    precision: Precision = None,
+) -> None:
     """Fill the mask of each text; a JSON line each.
 
     Args:
         model: Run folder, checkpoint folder or hub id of a BERT with its masked language model head.
         texts: Texts with one mask token, [MASK] in BERT's vocabulary.
         top_k: How many answers.
+        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
-    encoder = cast("Encoder", _load(model, "bert"))
+    encoder = cast("Encoder", _load(model, "bert", precision))
     for text in _lines(texts):
         print(_rows(encoder.fill(text, top_k=top_k)))
 
@@ -557,10 +579,11 @@ def _rows(rows: Sequence[Guess | TaggedWord]) -> str:
     return json.dumps([row._asdict() for row in rows], ensure_ascii=False)
 
 
-def _load(source: str, family: Family) -> AnyPipeline:
+def _load(source: str, family: Family, precision: Precision = None) -> AnyPipeline:
     from qkv import from_pretrained  # as a public name it comes faster
 
-    return _of_family(from_pretrained(source), source, family)
+    pipeline = _of_family(from_pretrained(source), source, family)
+    return pipeline if precision is None else pipeline.optimize(precision)
 
 
 def _of_family(pipeline: AnyPipeline, source: str, family: Family) -> AnyPipeline:

@@ -476,6 +476,8 @@ class Decoding:
 
     max_new_tokens: int = 128
     """At most so many tokens, as far as the context has room for them."""
+    min_new_tokens: int = 0
+    """No end token among the first so many."""
     temperature: float = 1.0
     """Divides the logits: below 1 is surer, above 1 more varied. 0 is greedy: always the likeliest token."""
     top_k: int = 0
@@ -492,6 +494,12 @@ class Decoding:
     """Above 1 makes tokens that occurred already less likely (Keskar et al. 2019, 4.1)."""
     num_return_sequences: int = 1
     """Answers to each input."""
+    speculate: int = 0
+    """Guess so many tokens ahead at each step and check them at once: those that followed the last tokens
+    where these occurred before (Saxena 2023), or a draft model's. Answers are as likely as without."""
+    logprobs: int = 0
+    """Tell each token's log-probability and so many of the likeliest tokens with theirs, as the model says
+    before temperature and all else here; 0: of none."""
     seed: int = 0
     """Decides what is drawn."""
 
@@ -499,10 +507,16 @@ class Decoding:
         for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("top_k", "min_new_tokens", "speculate", "logprobs"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InputError(
+                f"min_new_tokens is {self.min_new_tokens}, but max_new_tokens only {self.max_new_tokens}; "
+                "raise max_new_tokens"
+            )
         if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; it must be 0, or from 1e-6 up and finite")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; it must be at least 0")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
@@ -515,6 +529,8 @@ class Decoding:
         filters = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
         if beams and (filters or self.temperature not in (0.0, 1.0)):
             raise InputError("beam search draws nothing: leave out temperature, top_k, top_p and min_p")
+        if beams and self.speculate:
+            raise InputError("beam search keeps several texts and guesses none ahead: leave out speculate")
         if not beams and self.length_penalty != 1.0:
             raise InputError("length_penalty ranks beams: give num_beams above 1, or leave it out")
         if beams and self.num_return_sequences > self.num_beams:

@@ -2,8 +2,9 @@
 
 `from_pretrained` opens a checkpoint as the pipeline of its family. Pipelines only translate between
 what people read and what models read: tokens and pixels are made by the checkpoint's own tokenizer
-and image processor, answers by the model and `decode`. A list gives a list of answers. An iterator gives
-an iterator, which reads ahead no more than `batching` says: there may be more inputs than memory holds.
+and image processor, answers by the model and the decoding engine. A list gives a list of answers. An
+iterator gives an iterator, which reads ahead no more than `batching` says: there may be more inputs than
+memory holds.
 
 Legend: T tokens of a batch, N inputs of one, D model width, V vocabulary, K classes.
 """
@@ -36,9 +37,10 @@ from torch import Tensor
 
 from qkv import batching, hub
 from qkv.attention import Tappable
-from qkv.batching import in_order
+from qkv.batching import in_order, windows
+from qkv.completion import Completion
 from qkv.config import BertHead, InferencePrecision
-from qkv.decode import Decoding, Finish, Hypothesis, generate, sample
+from qkv.decode import Decoding, engine_for, generate
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
@@ -48,6 +50,7 @@ from qkv.models.transformer import Transformer, TransformerOutput
 from qkv.models.vit import ViT, ViTOutput
 from qkv.ragged import Ragged, pack
 from qkv.runtime import pick_device
+from qkv.search import Request
 from qkv.tokenizers import Encoding, Tokenizer, WordEncoding
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ class DecodingOptions(TypedDict, total=False):
     """The fields of `qkv.decode.Decoding`, which says what each means and checks them."""
 
     max_new_tokens: int
+    min_new_tokens: int
     temperature: float
     top_k: int
     top_p: float
@@ -94,6 +98,8 @@ class DecodingOptions(TypedDict, total=False):
     length_penalty: float
     repetition_penalty: float
     num_return_sequences: int
+    speculate: int
+    logprobs: int
     seed: int
 
 
@@ -162,35 +168,120 @@ class TextGenerator(Pipeline[GPT]):
 
     @overload
     def generate(
-        self, text: str, *, stream: Literal[False] = False, **options: Unpack[DecodingOptions]
+        self,
+        text: str,
+        *,
+        stream: Literal[False] = False,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> str: ...
     @overload
     def generate(
-        self, text: str, *, stream: Literal[True], **options: Unpack[DecodingOptions]
+        self,
+        text: str,
+        *,
+        stream: Literal[True],
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> Iterator[str]: ...
     @overload
     def generate(
-        self, text: list[str], *, stream: Literal[False] = False, **options: Unpack[DecodingOptions]
+        self,
+        text: list[str],
+        *,
+        stream: Literal[False] = False,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]: ...
     def generate(
-        self, text: str | list[str], *, stream: bool = False, **options: Unpack[DecodingOptions]
+        self,
+        text: str | list[str],
+        *,
+        stream: bool = False,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> str | list[str] | Iterator[str]:
         """What follows a text; options are the fields of `qkv.decode.Decoding`.
 
         One text gives one answer, or with stream=True an iterator of its pieces, none of which splits a
         character (beam search gives the whole in one piece). A list gives a list: the
         `num_return_sequences` answers of the first text, of the second, and so on. An empty text starts
-        from the tokenizer's begin token. Raises InputError for a text longer than the context.
+        from the tokenizer's begin token. stop_strings: an answer ends before the first of them. draft: a
+        smaller model that guesses where `speculate` is set. Raises InputError for a text longer than the
+        context.
         """
         decoding = Decoding(**options)
+        if decoding.logprobs:
+            raise InputError("generate gives text alone: log-probabilities come with complete")
         if isinstance(text, str):
             if decoding.num_return_sequences > 1:
                 raise InputError("several answers come as a list: give the text in a list")
-            prompts = self._prompts([text])
-            return self._stream(prompts[0], decoding) if stream else self._answers(prompts, decoding)[0]
+            pieces = (piece for _, piece in self._decode([text], decoding, stop_strings, draft))
+            return pieces if stream else "".join(pieces)
         if stream:
             raise InputError("only one text can be streamed: give it alone, not in a list")
-        return self._answers(self._prompts(text), decoding)
+        return [answer.text for answer in self._complete(text, decoding, stop_strings, draft)]
+
+    def complete(
+        self,
+        texts: list[str],
+        *,
+        stop_strings: Sequence[str] = (),
+        draft: TextGenerator | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> list[Completion]:
+        """What `generate` gives for a list, with tokens, why each answer ended, and what `logprobs` asks for.
+
+        Arguments and errors as for `generate`.
+        """
+        return self._complete(texts, Decoding(**options), stop_strings, draft)
+
+    def _complete(
+        self,
+        texts: list[str],
+        decoding: Decoding,
+        stop_strings: Sequence[str],
+        draft: TextGenerator | None,
+    ) -> list[Completion]:
+        _check_list(texts)
+        found = dict.fromkeys(c for c, _ in self._decode(texts, decoding, stop_strings, draft))
+        return sorted(found, key=lambda completion: completion.place)
+
+    def _decode(
+        self,
+        texts: list[str],
+        decoding: Decoding,
+        stop_strings: Sequence[str],
+        draft: TextGenerator | None,
+    ) -> Iterator[tuple[Completion, str]]:
+        """Each answer to the texts as often as there is more of its text, with that piece; inputs checked."""
+        if draft is not None:
+            self._check_draft(draft, decoding)
+        prompts = self._prompts(texts)
+        engine = engine_for(self.model, prompts, decoding, None if draft is None else draft.model)
+        eos = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        answers: dict[tuple[int, int], Completion] = {}
+        for prompt in prompts:
+            number = engine.submit(Request(prompt, decoding, eos))
+            for answer in range(decoding.num_return_sequences):
+                answers[number, answer] = Completion(self.tokenizer, stop_strings, (number, answer))
+
+        def pieces() -> Iterator[tuple[Completion, str]]:
+            for token in engine.run():
+                completion = answers[token.request, token.answer]
+                yield completion, completion.push(token)
+                if completion.finish == "stop":
+                    engine.cancel(token.request, token.answer)
+            ends = [completion.finish for completion in answers.values()]
+            if full := ends.count("context"):
+                context = self.model.config.context
+                _warn(f"{full} of {len(ends)} answers ended where the context of {context} tokens was full")
+
+        return pieces()
 
     def _prompts(self, texts: list[str]) -> list[list[int]]:
         prompts = [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
@@ -200,31 +291,14 @@ class TextGenerator(Pipeline[GPT]):
             raise InputError("an empty text has nothing to continue, and this tokenizer has no begin token")
         return [ids or [self.tokenizer.bos_id] for ids in prompts]
 
-    def _eos(self) -> list[int]:
-        return [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
-
-    def _answers(self, prompts: list[list[int]], decoding: Decoding) -> list[str]:
-        decoded = _decode(self.model, prompts, lambda window, _: window, len, decoding, self._eos())
-        found = [answer for answers in decoded for answer in answers]
-        self._warn_if_full([answer.finish for answer in found])
-        return [self.tokenizer.decode(answer.ids) for answer in found]
-
-    def _stream(self, prompt: list[int], decoding: Decoding) -> Iterator[str]:
-        if decoding.num_beams > 1:
-            yield from self._answers([prompt], decoding)
-            return
-
-        def ids() -> Iterator[int]:
-            for token in sample(self.model, [prompt], decoding, self._eos()):
-                yield token.id
-            self._warn_if_full([token.finish])
-
-        yield from self.tokenizer.stream(ids())
-
-    def _warn_if_full(self, ends: Sequence[Finish | None]) -> None:
-        if full := ends.count("context"):
-            context = self.model.config.context
-            _warn(f"{full} of {len(ends)} answers ended where the context of {context} tokens was full")
+    def _check_draft(self, draft: TextGenerator, decoding: Decoding) -> None:
+        if not decoding.speculate:
+            raise InputError(
+                "a draft model guesses so many tokens as speculate says: set it, or leave out draft"
+            )
+        own, other = (p.tokenizer.backend.get_vocab(with_added_tokens=True) for p in (self, draft))
+        if own != other:
+            raise InputError("the draft model has another vocabulary: both must have the same tokens")
 
 
 # ---------------------------------------------------------------- Transformer
@@ -268,16 +342,14 @@ class Translator(Pipeline[Transformer]):
 
     def _translations(self, texts: Iterable[str], decoding: Decoding, truncate: bool) -> Iterator[str]:
         limit = _Limit(self.model.config.context, truncate)
-        target = self.tokenizer.target
-
-        def read(window: list[str], first: int) -> list[list[int]]:
-            return [encoding.ids for encoding in limit.encode(self.tokenizer, window, first)]
-
+        target, eos = self.tokenizer.target, [self.model.config.eos_id]
         done = unfinished = 0
-        for (answer,) in _decode(self.model, texts, read, _characters, decoding, [self.model.config.eos_id]):
-            done += 1
-            unfinished += answer.finish != "eos"
-            yield target.decode(answer.ids)
+        for window in windows(texts, _characters, batching.WINDOW_CHARACTERS // decoding.num_beams):
+            sources = [encoding.ids for encoding in limit.encode(self.tokenizer, window, done)]
+            for answer, *_ in generate(self.model, sources, decoding, eos):
+                done += 1
+                unfinished += answer.finish != "eos"
+                yield target.decode(answer.ids)
         limit.warn()
         if unfinished:
             _warn(f"{unfinished} of {done} translations were cut at {decoding.max_new_tokens} tokens")
@@ -598,26 +670,6 @@ def pipeline(checkpoint: Checkpoint, device: str = "auto") -> AnyPipeline:
 
 
 # ---------------------------------------------------------------- shared
-
-
-def _decode(
-    model: GPT | Transformer,
-    inputs: Iterable[Input],
-    read: Callable[[list[Input], int], list[list[int]]],
-    size: Callable[[Input], int],
-    decoding: Decoding,
-    eos: list[int],
-) -> Iterator[list[Hypothesis]]:
-    """The answers to each input; read: the ids of a window of them."""
-    copies = max(decoding.num_beams, decoding.num_return_sequences)
-
-    def cost(ids: list[int]) -> int:
-        return min(len(ids) + decoding.max_new_tokens, model.config.context) * copies
-
-    def answer(batch: list[list[int]]) -> list[list[Hypothesis]]:
-        return generate(model, batch, decoding, eos)
-
-    return in_order(inputs, read, cost, answer, size, batching.WINDOW_CHARACTERS // copies)
 
 
 class _Words(NamedTuple):

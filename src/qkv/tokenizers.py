@@ -248,21 +248,12 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text in pieces as ids arrive: together they are `decode` of all ids; none splits a character.
-
-        A piece's bytes can lack the end of a character, which `decode` shows as U+FFFD; such a piece waits
-        for the next id. Text is decoded after the previous piece, because a first token can lose its space.
-        """
-        window: list[int] = []  # the ids of the previous piece, then those of the coming one
-        shown = 0  # how many of the window's ids are in pieces already given
+        """The text in pieces as ids arrive: together they are `decode` of all ids."""
+        pieces = Pieces(self)
         for id in ids:
-            window.append(id)
-            piece = self.decode(window)[len(self.decode(window[:shown])) :]
-            if piece and not piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            if piece := pieces.push(id):
                 yield piece
-                window, shown = window[shown:], len(window) - shown
-        rest = self.decode(window)[len(self.decode(window[:shown])) :]
-        if rest:
+        if rest := pieces.rest():
             yield rest
 
     # ------------------------------------------------------------ files
@@ -316,6 +307,33 @@ class Tokenizer:
             raise
         except Exception as error:  # the libraries' readers raise plain Exception
             raise InputError(f"the tokenizer in {folder} cannot be read: {_one_line(error)}") from None
+
+
+class Pieces:
+    """The text of ids as they arrive, in pieces of which none splits a character.
+
+    A piece's bytes can lack the end of a character, which `decode` shows as U+FFFD; such a piece waits for
+    the next id. Text is decoded after the previous piece, because a first token can lose its space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []  # the ids of the previous piece, then those of the coming one
+        self._shown = 0  # how many of the window's ids are in pieces already given
+
+    def push(self, id: int) -> str:
+        """The piece that one more id completes; empty: none yet."""
+        self._window.append(id)
+        piece = self.rest()
+        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._window, self._shown = self._window[self._shown :], len(self._window) - self._shown
+        return piece
+
+    def rest(self) -> str:
+        """What has not been in a piece yet."""
+        decode = self._tokenizer.decode
+        return decode(self._window)[len(decode(self._window[: self._shown])) :]
 
 
 def _trim(text: str, start: int, end: int) -> tuple[int, int]:

@@ -129,7 +129,10 @@ class CBatch(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("x", "lengths")),
         *((name, c_int32) for name in ("sequences", "threads", "first", "last", "causal")),
-        *((name, c_void_p) for name in ("cosine", "sine", "keys", "values", "places", "key_lengths", "masks")),
+        *(
+            (name, c_void_p)
+            for name in ("cosine", "sine", "keys", "values", "places", "key_lengths", "masks")
+        ),
         *((name, c_int32) for name in ("capacity", "memory_stride")),
         *((name, c_void_p) for name in ("memory_keys", "memory_values", "memory_starts", "memory_lengths")),
         *((name, c_void_p) for name in ("seen_qkv", "seen_answer", "seen_query", "seen_cross")),

@@ -5,12 +5,12 @@ Legend: T tokens of the batch, N sequences, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkv.attention import Cache, Past, Pattern, Tappable
+from qkv.attention import Branches, Cache, Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
@@ -53,13 +53,15 @@ class GPT(nn.Module):
         hidden = self.features(batch, cache)
         return GPTOutput(hidden, hidden.like(self.head(hidden.values)))
 
-    def features(self, batch: Ragged, cache: Cache | None = None) -> Ragged:
-        """batch of ids (T,) -> hidden (T, D). With a cache, the batch continues the sequences in it."""
+    def features(
+        self, batch: Ragged, cache: Cache | None = None, branches: Mapping[int, Branches] | None = None
+    ) -> Ragged:
+        """batch of ids (T,) -> hidden (T, D). With a cache, sequence i continues the text in slot i."""
         if cache is None:
+            check_lengths(batch.layout, self.config.context)
             pattern, positions = Pattern(batch.layout, batch.layout, causal=True), batch.layout.positions
         else:
-            pattern, positions = cache.extend(batch.layout)
-        check_lengths(pattern.keys, self.config.context)
+            pattern, positions = cache.extend(batch.layout, branches)
         caches = None if cache is None else cache.layers
         return batch.like(self.run(batch.values, positions, pattern, caches))
 
@@ -82,13 +84,24 @@ class GPT(nn.Module):
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""
         return self.output(hidden, self.tokens.weight)  # type: ignore[no-any-return]
 
-    def start(self, sequences: int) -> Cache:
-        """An empty cache for that many sequences."""
-        return Cache(sequences, self.config.depth, self.tokens.weight.device)
+    def start(self, slots: int) -> Cache:
+        """An empty cache for that many texts."""
+        return Cache(slots, self.config.depth, self.config.context, self.tokens.weight.device)
 
-    def next_logits(self, batch: Ragged, cache: Cache) -> Tensor:
-        """Logits (N, V) of what follows each sequence once `batch` is appended to it."""
-        return self.head(self.features(batch, cache).last())
+    def next_logits(
+        self,
+        batch: Ragged,
+        cache: Cache,
+        rows: Tensor | None = None,
+        branches: Mapping[int, Branches] | None = None,
+    ) -> Tensor:
+        """Logits of what follows once sequence i of `batch` is appended to slot i, which may be nothing.
+
+        rows: after which of the batch's tokens, (R,) -> logits (R, V); None: after each sequence's last,
+        (N, V). branches: the slots whose new tokens end texts of their own.
+        """
+        hidden = self.features(batch, cache, branches)
+        return self.head(hidden.last() if rows is None else hidden.values[rows])
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention, first layer first."""

@@ -6,13 +6,13 @@ Legend: T tokens of the targets, S tokens of the sources, N sequences, D model w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import Cache, KeyValue, Past, Pattern, Tappable
+from qkv.attention import Branches, Cache, KeyValue, Past, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_xavier, sinusoidal
@@ -85,14 +85,19 @@ class Transformer(nn.Module):
         return self.decoder.read(memory.values)
 
     def decode(
-        self, target: Ragged, memory: list[KeyValue], memory_pattern: Pattern, cache: Cache | None = None
+        self,
+        target: Ragged,
+        memory: list[KeyValue],
+        memory_pattern: Pattern,
+        cache: Cache | None = None,
+        branches: Mapping[int, Branches] | None = None,
     ) -> Ragged:
-        """target ids (T,) -> hidden (T, D). With a cache, the targets continue the sequences in it."""
+        """target ids (T,) -> hidden (T, D). With a cache, sequence i continues the text in slot i."""
         if cache is None:
+            check_lengths(target.layout, self.config.context)
             pattern, positions = Pattern(target.layout, target.layout, causal=True), target.layout.positions
         else:
-            pattern, positions = cache.extend(target.layout)
-        check_lengths(pattern.keys, self.config.context)
+            pattern, positions = cache.extend(target.layout, branches)
         caches = None if cache is None else cache.layers
         return target.like(
             self.run_decoder(target.values, positions, pattern, memory, memory_pattern, caches)
@@ -125,16 +130,39 @@ class Transformer(nn.Module):
         bias = self.logits_bias.to(hidden.dtype)
         return self.output(hidden, self.tokens.weight, bias)  # type: ignore[no-any-return]
 
-    def start(self, source: Ragged) -> Cache:
-        """Encode the sources (S,); a cache for one target sequence each."""
-        memory = self.encode(source)
-        return Cache(len(source), self.config.depth, source.values.device, self.read(memory), memory.layout)
+    def start(self, slots: int) -> Cache:
+        """An empty cache for that many texts and their sources."""
+        sizes, device = (slots, self.config.depth, self.config.context), self.tokens.weight.device
+        return Cache(*sizes, device, memory=Cache(*sizes, device))
 
-    def next_logits(self, batch: Ragged, cache: Cache) -> Tensor:
-        """Logits (N, V) of what follows each target once `batch` is appended to it."""
+    def remember(self, source: Ragged, cache: Cache) -> None:
+        """Encode source ids (S,), that of slot i in sequence i, for the texts in the slots to read.
+
+        A slot whose sequence is empty keeps the source that it has; the others must have none.
+        """
         assert cache.memory is not None
-        hidden = self.decode(batch, cache.memory, cache.memory_pattern(batch.layout), cache)
-        return self.head(hidden.last())
+        memory = self.encode(source)
+        cache.memory.extend(source.layout)
+        for layer, (key, value) in zip(cache.memory.layers, self.read(memory), strict=True):
+            layer.append(key, value)
+
+    def next_logits(
+        self,
+        batch: Ragged,
+        cache: Cache,
+        rows: Tensor | None = None,
+        branches: Mapping[int, Branches] | None = None,
+    ) -> Tensor:
+        """Logits of what follows once sequence i of `batch` is appended to slot i, which may be nothing.
+
+        rows: after which of the batch's tokens, (R,) -> logits (R, V); None: after each sequence's last,
+        (N, V). branches: the slots whose new tokens end texts of their own.
+        """
+        assert cache.memory is not None
+        memory = [layer.read() for layer in cache.memory.layers]
+        pattern = Pattern(batch.layout, cache.memory.layout)
+        hidden = self.decode(batch, memory, pattern, cache, branches)
+        return self.head(hidden.last() if rows is None else hidden.values[rows])
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention of encoder, decoder and cross-attention, first layer first."""

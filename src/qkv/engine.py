@@ -1,0 +1,199 @@
+"""The decoding engine: many requests at once, each at its own place, in one model's slots.
+
+A step reads the new tokens of all answers in the making in one call of the model. Requests come and go
+between steps (continuous batching: Yu et al. 2022, "Orca").
+
+Legend: R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qkv.sampling import choose, distribution, rows_of, verify
+from qkv.search import Beams, Request, Search, Stream, Token
+from qkv.slots import Decoder, Slots
+from qkv.speculate import Draft, LookUp
+
+STEP_TOKENS = 4096
+"""Most tokens of prompts and sources that a step begins with, which bounds its memory; a longer one goes
+alone."""
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    steps: int = 0
+    """Calls of the model."""
+    reused: int = 0
+    """Tokens of prompts and sources that were in the cache already."""
+    guessed: int = 0
+    """Tokens guessed ahead and checked."""
+    accepted: int = 0
+    """Those of them that were right."""
+
+
+class Engine:
+    """Answers requests, each as if it were alone.
+
+    There are as many answers in the making as slots; further ones wait, in the order in which they came.
+    A request of `num_return_sequences` samples takes a slot for each, a beam search one. A slot remembers
+    its last text, so that a prompt which begins like a text in any slot is read from where they part. The
+    cache holds at most slots x context tokens (beams of one input may need more rows than the context).
+    The model's weights must not change meanwhile.
+    """
+
+    def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None) -> None:
+        """draft: a smaller model that guesses for the requests that speculate; None: guesses are looked up.
+
+        Raises InputError for a draft model that does not fit.
+        """
+        self.model = model
+        self.counts = Counts()
+        self._slots = Slots(model, slots)
+        self._guesser = LookUp() if draft is None else Draft(draft, model, slots)
+        self._waiting: deque[Search] = deque()
+        self._live: list[Search] = []
+        self._free = list(range(slots))  # the longest unused first
+        self._submitted = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self._live or self._waiting)
+
+    @property
+    def computed(self) -> int:
+        """Tokens of prompts, sources and answers that the model has read so far."""
+        return self._slots.computed
+
+    def submit(self, request: Request) -> int:
+        """Take a request in; its number, which its tokens carry: 0 for the first.
+
+        Raises InputError for an input that is empty or longer than the context.
+        """
+        number = self._submitted
+        if request.decoding.num_beams > 1:
+            self._waiting.append(Beams(self.model, request, number))
+        else:
+            answers = range(request.decoding.num_return_sequences)
+            self._waiting += [Stream(self.model, request, number, answer) for answer in answers]
+        self._submitted += 1
+        return number
+
+    def cancel(self, number: int, answer: int | None = None) -> None:
+        """Drop a request, or one of its samples, if it is not done; its slots are free at once."""
+
+        def meant(search: Search) -> bool:
+            one = answer is None or (isinstance(search, Stream) and search.answer == answer)
+            return search.number == number and one
+
+        self._waiting = deque(search for search in self._waiting if not meant(search))
+        self._leave([search for search in self._live if meant(search)])
+
+    def run(self) -> Iterator[Token]:
+        """All tokens still to come, step by step."""
+        while self.busy:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Let every answer go on by a token, or several if some were guessed: the new tokens, by request.
+
+        A beam search gives all tokens of its answers, best first, when it is done.
+        """
+        twins = self._admit()
+        if not self._live:
+            return []
+        readers = [search for search in self._live if search not in twins]
+        streams = [search for search in readers if isinstance(search, Stream) and search.room > 0]
+        self._guesser.guess(streams)
+        logits, places = self._slots.read({search.slot: search.reading() for search in readers})
+        rows = {search: places[search.slot] for search in readers}
+        for twin, other in twins.items():
+            self._slots.copy(other.slot, twin.slot, len(twin.prompt))
+            rows[twin] = rows[other][:1]
+        chosen = self._choose(logits, rows)
+        tokens: list[Token] = []
+        for search in self._live:
+            own = logits[rows[search].start : rows[search].stop]
+            if isinstance(search, Stream):
+                guesses = len(search.guesses)
+                new = search.take(chosen[search], own)
+                self.counts.guessed += guesses
+                self.counts.accepted += sum(token.guessed for token in new)
+            else:
+                assert isinstance(search, Beams)
+                new = search.take(own)
+            tokens += new
+        self.counts.steps += 1
+        self._leave([search for search in self._live if search.done])
+        return tokens
+
+    def _admit(self) -> dict[Search, Search]:
+        """Give free slots to those who wait.
+
+        Returns those who need not read, because another one that came with them begins with the same text.
+        """
+        twins: dict[Search, Search] = {}
+        newcomers: list[Search] = []
+        budget = STEP_TOKENS
+        while self._waiting and self._free:
+            search = self._waiting[0]
+            same = (n for n in newcomers if (n.prompt, n.source) == (search.prompt, search.source))
+            twin = next(same, None)
+            if twin is not None:
+                twins[search] = twin
+                search.slot = self._free.pop(0)
+                self.counts.reused += len(search.prompt) + len(search.source)
+            else:
+                cost = len(search.prompt) + len(search.source)
+                if newcomers and cost > budget:
+                    break
+                budget -= cost
+                newcomers.append(search)
+                self._place(search)
+            self._live.append(self._waiting.popleft())
+        return twins
+
+    def _place(self, search: Search) -> None:
+        """Choose the slot whose last text saves the most, or copy from one in use that saves more."""
+        reading = search.reading()
+        slot = max(self._free, key=lambda free: self._slots.saved(free, reading))
+        others = [other.slot for other in self._live]
+        donor = max(others, key=lambda used: self._slots.saved(used, reading), default=slot)
+        if self._slots.saved(donor, reading) > self._slots.saved(slot, reading):
+            self._slots.copy(donor, slot, self._slots.shared(donor, reading))
+        self._free.remove(slot)
+        search.slot = slot
+        self.counts.reused += self._slots.saved(slot, reading)
+
+    def _choose(self, logits: Tensor, rows: dict[Search, range]) -> dict[Search, list[int]]:
+        """What each stream's logits, rows of (R, V), and random numbers say."""
+        streams = [search for search in rows if isinstance(search, Stream)]
+        chosen: dict[Search, list[int]] = {}
+        for stream in streams:
+            if stream.draft:
+                n = range(stream.made, stream.made + len(stream.guesses) + 1)
+                chosen[stream] = verify(
+                    distribution(rows_of(logits, rows[stream]), stream.rows()),
+                    torch.stack(stream.draft),
+                    stream.guesses,
+                    [stream.chances[i] for i in n[:-1]],
+                    [stream.uniforms[i] for i in n],
+                )
+        # Guesses that were not drawn are right where they are what is drawn anyway.
+        plain = sorted((s for s in streams if not s.draft), key=lambda s: rows[s].start)
+        some = rows_of(logits, [row for s in plain for row in rows[s]])
+        ids = iter(choose(some, [row for s in plain for row in s.rows()]))
+        return chosen | {s: [next(ids) for _ in rows[s]] for s in plain}
+
+    def _leave(self, searches: Sequence[Search]) -> None:
+        self._free += [search.slot for search in searches]
+        self._live = [search for search in self._live if search not in searches]

@@ -1,0 +1,298 @@
+"""Answers in the making: what a request wants read next, and what it makes of the logits.
+
+A `Stream` is one answer, drawn token by token; `Beams` looks for the likeliest answers. Either has one
+slot of the engine, and knows nothing of the others.
+
+Legend: V vocabulary, K beams, C candidates for the next beams, M guessed tokens, W rows of a slot in use.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qkv.attention import Branches
+from qkv.config import Decoding
+from qkv.errors import InputError
+from qkv.models.gpt import GPT
+from qkv.sampling import Row, adjust
+from qkv.slots import Decoder, Reading
+
+Finish = Literal["eos", "stop", "length", "context"]
+"""Why an answer ended: with an end token, before a stop string (which pipelines look for), at
+`max_new_tokens`, or where the model's context is full."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a model."""
+
+    ids: Sequence[int]
+    """A GPT's prompt or a Transformer's source."""
+    decoding: Decoding
+    eos: Collection[int] = ()
+    """Ids that end an answer."""
+
+
+class Token(NamedTuple):
+    """One new token of one answer."""
+
+    request: int
+    answer: int
+    """Which of the request's `num_return_sequences` answers it belongs to."""
+    id: int
+    finish: Finish | None = None
+    """Why this is the answer's last token; None: more will come."""
+    logprob: float | None = None
+    """Its log-probability, if asked for."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest ids in its place with their log-probabilities, if asked for."""
+    guessed: bool = False
+    """Whether it was guessed ahead."""
+    score: float | None = None
+    """Of the last token of a beam search's answer: log-probability / length ** length_penalty."""
+
+
+class Search(ABC):
+    """What the engine steps through."""
+
+    def __init__(self, model: Decoder, request: Request, number: int) -> None:
+        """Raises InputError for an input that is empty or longer than the context."""
+        kind = "prompt" if isinstance(model, GPT) else "source"
+        length, context = len(request.ids), model.config.context
+        if not length:
+            raise InputError(f"{kind} {number} has no tokens; give at least one")
+        if length > context:
+            raise InputError(
+                f"{kind} {number} has {length} tokens; the model's context is {context}: shorten it"
+            )
+        self.request = request
+        self.number = number
+        self.decoding = request.decoding
+        self.slot = -1
+        self.done = False
+        if isinstance(model, GPT):
+            self.source: tuple[int, ...] = ()
+            self.prompt = list(request.ids)
+            self._never: tuple[int, ...] = ()
+        else:
+            self.source = tuple(request.ids)
+            self.prompt = [model.config.pad_id]
+            self._never = (model.config.pad_id,)
+        # The last token is never read, so it needs no room.
+        room = context - len(self.prompt) + 1
+        self.limit = min(self.decoding.max_new_tokens, room)
+        self.penalised = self.decoding.repetition_penalty != 1
+        self.full: Finish = "length" if self.limit == self.decoding.max_new_tokens else "context"
+
+    def banned(self, made: int) -> tuple[int, ...]:
+        """Ids that may not follow so many new tokens."""
+        return self._never + (tuple(self.request.eos) if made < self.decoding.min_new_tokens else ())
+
+    @abstractmethod
+    def reading(self) -> Reading:
+        """What must be read next: at first the prompt."""
+
+
+def with_logprobs(tokens: list[Token], logits: Tensor, number: int) -> list[Token]:
+    """Tokens with their log-probabilities by logits (R, V), one a row, and so many of the likeliest ids."""
+    scores = logits.log_softmax(-1)
+    ids = torch.tensor([token.id for token in tokens], device=scores.device)
+    own = scores.gather(1, ids[:, None])[:, 0].tolist()  # (R,)
+    best = scores.topk(min(number, scores.shape[1]))
+    tops = [
+        tuple(zip(*row, strict=True)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    return [t._replace(logprob=x, top=top) for t, x, top in zip(tokens, own, tops, strict=True)]
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class _Uniforms:
+    """Numbers from [0, 1), one for each token of an answer: the n-th decides about token n alone."""
+
+    def __init__(self, *key: object) -> None:
+        self._random = Random(repr(key))
+        self._drawn: list[float] = []
+
+    def __getitem__(self, n: int) -> float:
+        while len(self._drawn) <= n:
+            self._drawn.append(self._random.random())
+        return self._drawn[n]
+
+
+class Stream(Search):
+    """One answer, drawn token by token.
+
+    What is drawn depends on the input's ids, the seed and the answer's number alone.
+    """
+
+    def __init__(self, model: Decoder, request: Request, number: int, answer: int) -> None:
+        super().__init__(model, request, number)
+        self.answer = answer
+        self.ids = list(self.prompt)
+        self.guesses: list[int] = []
+        """Tokens to be checked in the coming step."""
+        self.draft: list[Tensor] = []
+        """The distributions that the guesses were drawn from, (V,) each; none: they were not drawn."""
+        key = (request.decoding.seed, answer, list(request.ids))
+        self.uniforms = _Uniforms(*key)
+        """Decide what is drawn."""
+        self.draft_uniforms = _Uniforms(*key, "draft")
+        """Decide what a draft model guesses."""
+        self.chances = _Uniforms(*key, "accept")
+        """Decide whether a drawn guess is kept."""
+
+    @property
+    def made(self) -> int:
+        """How many new tokens there are."""
+        return len(self.ids) - len(self.prompt)
+
+    @property
+    def room(self) -> int:
+        """How many tokens may be guessed ahead: each step makes one more."""
+        return min(self.decoding.speculate, self.limit - self.made - 1)
+
+    def reading(self) -> Reading:
+        """The text, and the guesses."""
+        return Reading(self.ids + self.guesses, self.source, 1 + len(self.guesses))
+
+    def row(self, ahead: int, uniforms: _Uniforms) -> Row:
+        """What the token after so many guesses is chosen by."""
+        n = self.made + ahead
+        history = self.ids + self.guesses[:ahead] if self.penalised else []
+        return Row(self.decoding, history, self.banned(n), uniforms[n])
+
+    def rows(self) -> list[Row]:
+        """What the tokens in the guesses' places, and the one after them, are chosen by."""
+        return [self.row(ahead, self.uniforms) for ahead in range(1 + len(self.guesses))]
+
+    def take(self, chosen: Sequence[int], logits: Tensor) -> list[Token]:
+        """Add what was chosen in the guesses' places, up to the first that was guessed wrong.
+
+        logits (M + 1, V): of what was chosen.
+        """
+        pairs = zip(self.guesses, chosen, strict=False)
+        right = next((n for n, (guess, id) in enumerate(pairs) if guess != id), len(self.guesses))
+        ids = list(chosen[: right + 1])
+        ends = [n for n, id in enumerate(ids) if id in self.request.eos]
+        ids = ids[: ends[0] + 1] if ends else ids
+        self.ids += ids
+        self.guesses, self.draft = [], []
+        finish: Finish | None = "eos" if ends else self.full if self.made == self.limit else None
+        self.done = finish is not None
+        tokens = [Token(self.number, self.answer, id, guessed=n < right) for n, id in enumerate(ids)]
+        if self.decoding.logprobs:
+            tokens = with_logprobs(tokens, logits[: len(ids)], self.decoding.logprobs)
+        if self.done:
+            tokens[-1] = tokens[-1]._replace(finish=finish)
+        return tokens
+
+
+# ---------------------------------------------------------------- beam search
+
+
+class _Beam(NamedTuple):
+    """The new tokens of a text, and its log-probability."""
+
+    tokens: tuple[Token, ...]
+    score: float
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+
+class Beams(Search):
+    """The likeliest answers (Sutskever et al. 2014, 3.2).
+
+    The K texts are branches of a tree in one slot: what they have in common is stored and read once, and
+    a step adds one row for each. The search is done when it has K finished answers and its best unfinished
+    one scores, at its present length, no better than the worst of them.
+    """
+
+    def __init__(self, model: Decoder, request: Request, number: int) -> None:
+        super().__init__(model, request, number)
+        self.made = 0
+        self.beams = [_Beam((), 0.0)]
+        self.found: list[_Beam] = []
+        """The best finished answers; their scores are those that they are ranked by."""
+        self.rows: list[int] = []
+        """Where in the slot the beams' last tokens go."""
+        self.seen = np.ones((1, len(self.prompt)), dtype=bool)  # (K, W): rows that each beam attends
+
+    def reading(self) -> Reading:
+        """The last token of each beam."""
+        if not self.made:
+            return Reading(self.prompt, self.source)
+        position = len(self.prompt) + self.made - 1
+        branches = Branches(self.rows, position, torch.from_numpy(self.seen))
+        last = [beam.tokens[-1].id for beam in self.beams]
+        return Reading(last, self.source, len(last), branches)
+
+    def _place(self, parents: Sequence[int]) -> None:
+        """Give each new beam, beside its parent's rows, one that no beam needs any more or a new one."""
+        K, seen = len(parents), self.seen[list(parents)]  # (K, W)
+        W, needed = seen.shape[1], seen.any(axis=0)
+        self.rows = [*np.flatnonzero(~needed).tolist(), *range(W, W + K)][:K]
+        width = 1 + max(self.rows[-1], int(np.flatnonzero(needed)[-1]))
+        self.seen = np.zeros((K, width), dtype=bool)
+        self.seen[:, :W] = seen[:, :width]
+        self.seen[range(K), self.rows] = True
+
+    def take(self, logits: Tensor) -> list[Token]:
+        """Choose the next beams by logits (K, V) after the present ones; the answers once all are found."""
+        K, eos = self.decoding.num_beams, self.request.eos
+        scores = logits.log_softmax(-1)  # (K, V)
+        banned = self.banned(self.made)
+        histories = [self.prompt + beam.ids if self.penalised else [] for beam in self.beams]
+        rows = [Row(self.decoding, history, banned, 0.0) for history in histories]
+        so_far = torch.tensor([beam.score for beam in self.beams], device=logits.device)
+        scores = (adjust(scores, rows) + so_far[:, None]).flatten()  # (K V,)
+        # Even if every beam's likeliest continuation ends it, K others remain.
+        C = min(K * max(2, 1 + len(eos)), len(scores))
+        best = scores.topk(C)
+        places = [divmod(place, logits.shape[1]) for place in best.indices.tolist()]
+        tokens = [Token(self.number, 0, id) for _, id in places]
+        if self.decoding.logprobs:
+            tokens = with_logprobs(tokens, logits[[k for k, _ in places]], self.decoding.logprobs)
+        self.made += 1
+        new: list[_Beam] = []
+        parents: list[int] = []
+        candidates = zip(best.values.tolist(), places, tokens, strict=True)
+        for rank, (score, (k, id), token) in enumerate(candidates):
+            if score == -math.inf or len(new) == K:
+                break
+            if id not in eos and self.made < self.limit:
+                new.append(_Beam((*self.beams[k].tokens, token), score))
+                parents.append(k)
+            elif rank < K:
+                last = token._replace(finish="eos" if id in eos else self.full)
+                self.found.append(_Beam((*self.beams[k].tokens, last), self._rank(score)))
+        self.found = sorted(self.found, key=lambda beam: beam.score, reverse=True)[:K]
+        self.beams = new
+        worst = self.found[-1].score if len(self.found) == K else -math.inf
+        self.done = not new or worst >= self._rank(new[0].score)
+        if self.done:
+            return self._answers()
+        self._place(parents)
+        return []
+
+    def _rank(self, score: float) -> float:
+        return score / float(self.made**self.decoding.length_penalty)
+
+    def _answers(self) -> list[Token]:
+        tokens: list[Token] = []
+        for answer, beam in enumerate(self.found[: self.decoding.num_return_sequences]):
+            last = beam.tokens[-1]._replace(score=beam.score)
+            tokens += [token._replace(answer=answer) for token in (*beam.tokens[:-1], last)]
+        return tokens

@@ -1,0 +1,134 @@
+"""Texts that a model has read and remembers, one in each slot of its cache.
+
+What is asked for is always what follows whole texts; only what a slot does not hold yet is computed.
+
+Legend: R rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qkv.attention import Branches
+from qkv.models.gpt import GPT
+from qkv.models.transformer import Transformer
+from qkv.ragged import Layout, Ragged
+
+Decoder = GPT | Transformer
+"""A model that says what comes next."""
+
+
+class Reading(NamedTuple):
+    """A text, whose next token is asked for."""
+
+    ids: list[int]
+    """The whole text; with branches, only their new tokens."""
+    source: tuple[int, ...] = ()
+    """What a Transformer's text translates."""
+    wanted: int = 1
+    """Logits after so many of the last ids are asked for."""
+    branches: Branches | None = None
+    """The slot's text goes on in several ways at once."""
+
+
+class Slots:
+    """A model, its cache, and which texts are in it."""
+
+    def __init__(self, model: Decoder, count: int) -> None:
+        self.model = model
+        self.cache = model.start(count)
+        self.texts: list[list[int]] = [[] for _ in range(count)]
+        """What each slot's first rows hold."""
+        self.sources: list[tuple[int, ...]] = [()] * count
+        self.computed = 0
+        """Tokens that the model has read so far, those of sources among them."""
+
+    def saved(self, slot: int, reading: Reading) -> int:
+        """How many tokens of a text and its source need not be read if they follow what is in the slot."""
+        return self.shared(slot, reading) + (len(reading.source) if self._same_source(slot, reading) else 0)
+
+    def _same_source(self, slot: int, reading: Reading) -> bool:
+        return self.sources[slot] == reading.source
+
+    def shared(self, slot: int, reading: Reading) -> int:
+        """How many of a text's tokens are the slot's; its last ones are not, whose logits are asked for."""
+        if not self._same_source(slot, reading):
+            return 0
+        return _shared(self.texts[slot], reading.ids[: len(reading.ids) - reading.wanted])
+
+    @torch.inference_mode()
+    def copy(self, donor: int, slot: int, length: int) -> None:
+        """Let a slot begin with the first tokens of another's text, and have its source."""
+        self.cache.copy(donor, slot, length)
+        self.texts[slot] = self.texts[donor][:length]
+        self.sources[slot] = self.sources[donor]
+
+    @torch.inference_mode()
+    def read(self, readings: dict[int, Reading]) -> tuple[Tensor, dict[int, range]]:
+        """Continue the slots' texts, or begin others in them.
+
+        Returns the wanted logits (R, V) in float32, and which of its rows are those of each slot.
+        """
+        self._remember_sources(readings)
+        new: list[Sequence[int]] = [()] * len(self.texts)
+        kept = list(self.cache.lengths)
+        for slot, reading in readings.items():
+            if reading.branches is None:
+                kept[slot] = self.shared(slot, reading)
+                self.texts[slot] = self.texts[slot][: kept[slot]]
+                new[slot] = reading.ids[kept[slot] :]
+            else:
+                new[slot] = reading.ids
+        self.cache.truncate(kept)
+        batch = self._pack(new)
+        wanted: list[int] = []
+        places: dict[int, range] = {}
+        end = 0
+        for slot, ids in enumerate(new):
+            end += len(ids)
+            if slot in readings:
+                places[slot] = range(len(wanted), len(wanted) + readings[slot].wanted)
+                wanted += range(end - readings[slot].wanted, end)
+        rows = torch.tensor(wanted, dtype=torch.long, device=self.cache.device)
+        branches = {slot: r.branches for slot, r in readings.items() if r.branches is not None}
+        logits = self.model.next_logits(batch, self.cache, rows, branches).float()
+        for slot, reading in readings.items():
+            if reading.branches is None:
+                self.texts[slot] = list(reading.ids)
+        return logits, places
+
+    def _remember_sources(self, readings: dict[int, Reading]) -> None:
+        """Encode the sources that are not those of their slots."""
+        if not isinstance(self.model, Transformer):
+            return
+        assert self.cache.memory is not None
+        other = {i: reading.source for i, reading in readings.items() if not self._same_source(i, reading)}
+        if not other:
+            return
+        lengths = self.cache.memory.lengths
+        self.cache.memory.truncate([0 if i in other else length for i, length in enumerate(lengths)])
+        for slot in other:
+            self.sources[slot], self.texts[slot] = (), []
+        self.model.remember(self._pack([other.get(i, ()) for i in range(len(self.texts))]), self.cache)
+        for slot, source in other.items():
+            self.sources[slot] = source
+
+    def _pack(self, sequences: list[Sequence[int]]) -> Ragged:
+        ids = [id for sequence in sequences for id in sequence]
+        self.computed += len(ids)
+        layout = Layout(tuple(map(len, sequences)), self.cache.device)
+        return Ragged(torch.tensor(ids, dtype=torch.long, device=self.cache.device), layout)
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Length of the longest common beginning."""
+    size = min(len(first), len(second))
+    if first[:1] != second[:1]:
+        return 0
+    if first[:size] == second[:size]:
+        return size
+    return next(i for i in range(size) if first[i] != second[i])
