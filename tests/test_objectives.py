@@ -28,6 +28,25 @@ def test_cross_entropy_is_torch_s(rows, classes, smoothing, elements):
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-5)
 
 
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 200))
+def test_divergence_is_torch_s(rows, classes, elements):
+    generator = torch.Generator().manual_seed(rows * classes)
+    a, b = (3 * torch.randn(rows, classes, generator=generator) for _ in range(2))
+    ours, theirs = ([x.clone().requires_grad_() for x in (a, b)] for _ in range(2))
+    labels = torch.zeros(rows, dtype=torch.long)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "_CPU_ELEMENTS", elements)
+        one, other = (CrossEntropy(logits, labels) for logits in ours)
+        found = one.divergence_sum(other)
+    p, q = (logits.log_softmax(-1) for logits in theirs)
+    kl = F.kl_div(q, p, log_target=True, reduction="sum") + F.kl_div(p, q, log_target=True, reduction="sum")
+    torch.testing.assert_close(found, kl, atol=1e-4, rtol=1e-4)
+    (2.5 * found).backward()
+    (2.5 * kl).backward()
+    for mine, other_s in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other_s.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_cross_entropy_in_bfloat16_keeps_the_loss_in_float32():
     logits = torch.randn(64, 500).bfloat16().requires_grad_()
     labels = torch.randint(500, (64,))

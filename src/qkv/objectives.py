@@ -156,9 +156,14 @@ class _DivergenceSum(torch.autograd.Function):
         return a, b
 
 
+_CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 27
+"""Logits treated at a time: on a CPU as many as its caches hold."""
+
+
 def _slices(logits: Tensor) -> Iterator[slice]:
-    """Rows of logits (M, K) to treat at a time: on a CPU as many as its caches hold."""
-    step = max(1, (1 << (18 if logits.device.type == "cpu" else 27)) // logits.shape[1])
+    """Rows of logits (M, K) to treat at a time."""
+    elements = _CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS
+    step = max(1, elements // logits.shape[1])
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 

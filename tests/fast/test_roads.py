@@ -15,12 +15,14 @@ from tiny import CONFIGS, DECODERS, answers, flat, ids, samples, tiny
 from qkv.attention import record
 from qkv.config import Decoding
 from qkv.decode import generate
+from qkv.engine import Engine
 from qkv.errors import InputError
 from qkv.fast import optimize
 from qkv.fast.native import NativeLinear, NativeOutput, UnavailableError, library
 from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.layers import Output
 from qkv.models import Model
+from qkv.search import Request
 
 try:
     library()
@@ -85,6 +87,30 @@ def test_decoding_reads_the_cache_as_the_model_does(name: str):
     ):
         expected, found = (generate(m, inputs, decoding, [1]) for m in (wide(name), native(name, "fp32")))
         assert [[h.ids for h in one] for one in found] == [[h.ids for h in one] for one in expected]
+
+
+@native_code
+@pytest.mark.parametrize("name", DECODERS)
+def test_requests_of_all_kinds_share_the_cache_as_in_the_model(name: str):
+    """Beams, samples, guesses and prompts in one step, some slots idle."""
+    said = []
+    for model in (wide(name), native(name, "fp32")):
+        engine = Engine(model, 5)
+        tokens = []
+        for n, options in enumerate(
+            (
+                {"num_beams": 5, "num_return_sequences": 2, "max_new_tokens": 25},
+                {"temperature": 0.0, "speculate": 4, "max_new_tokens": 30},
+                {"max_new_tokens": 3},
+                {"num_return_sequences": 2, "max_new_tokens": 12, "seed": 2},
+                {"num_beams": 2, "max_new_tokens": 9},
+            )
+        ):
+            engine.submit(Request(ids(4 + 6 * n, n).tolist(), Decoding(**options), [1]))
+            tokens += engine.step()
+        tokens += engine.run()
+        said.append([(token.request, token.answer, token.id, token.finish) for token in tokens])
+    assert said[0] == said[1]
 
 
 @native_code
