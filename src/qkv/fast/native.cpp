@@ -71,14 +71,15 @@ struct Batch {
     const int32_t *lengths;       // (N)
     int32_t sequences, threads, first, last, causal;
     const float *cosine, *sine;   // (T, E), or null
-    float *const *keys;           // a cache: each layer's (N * capacity, D), or null
-    float *const *values;
+    char *const *keys;            // a cache: each layer's (N * capacity, D), or null
+    char *const *values;
     const int64_t *places;        // (T) which of its rows the new tokens take
     const int32_t *key_lengths;   // (N) rows of each slot that are in use, these among them
     const uint8_t *const *masks;  // (N) or null: for some slots, which rows each new token attends, (new, in use)
-    int32_t capacity, memory_stride;
-    const float *const *memory_keys;  // what cross-attention reads: each layer's rows, `memory_stride` floats apart
-    const float *const *memory_values;
+    int32_t capacity, half;       // half: the cache is bfloat16, else float32
+    int32_t memory_stride, memory_half;
+    const char *const *memory_keys;   // what cross-attention reads: each layer's rows, `memory_stride` numbers apart
+    const char *const *memory_values;
     const int64_t *memory_starts;     // (N) first row of the source that a sequence reads
     const int32_t *memory_lengths;    // (N)
     float *seen_qkv, *seen_answer;    // of the last layer: (T, 3 D) and (T, D), or null
@@ -150,6 +151,24 @@ void normalise(const Norm &norm, const float *x, float *out, int width) {
         V d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), rate);
         _mm512_storeu_ps(out + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(norm.weight + i), _mm512_loadu_ps(norm.bias + i)));
     }
+}
+
+__mmask16 first(int count) {  // of 16: all, or as many as there are
+    return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0;
+}
+
+void softmax(float *x, int count) {
+    V most = set(-INFINITY), total = set(0);
+    for (int j = 0; j < count; j += 16) most = _mm512_mask_max_ps(most, first(count - j), most, _mm512_maskz_loadu_ps(first(count - j), x + j));
+    most = set(_mm512_reduce_max_ps(most));
+    for (int j = 0; j < count; j += 16) {
+        V p = _mm512_maskz_mov_ps(first(count - j), exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(first(count - j), x + j), most)));
+        _mm512_mask_storeu_ps(x + j, first(count - j), p);
+        total = _mm512_add_ps(total, p);
+    }
+    V share = set(count ? 1 / _mm512_reduce_add_ps(total) : 0);
+    for (int j = 0; j < count; j += 16)
+        _mm512_mask_storeu_ps(x + j, first(count - j), _mm512_mul_ps(_mm512_maskz_loadu_ps(first(count - j), x + j), share));
 }
 
 // ---------------------------------------------------------------- the matrix product
@@ -347,42 +366,48 @@ thread_local Arena own_arena, head_arena;
 
 // ---------------------------------------------------------------- attention
 
-struct Keys {  // of one sequence and head: rows `stride` floats apart
-    const float *key, *value;
-    int count, stride;
+struct Keys {  // of one sequence and some heads: rows `stride` numbers apart, bfloat16 if `half`, else float32
+    const char *key, *value;
+    int count, stride, half;
+
+    Keys from(int64_t number) const { return {key + number * size(), value + number * size(), count, stride, half}; }
+    int size() const { return half ? 2 : 4; }
 };
 
-// One query after another over keys as they lie: for the few of a decoding step. `index` and `scores` are scratch.
-void attend_rows(const float *query, int rows, int query_stride, Keys keys, int E, int causal, const uint8_t *mask,
-                 float *out, int out_stride, int32_t *index, float *scores) {
+template <bool HALF>
+V number(const char *row, int e) {
+    if constexpr (HALF) return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + e * 2))), 16);
+    return _mm512_loadu_ps((const float *)row + e);
+}
+
+// One query after another over keys as they lie, for the few of a decoding step: of each key all heads, as memory gives
+// them. `index` (keys) and `scores` (heads, width) are scratch.
+template <bool HALF>
+void attend_rows(const float *query, int rows, int query_stride, Keys keys, int heads, int E, int causal, const uint8_t *mask,
+                 float *out, int out_stride, int32_t *index, float *scores, int width) {
     float rate = 1 / std::sqrt((float)E);
+    int64_t stride = (int64_t)keys.stride * keys.size();
     for (int i = 0; i < rows; i++) {
-        int last = causal ? keys.count - rows + 1 + i : keys.count, seen = 0;
-        if (mask) last = keys.count;
+        int last = causal && !mask ? keys.count - rows + 1 + i : keys.count, seen = 0;
         for (int j = 0; j < last; j++)
             if (!mask || mask[(int64_t)i * keys.count + j]) index[seen++] = j;
         const float *q = query + (int64_t)i * query_stride;
-        float most = -INFINITY;
-        for (int j = 0; j < seen; j++) {
-            V sum = set(0);
-            const float *k = keys.key + (int64_t)index[j] * keys.stride;
-            for (int e = 0; e < E; e += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + e), _mm512_loadu_ps(k + e), sum);
-            scores[j] = _mm512_reduce_add_ps(sum) * rate;
-            most = std::max(most, scores[j]);
-        }
-        V total = set(0);
-        for (int j = 0; j < seen; j += 16) {
-            __mmask16 mask = seen - j >= 16 ? 0xFFFF : (1 << (seen - j)) - 1;
-            V p = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, scores + j), set(most))));
-            _mm512_mask_storeu_ps(scores + j, mask, p);
-            total = _mm512_add_ps(total, p);
-        }
-        float share = seen ? 1 / _mm512_reduce_add_ps(total) : 0;
-        for (int e = 0; e < E; e += 16) {
-            V sum = set(0);
-            for (int j = 0; j < seen; j++) sum = _mm512_fmadd_ps(set(scores[j]), _mm512_loadu_ps(keys.value + (int64_t)index[j] * keys.stride + e), sum);
-            _mm512_storeu_ps(out + (int64_t)i * out_stride + e, _mm512_mul_ps(sum, set(share)));
-        }
+        float *to = out + (int64_t)i * out_stride;
+        for (int j = 0; j < seen; j++)
+            for (int h = 0; h < heads; h++) {
+                V sum = set(0);
+                for (int e = h * E; e < (h + 1) * E; e += 16)
+                    sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + e), number<HALF>(keys.key + index[j] * stride, e), sum);
+                scores[h * width + j] = _mm512_reduce_add_ps(sum) * rate;
+            }
+        for (int h = 0; h < heads; h++) softmax(scores + h * width, seen);
+        std::fill(to, to + heads * E, 0.0f);
+        for (int j = 0; j < seen; j++)
+            for (int h = 0; h < heads; h++) {
+                V share = set(scores[h * width + j]);
+                for (int e = h * E; e < (h + 1) * E; e += 16)
+                    _mm512_storeu_ps(to + e, _mm512_fmadd_ps(share, number<HALF>(keys.value + index[j] * stride, e), _mm512_loadu_ps(to + e)));
+            }
     }
 }
 
@@ -423,19 +448,20 @@ struct Attention {
                 product<P>(query, 0, height, keys + (int64_t)p * steps * WIDTH * 4, nullptr, E, vectors, part);
                 for (int m = 0; m < height; m++) std::memcpy(scores + m * padded + p * WIDTH, part + m * WIDTH, vectors * 64);
             }
-            int inner = (last + ELEMENTS - 1) / ELEMENTS * ELEMENTS;
-            float shares[HEIGHT];
+            int inner = (last + 15) / 16 * 16;
             for (int m = 0; m < height; m++) {
+                float *row = scores + m * padded;
                 int seen = causal ? last - height + 1 + m : last;
-                shares[m] = softmax<P>(scores + m * padded, seen, (last + 15) / 16 * 16, m);
+                softmax(row, seen);
+                std::fill(row + seen, row + inner, 0.0f);
+                convert<P>(row, inner, share, m);
             }
+            inner = (last + ELEMENTS - 1) / ELEMENTS * ELEMENTS;  // values beyond are not packed
             for (int p = 0; p * WIDTH < E; p++) {
                 int vectors = std::min(4, (E - p * WIDTH + 15) / 16);
                 product<P>(share, 0, height, values + (int64_t)p * (padded / ELEMENTS) * WIDTH * 4, nullptr, inner, vectors, part);
                 for (int m = 0; m < height; m++)
-                    for (int n = 0; n < vectors; n++)
-                        _mm512_storeu_ps(out + (int64_t)(i + m) * out_stride + p * WIDTH + n * 16,
-                                         _mm512_mul_ps(_mm512_load_ps(part + m * WIDTH + n * 16), set(shares[m])));
+                    std::memcpy(out + (int64_t)(i + m) * out_stride + p * WIDTH, part + m * WIDTH, vectors * 64);
             }
         }
     }
@@ -443,15 +469,15 @@ struct Attention {
 private:
     template <int P>
     void pack_keys(Keys from, int E) {  // (panels, E / n, WIDTH, n)
-        auto *out = (int32_t *)keys;
         int steps = P == FP32 ? E : E / 2;
-        alignas(64) int32_t row[256];
+        alignas(64) float key[256];
+        alignas(64) int32_t packed[256];
         for (int j = 0; j < from.count; j++) {
-            const float *k = from.key + (int64_t)j * from.stride;
-            Rows one{(char *)row, nullptr, nullptr, 0, 1};
-            convert<P>(k, E, one, 0);
-            int32_t *column = out + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH;
-            for (int s = 0; s < steps; s++) column[s * WIDTH] = row[s];
+            const char *row = from.key + (int64_t)j * from.stride * from.size();
+            for (int e = 0; e < E; e += 16) _mm512_store_ps(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
+            convert<P>(key, E, {(char *)packed, nullptr, nullptr, 0, 1}, 0);
+            int32_t *column = (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH;
+            for (int s = 0; s < steps; s++) column[s * WIDTH] = packed[s];
         }
     }
 
@@ -459,35 +485,17 @@ private:
     void pack_values(Keys from, int E) {  // (panels, keys / n, WIDTH, n)
         constexpr int ELEMENTS = P == FP32 ? 1 : 2;
         int padded = panels_of(from.count) * WIDTH;
-        for (int p = 0; p * WIDTH < E; p++)
-            for (int j = 0; j < from.count; j += ELEMENTS)
-                for (int e = p * WIDTH; e < std::min(E, (p + 1) * WIDTH); e += 16) {
-                    const float *v = from.value + (int64_t)j * from.stride + e;
-                    __m512i both = (__m512i)_mm512_loadu_ps(v);
-                    if constexpr (P != FP32) {
-                        V next = j + 1 < from.count ? _mm512_loadu_ps(v + from.stride) : set(0);
-                        both = _mm512_or_si512(to_bf16((V)both), _mm512_slli_epi32(to_bf16(next), 16));
-                    }
-                    _mm512_storeu_si512(values + (((int64_t)p * padded / ELEMENTS + j / ELEMENTS) * WIDTH + e % WIDTH) * 4, both);
-                }
-    }
-
-    template <int P>
-    float softmax(float *x, int seen, int width, int row) {  // unnormalised into `share`; 1 over their sum
-        V most = set(-INFINITY), total = set(0);
-        for (int j = 0; j < width; j += 16) {
-            __mmask16 mask = seen - j >= 16 ? 0xFFFF : seen > j ? (1 << (seen - j)) - 1 : 0;
-            most = _mm512_mask_max_ps(most, mask, most, _mm512_maskz_loadu_ps(mask, x + j));
-        }
-        most = set(_mm512_reduce_max_ps(most));
-        for (int j = 0; j < width; j += 16) {
-            __mmask16 mask = seen - j >= 16 ? 0xFFFF : seen > j ? (1 << (seen - j)) - 1 : 0;
-            V p = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + j), most)));
-            total = _mm512_add_ps(total, p);
-            _mm512_storeu_ps(x + j, p);
-        }
-        convert<P>(x, width, share, row);
-        return 1 / _mm512_reduce_add_ps(total);
+        auto value = [&](int j, int e) {
+            const char *row = from.value + (int64_t)j * from.stride * from.size();
+            return j >= from.count ? set(0) : from.half ? number<true>(row, e) : number<false>(row, e);
+        };
+        for (int j = 0; j < from.count; j += ELEMENTS)
+            for (int e = 0; e < E; e += 16) {
+                auto both = (__m512i)value(j, e);
+                if constexpr (P != FP32) both = _mm512_or_si512(to_bf16((V)both), _mm512_slli_epi32(to_bf16(value(j + 1, e)), 16));
+                int64_t line = (int64_t)(e / WIDTH) * padded / ELEMENTS + j / ELEMENTS;
+                _mm512_storeu_si512(values + (line * WIDTH + e % WIDTH) * 4, both);
+            }
     }
 };
 
@@ -520,7 +528,7 @@ public:
             inputs = arena.take<char>((size_t)rows * in * bytes_of(stack.precision));
             input_scale = arena.take<float>((size_t)rows * groups);
             input_start = arena.take<int32_t>((size_t)rows * groups);
-            scores = arena.take<float>((size_t)threads * (longest + 16));
+            scores = arena.take<float>((size_t)threads * stack.heads * (longest + 16));
             seen = arena.take<int32_t>((size_t)threads * (longest + 16));
             for (Attention &one : attentions) {
                 if (stack.precision == FP32) one.lay<FP32>(arena, longest, stack.dim / stack.heads);
@@ -621,43 +629,64 @@ private:
         team.wait();
     }
 
+    // Of one sequence, some heads from that of `query` and `keys` on.
     template <int P>
-    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int causal, const uint8_t *mask, float *out) {
+    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int heads, int causal, const uint8_t *mask, float *out) {
         int E = stack.dim / stack.heads;
         if (count < 4 || mask) {
-            int64_t own = (int64_t)team.rank * score_width;
-            attend_rows(query, count, query_stride, keys, E, causal, mask, out, stack.dim, seen + own, scores + own);
+            auto rows = keys.half ? attend_rows<true> : attend_rows<false>;
+            int32_t *index = seen + (int64_t)team.rank * score_width;
+            float *own = scores + (int64_t)team.rank * stack.heads * score_width;
+            rows(query, count, query_stride, keys, heads, E, causal, mask, out, stack.dim, index, own, score_width);
         } else {
             constexpr int A = P == FP32 ? FP32 : BF16;
-            attentions[team.rank].template attend<A>(query, count, query_stride, keys, E, causal, out, stack.dim);
+            for (int h = 0; h < heads; h++)
+                attentions[team.rank].template attend<A>(query + h * E, count, query_stride, keys.from(h * E), E, causal, out + h * E, stack.dim);
         }
     }
 
-    // Self-attention of each sequence and head over its own keys, and those in the cache, to which it adds its own.
+    // work(sequence, its first row, first head, heads), shared out to the threads.
+    template <class Do>
+    void each_head(Team team, Do work) {
+        int parts = to - from >= 4 * team.size ? 1 : std::min(team.size, (int)stack.heads), item = 0, row = 0;
+        for (int i = from; i < to; row += batch.lengths[i], i++)
+            for (int part = 0; batch.lengths[i] && part < parts; part++) {
+                int head = stack.heads * part / parts, end = stack.heads * (part + 1) / parts;
+                if (item++ % team.size == team.rank) work(i, row, head, end - head);
+            }
+        team.wait();
+    }
+
+    // Self-attention of each sequence over its own keys, and those in the cache, to which it adds its own.
     template <int P>
     void attend(Team team, int l) {
         const Layer &layer = stack.layers[l];
-        int D = stack.dim, E = D / stack.heads, item = 0, row = 0;
-        for (int i = from; i < to; row += batch.lengths[i], i++)
-            for (int h = 0; h < stack.heads; h++) {
-                if (item++ % team.size != team.rank) continue;
-                int count = batch.lengths[i];
-                float *query = wide + (int64_t)row * 3 * D + h * E;
-                Keys keys{query + D, query + 2 * D, count, 3 * D};
-                for (int t = 0; t < count; t++) turn(layer, query + (int64_t)t * 3 * D, first_row + row + t);
-                if (batch.keys) {
-                    for (int t = 0; t < count; t++) {
-                        int64_t at = batch.places[first_row + row + t] * D + h * E;
-                        std::memcpy(batch.keys[l] + at, keys.key + (int64_t)t * 3 * D, E * sizeof(float));
-                        std::memcpy(batch.values[l] + at, keys.value + (int64_t)t * 3 * D, E * sizeof(float));
+        int D = stack.dim, E = D / stack.heads;
+        each_head(team, [&](int i, int row, int head, int heads) {
+            int count = batch.lengths[i];
+            float *query = wide + (int64_t)row * 3 * D + head * E;
+            Keys keys{(char *)(query + D), (char *)(query + 2 * D), count, 3 * D, 0};
+            for (int t = 0; t < count; t++)
+                for (int h = 0; h < heads; h++) turn(layer, query + (int64_t)t * 3 * D + h * E, first_row + row + t);
+            if (batch.keys) {
+                Keys slots{batch.keys[l], batch.values[l], batch.key_lengths[i], D, batch.half};
+                for (int t = 0; t < count; t++) {
+                    Keys place = slots.from(batch.places[first_row + row + t] * D + head * E);
+                    for (int e = 0; e < heads * E; e += 16) {
+                        keep((char *)place.key, e, query + D + (int64_t)t * 3 * D);
+                        keep((char *)place.value, e, query + 2 * D + (int64_t)t * 3 * D);
                     }
-                    int64_t slot = (int64_t)i * batch.capacity * D + h * E;
-                    keys = {batch.keys[l] + slot, batch.values[l] + slot, batch.key_lengths[i], D};
                 }
-                const uint8_t *mask = batch.masks ? batch.masks[i] : nullptr;
-                attend_with<P>(team, query, count, 3 * D, keys, batch.causal, mask, answer + (int64_t)row * D + h * E);
+                keys = slots.from((int64_t)i * batch.capacity * D + head * E);
             }
-        team.wait();
+            const uint8_t *mask = batch.masks ? batch.masks[i] : nullptr;
+            attend_with<P>(team, query, count, 3 * D, keys, heads, batch.causal, mask, answer + (int64_t)row * D + head * E);
+        });
+    }
+
+    void keep(char *row, int e, const float *x) {  // 16 numbers in the cache
+        if (batch.half) _mm256_storeu_si256((__m256i *)(row + e * 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + e)));
+        else _mm512_storeu_ps((float *)row + e, _mm512_loadu_ps(x + e));
     }
 
     // Norms of one head's query and key, and their rotation.
@@ -678,15 +707,13 @@ private:
 
     template <int P>
     void read_memory(Team team, int l) {
-        int D = stack.dim, E = D / stack.heads, item = 0, row = 0;
-        for (int i = from; i < to; row += batch.lengths[i], i++)
-            for (int h = 0; h < stack.heads; h++) {
-                if (item++ % team.size != team.rank) continue;
-                int64_t at = batch.memory_starts[i] * batch.memory_stride + h * E;
-                Keys keys{batch.memory_keys[l] + at, batch.memory_values[l] + at, batch.memory_lengths[i], batch.memory_stride};
-                attend_with<P>(team, wide + (int64_t)row * D + h * E, batch.lengths[i], D, keys, 0, nullptr, answer + (int64_t)row * D + h * E);
-            }
-        team.wait();
+        int D = stack.dim, E = D / stack.heads;
+        each_head(team, [&](int i, int row, int head, int heads) {
+            Keys all{batch.memory_keys[l], batch.memory_values[l], batch.memory_lengths[i], batch.memory_stride, batch.memory_half};
+            Keys keys = all.from(batch.memory_starts[i] * batch.memory_stride + head * E);
+            int64_t at = (int64_t)row * D + head * E;
+            attend_with<P>(team, wide + at, batch.lengths[i], D, keys, heads, 0, nullptr, answer + at);
+        });
     }
 };
 

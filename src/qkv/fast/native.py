@@ -133,7 +133,7 @@ class CBatch(Structure):
             (name, c_void_p)
             for name in ("cosine", "sine", "keys", "values", "places", "key_lengths", "masks")
         ),
-        *((name, c_int32) for name in ("capacity", "memory_stride")),
+        *((name, c_int32) for name in ("capacity", "half", "memory_stride", "memory_half")),
         *((name, c_void_p) for name in ("memory_keys", "memory_values", "memory_starts", "memory_lengths")),
         *((name, c_void_p) for name in ("seen_qkv", "seen_answer", "seen_query", "seen_cross")),
     ]
@@ -222,6 +222,8 @@ class NativeStack(nn.Module):
     def __init__(self, stack: Stack, config: ModelConfig, precision: Precision) -> None:
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
+        self.kept = torch.float32 if precision == "fp32" else torch.bfloat16
+        """How keys and values are remembered."""
         self.matrices, self.norms, self.memory_maps = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
 
         def matrix(weight: Tensor, bias: Tensor) -> CMatrix:
@@ -290,11 +292,12 @@ class NativeStack(nn.Module):
             batch.cosine, batch.sine = (turn.data_ptr() for turn in turns)
             kept.append(turns)
         if caches is not None:
-            like = x.new_empty(0, self.heads, self.dim // self.heads)
+            like = torch.empty(0, self.heads, self.dim // self.heads, dtype=self.kept)
             keys, values = map(_pointers, zip(*(layer.reserve(like) for layer in caches), strict=True))
             cache, key_lengths = caches[0].cache, _ints(pattern.keys.lengths)
             batch.keys, batch.values = ctypes.addressof(keys), ctypes.addressof(values)
             batch.places, batch.capacity = cache.rows.data_ptr(), cache.capacity
+            batch.half = self.kept == torch.bfloat16
             batch.key_lengths = key_lengths.ctypes.data
             kept += [keys, values, key_lengths]
         if pattern.masks:
@@ -309,13 +312,15 @@ class NativeStack(nn.Module):
             batch.memory_keys, batch.memory_values = ctypes.addressof(keys), ctypes.addressof(values)
             batch.memory_starts, batch.memory_lengths = starts.data_ptr(), memory_lengths.ctypes.data
             batch.memory_stride = memory[0][0].stride(0)
+            batch.memory_half = memory[0][0].dtype == torch.bfloat16
             kept += [keys, values, starts, memory_lengths]
         self._run(batch, x, pattern, caches, memory, memory_pattern)
         return x
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """Each layer's keys and values of memory (S, D), for its cross-attention: (S, H, E) each."""
-        both = (module(memory).view(-1, 2, self.heads, self.dim // self.heads) for module in self.memory_maps)
+        shape = (-1, 2, self.heads, self.dim // self.heads)
+        both = (module(memory).to(self.kept).view(shape) for module in self.memory_maps)
         return [(pair[:, 0], pair[:, 1]) for pair in both]
 
     def attentions(self) -> list[Tappable]:
