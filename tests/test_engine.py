@@ -150,13 +150,13 @@ def test_texts_that_begin_like_others_have_the_same_logits_from_fewer_tokens(nam
         }
         saved = {slot: slots.saved(slot, reading) for slot, reading in readings.items()}
         before = slots.computed
-        logits, places = slots.read(readings)
+        ahead, places = slots.read(readings)
         whole = sum(len(r.ids) + len(r.source) for r in readings.values())
         assert slots.computed - before == whole - sum(saved.values())
         for slot, reading in readings.items():
             fresh = Slots(model, 1)
-            wanted, _ = fresh.read({0: reading})
-            torch.testing.assert_close(logits[places[slot]], wanted)
+            wanted, rows = fresh.read({0: reading})
+            torch.testing.assert_close(ahead.logits(places[slot]), wanted.logits(rows[0]))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -271,7 +271,8 @@ def test_log_probabilities_are_the_models_own(name: str, options: dict[str, floa
             reading = Reading(source + answer.ids, wanted=len(answer.ids) + 1)
         else:
             reading = Reading([model.config.pad_id, *answer.ids], tuple(source), len(answer.ids) + 1)
-        logits, _ = Slots(model, 1).read({0: reading})
+        ahead, places = Slots(model, 1).read({0: reading})
+        logits = ahead.logits(places[0])
         for token, scores in zip(answer.tokens, logits[:-1].log_softmax(-1), strict=True):
             assert token.logprob == pytest.approx(scores[token.id].item(), abs=1e-4)
             best = scores.sort(descending=True)

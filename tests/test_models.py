@@ -294,7 +294,7 @@ def test_branches_of_a_text_equal_texts_of_their_own(name: str, data):
             branches = {0: Branches(rows, len(prompt) + step, mask)}
             beside[0].append(step)
             wanted = torch.arange(len(new) + 1)
-            logits = model.next_logits(pack([new, [], [step]]), cache, wanted, branches)
+            logits = model.head(model.next_hidden(pack([new, [], [step]]), cache, wanted, branches))
             texts = [torch.tensor(text) for text in (*(text for text, _ in paths), beside[0])]
             full = recomputed(model, [0] * len(paths) + [2], texts)
             torch.testing.assert_close(logits, model.head(torch.stack([hidden[-1] for hidden in full])))
@@ -308,9 +308,11 @@ def test_next_logits_are_those_of_the_last_tokens(name: str, dtype: torch.dtype)
     texts = [ids(7, 0), ids(1, 1), ids(33, 2)]
     with torch.no_grad():
         cache = begin(model)
-        first = model.next_logits(pack(text[:-1] if len(text) > 1 else text for text in texts), cache)
+        first = model.head(
+            model.next_hidden(pack(text[:-1] if len(text) > 1 else text for text in texts), cache)
+        )
         cache.truncate([len(text) - 1 for text in texts])
-        step = model.next_logits(pack(text[-1:] for text in texts), cache)
+        step = model.head(model.next_hidden(pack(text[-1:] for text in texts), cache))
         full = model.head(torch.stack([hidden[-1] for hidden in recomputed(model, [0, 1, 2], texts)]))
     assert first.shape == step.shape == (3, VOCAB)
     loose = {"atol": 0.3, "rtol": 0.1} if dtype == torch.bfloat16 else {"atol": 1e-9, "rtol": 1e-9}
@@ -322,9 +324,9 @@ def test_the_cache_ends_where_the_context_ends(name: str):
     model = tiny(name)
     with torch.no_grad():
         cache = begin(model)
-        model.next_logits(pack([ids(CONTEXT, 0), ids(1, 1), ids(2, 2)]), cache)
+        model.head(model.next_hidden(pack([ids(CONTEXT, 0), ids(1, 1), ids(2, 2)]), cache))
         with pytest.raises(InputError, match=f"sequence 0 has {CONTEXT + 1} tokens"):
-            model.next_logits(pack([[1], [1], [1]]), cache)
+            model.head(model.next_hidden(pack([[1], [1], [1]]), cache))
 
 
 # ---------------------------------------------------------------- the tap
@@ -379,8 +381,8 @@ def test_attention_is_recorded_while_decoding_with_a_cache():
             model(pack(texts))
         cache = model.start(2)
         with record(model) as steps:
-            model.next_logits(pack(text[:4] for text in texts), cache)
-            model.next_logits(pack(text[4:] for text in texts), cache)
+            model.head(model.next_hidden(pack(text[:4] for text in texts), cache))
+            model.head(model.next_hidden(pack(text[4:] for text in texts), cache))
     assert steps.residual < 1e-5
     for layer in range(2):
         for whole, late in zip(full[layer], steps[layer], strict=True):

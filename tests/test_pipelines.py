@@ -224,8 +224,8 @@ def test_stop_strings_end_every_kind_of_answer(num_beams: int) -> None:
 def test_an_answer_that_is_stopped_makes_no_more_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     gpt = generator()
     calls = []
-    real = gpt.model.next_logits
-    monkeypatch.setattr(gpt.model, "next_logits", lambda *given: calls.append(given) or real(*given))
+    real = gpt.model.next_hidden
+    monkeypatch.setattr(gpt.model, "next_hidden", lambda *given: calls.append(given) or real(*given))
     options: DecodingOptions = {"max_new_tokens": 25, "min_new_tokens": 25, "seed": 2}
     whole = gpt.generate("The", **options)
     assert len(calls) == 25

@@ -206,7 +206,8 @@ def test_samples_with_a_draft_model_follow_the_targets_distribution(
     slots = Slots(model, 1)
 
     def chances(text: list[int]) -> list[float]:
-        logits, _ = slots.read({0: Reading(start + text, memory)})
+        ahead, places = slots.read({0: Reading(start + text, memory)})
+        logits = ahead.logits(places[0])
         if not isinstance(model, GPT):
             logits = logits.index_fill(1, torch.tensor(model.config.pad_id), -torch.inf)
         return filter_logits(logits, decoding).double().softmax(-1)[0].tolist()

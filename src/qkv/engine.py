@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qkv.sampling import choose, distribution, rows_of, verify
+from qkv.sampling import Row, adjust, choose, distribution, verify
 from qkv.search import Beams, Request, Search, Stream, Token
-from qkv.slots import Decoder, Slots
+from qkv.slots import Ahead, Decoder, Slots
 from qkv.speculate import Draft, LookUp
 
 STEP_TOKENS = 4096
@@ -114,23 +114,23 @@ class Engine:
         readers = [search for search in self._live if search not in twins]
         streams = [search for search in readers if isinstance(search, Stream) and search.room > 0]
         self._guesser.guess(streams)
-        logits, places = self._slots.read({search.slot: search.reading() for search in readers})
+        ahead, places = self._slots.read({search.slot: search.reading() for search in readers})
         rows = {search: places[search.slot] for search in readers}
         for twin, other in twins.items():
             self._slots.copy(other.slot, twin.slot, len(twin.prompt))
             rows[twin] = rows[other][:1]
-        chosen = self._choose(logits, rows)
+        chosen, candidates = self._choose(ahead, rows), self._candidates(ahead, rows)
         tokens: list[Token] = []
         for search in self._live:
-            own = logits[rows[search].start : rows[search].stop]
+            logits = ahead.logits(rows[search]) if search.decoding.logprobs else None
             if isinstance(search, Stream):
                 guesses = len(search.guesses)
-                new = search.take(chosen[search], own)
+                new = search.take(chosen[search], logits)
                 self.counts.guessed += guesses
                 self.counts.accepted += sum(token.guessed for token in new)
             else:
                 assert isinstance(search, Beams)
-                new = search.take(own)
+                new = search.take(*candidates[search], logits)
             tokens += new
         self.counts.steps += 1
         self._leave([search for search in self._live if search.done])
@@ -174,25 +174,55 @@ class Engine:
         search.slot = slot
         self.counts.reused += self._slots.saved(slot, reading)
 
-    def _choose(self, logits: Tensor, rows: dict[Search, range]) -> dict[Search, list[int]]:
-        """What each stream's logits, rows of (R, V), and random numbers say."""
-        streams = [search for search in rows if isinstance(search, Stream)]
+    def _choose(self, ahead: Ahead, rows: dict[Search, range]) -> dict[Search, list[int]]:
+        """What may follow each stream's rows, by its logits and random numbers."""
+        streams = sorted((s for s in rows if isinstance(s, Stream)), key=lambda s: rows[s].start)
         chosen: dict[Search, list[int]] = {}
-        for stream in streams:
-            if stream.draft:
-                n = range(stream.made, stream.made + len(stream.guesses) + 1)
-                chosen[stream] = verify(
-                    distribution(rows_of(logits, rows[stream]), stream.rows()),
-                    torch.stack(stream.draft),
-                    stream.guesses,
-                    [stream.chances[i] for i in n[:-1]],
-                    [stream.uniforms[i] for i in n],
-                )
+        for stream in (s for s in streams if s.draft):
+            n = range(stream.made, stream.made + len(stream.guesses) + 1)
+            chosen[stream] = verify(
+                distribution(ahead.logits(rows[stream]), stream.rows()),
+                torch.stack(stream.draft),
+                stream.guesses,
+                [stream.chances[i] for i in n[:-1]],
+                [stream.uniforms[i] for i in n],
+            )
         # Guesses that were not drawn are right where they are what is drawn anyway.
-        plain = sorted((s for s in streams if not s.draft), key=lambda s: rows[s].start)
-        some = rows_of(logits, [row for s in plain for row in rows[s]])
-        ids = iter(choose(some, [row for s in plain for row in s.rows()]))
-        return chosen | {s: [next(ids) for _ in rows[s]] for s in plain}
+        for group in ([s for s in streams if not s.draft and s.greedy is greedy] for greedy in (True, False)):
+            places = [row for s in group for row in rows[s]]
+            settings = [row for s in group for row in s.rows()]
+            if group and group[0].greedy:
+                ids = iter(self._greedy(ahead, places, settings))
+            elif group:
+                ids = iter(choose(ahead.logits(places), settings))
+            chosen |= {s: [next(ids) for _ in rows[s]] for s in group}
+        return chosen
+
+    def _greedy(self, ahead: Ahead, places: Sequence[int], settings: Sequence[Row]) -> list[int]:
+        """Each row's likeliest token that is not banned."""
+        _, ids = ahead.likeliest(places, 1 + max(len(row.banned) for row in settings))
+        pairs = zip(ids.tolist(), settings, strict=True)
+        return [next(id for id in best if id not in row.banned) for best, row in pairs]
+
+    def _candidates(self, ahead: Ahead, rows: dict[Search, range]) -> dict[Search, tuple[Tensor, Tensor]]:
+        """The likeliest continuations of each beam search's beams: log-probabilities and ids, (K, C) each."""
+        found: dict[Search, tuple[Tensor, Tensor]] = {}
+        plain: list[Beams] = []
+        for search in (s for s in rows if isinstance(s, Beams)):
+            if search.penalised:
+                scores = adjust(ahead.logits(rows[search]).log_softmax(-1), search.settings())
+                best = scores.topk(min(search.candidates, scores.shape[1]))
+                found[search] = best.values, best.indices
+            else:
+                plain.append(search)
+        if plain:
+            places = [row for search in plain for row in rows[search]]
+            count = max(search.candidates + len(search.banned(search.made)) for search in plain)
+            scores, ids = ahead.likeliest(places, count)
+            sizes = [len(rows[search]) for search in plain]
+            parts = zip(torch.split(scores, sizes), torch.split(ids, sizes), strict=True)
+            found |= zip(plain, parts, strict=True)
+        return found
 
     def _leave(self, searches: Sequence[Search]) -> None:
         self._free += [search.slot for search in searches]

@@ -193,17 +193,11 @@ class Output(nn.Module):
         """hidden (..., D), embeddings (V, D), bias (V,) -> logits (..., V)."""
         return F.linear(hidden, embeddings, bias)
 
-    def best(
-        self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int, banned: int | None
+    def likeliest(
+        self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
-        """hidden (N, D) -> log-probabilities and ids of the `count` likeliest tokens, best first: (N, count).
-
-        banned: a token that is impossible.
-        """
-        logits = self(hidden, embeddings, bias).float()  # (N, V)
-        if banned is not None:
-            logits[:, banned] = -math.inf
-        best = logits.log_softmax(-1).topk(count)
+        """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
+        best = self(hidden, embeddings, bias).float().log_softmax(-1).topk(count)
         return best.values, best.indices
 
 

@@ -23,7 +23,7 @@ from qkv.attention import Branches
 from qkv.config import Decoding
 from qkv.errors import InputError
 from qkv.models.gpt import GPT
-from qkv.sampling import Row, adjust
+from qkv.sampling import Row
 from qkv.slots import Decoder, Reading
 
 Finish = Literal["eos", "stop", "length", "context"]
@@ -158,6 +158,11 @@ class Stream(Search):
         return len(self.ids) - len(self.prompt)
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest tokens are all that it chooses from."""
+        return self.decoding.temperature == 0 and not self.penalised
+
+    @property
     def room(self) -> int:
         """How many tokens may be guessed ahead: each step makes one more."""
         return min(self.decoding.speculate, self.limit - self.made - 1)
@@ -176,10 +181,10 @@ class Stream(Search):
         """What the tokens in the guesses' places, and the one after them, are chosen by."""
         return [self.row(ahead, self.uniforms) for ahead in range(1 + len(self.guesses))]
 
-    def take(self, chosen: Sequence[int], logits: Tensor) -> list[Token]:
+    def take(self, chosen: Sequence[int], logits: Tensor | None) -> list[Token]:
         """Add what was chosen in the guesses' places, up to the first that was guessed wrong.
 
-        logits (M + 1, V): of what was chosen.
+        logits (M + 1, V): of what was chosen, if log-probabilities are asked for.
         """
         pairs = zip(self.guesses, chosen, strict=False)
         right = next((n for n, (guess, id) in enumerate(pairs) if guess != id), len(self.guesses))
@@ -191,7 +196,7 @@ class Stream(Search):
         finish: Finish | None = "eos" if ends else self.full if self.made == self.limit else None
         self.done = finish is not None
         tokens = [Token(self.number, self.answer, id, guessed=n < right) for n, id in enumerate(ids)]
-        if self.decoding.logprobs:
+        if logits is not None:
             tokens = with_logprobs(tokens, logits[: len(ids)], self.decoding.logprobs)
         if self.done:
             tokens[-1] = tokens[-1]._replace(finish=finish)
@@ -249,26 +254,41 @@ class Beams(Search):
         self.seen[:, :W] = seen[:, :width]
         self.seen[range(K), self.rows] = True
 
-    def take(self, logits: Tensor) -> list[Token]:
-        """Choose the next beams by logits (K, V) after the present ones; the answers once all are found."""
-        K, eos = self.decoding.num_beams, self.request.eos
-        scores = logits.log_softmax(-1)  # (K, V)
+    @property
+    def candidates(self) -> int:
+        """C: even if every beam's likeliest continuation ends it, K others remain."""
+        return self.decoding.num_beams * max(2, 1 + len(self.request.eos))
+
+    def settings(self) -> list[Row]:
+        """What makes the beams' scores other than log-probabilities."""
         banned = self.banned(self.made)
         histories = [self.prompt + beam.ids if self.penalised else [] for beam in self.beams]
-        rows = [Row(self.decoding, history, banned, 0.0) for history in histories]
-        so_far = torch.tensor([beam.score for beam in self.beams], device=logits.device)
-        scores = (adjust(scores, rows) + so_far[:, None]).flatten()  # (K V,)
-        # Even if every beam's likeliest continuation ends it, K others remain.
-        C = min(K * max(2, 1 + len(eos)), len(scores))
-        best = scores.topk(C)
-        places = [divmod(place, logits.shape[1]) for place in best.indices.tolist()]
+        return [Row(self.decoding, history, banned, 0.0) for history in histories]
+
+    def take(self, scores: Tensor, ids: Tensor, logits: Tensor | None) -> list[Token]:
+        """Choose the next beams by their best continuations; the answers once all are found.
+
+        scores, ids (K, at least C): of each beam, best first, banned ones perhaps among them. logits (K, V):
+        after the present beams, if log-probabilities are asked for.
+        """
+        K, eos, banned = self.decoding.num_beams, self.request.eos, self.banned(self.made)
+        pairs = zip(self.beams, scores.tolist(), ids.tolist(), strict=True)
+        every = [
+            (beam.score + score, k, id)
+            for k, (beam, row, names) in enumerate(pairs)
+            for score, id in zip(row, names, strict=True)
+            if id not in banned
+        ]
+        every = sorted(every, key=lambda one: -one[0])[: self.candidates]
+        best = [score for score, *_ in every]
+        places = [(k, id) for _, k, id in every]
         tokens = [Token(self.number, 0, id) for _, id in places]
-        if self.decoding.logprobs:
+        if logits is not None:
             tokens = with_logprobs(tokens, logits[[k for k, _ in places]], self.decoding.logprobs)
         self.made += 1
         new: list[_Beam] = []
         parents: list[int] = []
-        candidates = zip(best.values.tolist(), places, tokens, strict=True)
+        candidates = zip(best, places, tokens, strict=True)
         for rank, (score, (k, id), token) in enumerate(candidates):
             if score == -math.inf or len(new) == K:
                 break

@@ -30,9 +30,32 @@ class Reading(NamedTuple):
     source: tuple[int, ...] = ()
     """What a Transformer's text translates."""
     wanted: int = 1
-    """Logits after so many of the last ids are asked for."""
+    """What may follow so many of the last ids is asked for."""
     branches: Branches | None = None
     """The slot's text goes on in several ways at once."""
+
+
+class Ahead:
+    """What may follow the texts that were read: R rows, of which only what is asked for is computed."""
+
+    def __init__(self, model: Decoder, hidden: Tensor) -> None:
+        """hidden: (R, D)."""
+        self._model = model
+        self._hidden = hidden
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """Of these rows, (rows, V) in float32."""
+        return self._model.head(self._rows(rows)).float()
+
+    @torch.inference_mode()
+    def likeliest(self, rows: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+        """These rows' likeliest tokens, best first: log-probabilities and ids, (rows, count) each."""
+        return self._model.likeliest(self._rows(rows), min(count, self._model.config.vocab_size))
+
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        everything = list(rows) == list(range(len(self._hidden)))
+        return self._hidden if everything else self._hidden[list(rows)]
 
 
 class Slots:
@@ -55,7 +78,7 @@ class Slots:
         return self.sources[slot] == reading.source
 
     def shared(self, slot: int, reading: Reading) -> int:
-        """How many of a text's tokens are the slot's; its last ones are not, whose logits are asked for."""
+        """How many of a text's tokens are the slot's; its last ones are not, which are asked about."""
         if not self._same_source(slot, reading):
             return 0
         return _shared(self.texts[slot], reading.ids[: len(reading.ids) - reading.wanted])
@@ -68,10 +91,10 @@ class Slots:
         self.sources[slot] = self.sources[donor]
 
     @torch.inference_mode()
-    def read(self, readings: dict[int, Reading]) -> tuple[Tensor, dict[int, range]]:
+    def read(self, readings: dict[int, Reading]) -> tuple[Ahead, dict[int, range]]:
         """Continue the slots' texts, or begin others in them.
 
-        Returns the wanted logits (R, V) in float32, and which of its rows are those of each slot.
+        Returns what may follow the last ids that were wanted, and which of its rows are each slot's.
         """
         self._remember_sources(readings)
         new: list[Sequence[int]] = [()] * len(self.texts)
@@ -95,11 +118,11 @@ class Slots:
                 wanted += range(end - readings[slot].wanted, end)
         rows = torch.tensor(wanted, dtype=torch.long, device=self.cache.device)
         branches = {slot: r.branches for slot, r in readings.items() if r.branches is not None}
-        logits = self.model.next_logits(batch, self.cache, rows, branches).float()
+        hidden = self.model.next_hidden(batch, self.cache, rows, branches)
         for slot, reading in readings.items():
             if reading.branches is None:
                 self.texts[slot] = list(reading.ids)
-        return logits, places
+        return Ahead(self.model, hidden), places
 
     def _remember_sources(self, readings: dict[int, Reading]) -> None:
         """Encode the sources that are not those of their slots."""

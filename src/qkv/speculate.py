@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qkv.errors import InputError
-from qkv.sampling import choose, distribution, rows_of
+from qkv.sampling import choose, distribution
 from qkv.search import Stream
 from qkv.slots import Decoder, Reading, Slots
 
@@ -59,9 +59,8 @@ class Draft:
         going = list(streams)
         while going := [stream for stream in going if self._goes_on(stream)]:
             readings = {s.slot: Reading(s.ids + s.guesses, s.source) for s in going}
-            logits, places = self.slots.read(readings)
-            going.sort(key=lambda stream: stream.slot)
-            logits = rows_of(logits, [places[s.slot][0] for s in going])  # (R, V)
+            ahead, places = self.slots.read(readings)
+            logits = ahead.logits([places[s.slot][0] for s in going])  # (R, V)
             rows = [s.row(len(s.guesses), s.draft_uniforms) for s in going]
             for stream, row, id, scores in zip(going, rows, choose(logits, rows), logits, strict=True):
                 stream.guesses.append(id)

@@ -846,12 +846,11 @@ void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, floa
     });
 }
 
-// The `count` largest of each row of log_softmax(x W^T + bias), best first: scores and ids (T, count). The output
-// `banned` (-1: none) is neither among them nor in the sum. No row is ever written as a whole.
-void qkv_best(const Matrix *matrix, int precision, const float *x, int T, int count, int banned, float *scores, int32_t *ids, int threads) {
+// The `count` largest of each row of log_softmax(x W^T + bias), best first: scores and ids (T, count). No row is ever
+// written as a whole.
+void qkv_likeliest(const Matrix *matrix, int precision, const float *x, int T, int count, float *scores, int32_t *ids, int threads) {
     std::vector<Best> found((size_t)threads * T, Best(count));
     multiply_by_all(*matrix, precision, x, T, threads, [&](int rank, int row, int column, V value, __mmask16 mask) {
-        if (banned >= column && banned < column + 16) mask &= ~(1 << (banned - column));
         found[(size_t)rank * T + row].add(column, value, mask);
     });
     for (int row = 0; row < T; row++) {

@@ -188,10 +188,10 @@ class NativeOutput(nn.Module):
         logits: Tensor = self.linear(hidden)
         return logits if bias is None else logits.add_(bias)
 
-    def best(
-        self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int, banned: int | None
+    def likeliest(
+        self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
-        """As `layers.Output.best`, without the logits of all tokens ever being in memory."""
+        """As `layers.Output.likeliest`, without the logits of all tokens ever being in memory."""
         hidden = hidden.float().contiguous()
         scores = torch.empty(len(hidden), count)
         ids = torch.empty(len(hidden), count, dtype=torch.int32)
@@ -200,8 +200,10 @@ class NativeOutput(nn.Module):
             bias = bias.float().contiguous()
             matrix.bias = bias.data_ptr()
         source, *out = (c_void_p(x.data_ptr()) for x in (hidden, scores, ids))
-        sizes = len(hidden), count, -1 if banned is None else banned
-        library().qkv_best(byref(matrix), self.linear.order, source, *sizes, *out, torch.get_num_threads())
+        sizes = len(hidden), count
+        library().qkv_likeliest(
+            byref(matrix), self.linear.order, source, *sizes, *out, torch.get_num_threads()
+        )
         return scores, ids.long()
 
 

@@ -84,24 +84,28 @@ class GPT(nn.Module):
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""
         return self.output(hidden, self.tokens.weight)  # type: ignore[no-any-return]
 
+    def likeliest(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
+        return self.output.likeliest(hidden, self.tokens.weight, None, count)
+
     def start(self, slots: int) -> Cache:
         """An empty cache for that many texts."""
         return Cache(slots, self.config.depth, self.config.context, self.tokens.weight.device)
 
-    def next_logits(
+    def next_hidden(
         self,
         batch: Ragged,
         cache: Cache,
         rows: Tensor | None = None,
         branches: Mapping[int, Branches] | None = None,
     ) -> Tensor:
-        """Logits of what follows once sequence i of `batch` is appended to slot i, which may be nothing.
+        """What `head` tells what follows by, once sequence i of `batch` is appended to slot i (or nothing).
 
-        rows: after which of the batch's tokens, (R,) -> logits (R, V); None: after each sequence's last,
-        (N, V). branches: the slots whose new tokens end texts of their own.
+        rows: after which of the batch's tokens, (R,) -> hidden (R, D); None: after each sequence's last,
+        (N, D). branches: the slots whose new tokens end texts of their own.
         """
         hidden = self.features(batch, cache, branches)
-        return self.head(hidden.last() if rows is None else hidden.values[rows])
+        return hidden.last() if rows is None else hidden.values[rows]
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention, first layer first."""

@@ -130,6 +130,10 @@ class Transformer(nn.Module):
         bias = self.logits_bias.to(hidden.dtype)
         return self.output(hidden, self.tokens.weight, bias)  # type: ignore[no-any-return]
 
+    def likeliest(self, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
+        return self.output.likeliest(hidden, self.tokens.weight, self.logits_bias, count)
+
     def start(self, slots: int) -> Cache:
         """An empty cache for that many texts and their sources."""
         sizes, device = (slots, self.config.depth, self.config.context), self.tokens.weight.device
@@ -146,23 +150,23 @@ class Transformer(nn.Module):
         for layer, (key, value) in zip(cache.memory.layers, self.read(memory), strict=True):
             layer.append(key, value)
 
-    def next_logits(
+    def next_hidden(
         self,
         batch: Ragged,
         cache: Cache,
         rows: Tensor | None = None,
         branches: Mapping[int, Branches] | None = None,
     ) -> Tensor:
-        """Logits of what follows once sequence i of `batch` is appended to slot i, which may be nothing.
+        """What `head` tells what follows by, once sequence i of `batch` is appended to slot i (or nothing).
 
-        rows: after which of the batch's tokens, (R,) -> logits (R, V); None: after each sequence's last,
-        (N, V). branches: the slots whose new tokens end texts of their own.
+        rows: after which of the batch's tokens, (R,) -> hidden (R, D); None: after each sequence's last,
+        (N, D). branches: the slots whose new tokens end texts of their own.
         """
         assert cache.memory is not None
         memory = [layer.read() for layer in cache.memory.layers]
         pattern = Pattern(batch.layout, cache.memory.layout)
         hidden = self.decode(batch, memory, pattern, cache, branches)
-        return self.head(hidden.last() if rows is None else hidden.values[rows])
+        return hidden.last() if rows is None else hidden.values[rows]
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention of encoder, decoder and cross-attention, first layer first."""
