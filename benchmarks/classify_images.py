@@ -36,19 +36,19 @@ def job(folder: Path, _: str, size: str, images: int) -> Job:
         "OpenVINO bf16": partial(openvino, model, pixels, "bf16"),
     }
     variants |= {f"qkv {p}": partial(qkv, model, pixels, p) for p in ("fp32", "bf16", "int8")}
-    limit = interleaved.products(images * TOKENS * DEPTH * 12 * SIZES[size][0] ** 2)
+    limit = partial(interleaved.products, images * TOKENS * DEPTH * 12 * SIZES[size][0] ** 2)
     title = f"ViT-{size.title()}/16, {images} image{'s' if images > 1 else ''}"
     return Job(title, "images", images, variants, interleaved.cosines, limit)
 
 
 def _prepared(folder: Path, size: str) -> Path:
     """The checkpoint in all formats; made once."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from transformers import ViTConfig, ViTModel
-
     where = folder / f"vit-{size}"
     if (where / "int8.onnx").exists():
         return where
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from transformers import ViTConfig, ViTModel
+
     torch.manual_seed(0)
     dim, heads = SIZES[size]
     config = ViTConfig(hidden_size=dim, num_attention_heads=heads, intermediate_size=4 * dim)

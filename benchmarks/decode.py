@@ -39,19 +39,19 @@ def job(folder: Path, _: str, streams: int) -> Job:
     }
     variants |= {f"qkv {p}": partial(qkv, model, prompts, p) for p in ("fp32", "bf16", "int8")}
     weights = 12 * 12 * 768**2 + 50257 * 768
-    limit = {precision: NEW * seconds for precision, seconds in interleaved.reading(weights).items()}
+    limit = partial(interleaved.reading, NEW * weights)
     title = f"GPT-2 124 M, {streams} stream{'s' if streams > 1 else ''}"
     return Job(title, "tokens", streams * NEW, variants, interleaved.same_tokens, limit)
 
 
 def _prepared(folder: Path) -> Path:
     """The checkpoint in both formats; made once."""
-    from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
     where = folder / "gpt2"
     if (where / "ctranslate2").exists():
         return where
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(GPT) if GPT else GPT2LMHeadModel(GPT2Config())
     model.save_pretrained(where)

@@ -45,7 +45,7 @@ def job(folder: Path, texts: str, name: str) -> Job:
     variants |= {f"qkv {p}": partial(qkv, model, ids, p) for p in ("fp32", "bf16", "int8")}
     tokens = sum(map(len, ids))
     D, depth = (384, 6) if name == "minilm" else (768, 12)
-    limit = interleaved.products(tokens * depth * 12 * D * D)
+    limit = partial(interleaved.products, tokens * depth * 12 * D * D)
     title = f"{name}: {SENTENCES} sentences, {tokens} tokens"
     return Job(title, "sentences", SENTENCES, variants, interleaved.cosines, limit)
 
@@ -93,11 +93,11 @@ def _answer(ids: list[list[int]], encode: Callable[[Tensor, Tensor], Tensor]) ->
 
 def _prepared(folder: Path, name: str) -> Path:
     """The checkpoint in the formats of all peers; made once."""
-    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
-
     where = folder / name
     if (where / "int8.onnx").exists():
         return where
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
     torch.manual_seed(0)
     model = AutoModel.from_pretrained(MINILM) if name == "minilm" else BertModel(BertConfig())
     model.eval().save_pretrained(where)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qkv.fast.native import NativeLinear
 from qkv.roofline import peak
 
 SECONDS = 4.0
@@ -42,7 +43,7 @@ class Job:
     """What loads a model, by name; the first is the reference of all answers."""
     agreement: Callable[[Answer, Answer], str]
     """How near an answer (second) is to the reference's."""
-    limit: Mapping[str, float]
+    limit: Callable[[], Mapping[str, float]]
     """Seconds that an answer takes at least here, by the precision that a variant's name ends in."""
 
 
@@ -58,22 +59,35 @@ def same_tokens(reference: Answer, answer: Answer) -> str:
     return f"{np.mean(np.logical_and.accumulate(reference == answer, axis=1)):.1%}"
 
 
-def products(weights: float) -> dict[str, float]:
-    """Seconds that so many multiplications take at least, by precision; int8 counts as twice bf16."""
-    rates = {precision: peak(torch.device("cpu"), precision) for precision in ("fp32", "bf16")}
-    rates["int8"] = 2 * rates["bf16"]
-    return {precision: 2 * weights / rate for precision, rate in rates.items()}
+def products(multiplications: float) -> dict[str, float]:
+    """Seconds that so many multiplications take at least, by precision.
+
+    At the best rate that torch or qkv's own products reach here on large matrices.
+    """
+    seconds: dict[str, float] = {}
+    for precision in ("fp32", "bf16", "int8"):
+        linear = NativeLinear(torch.randn(2048, 1024), None, precision)  # type: ignore[arg-type]
+        x = torch.randn(1024, 1024)
+        rate = 2 * x.numel() * 2048 / _shortest(lambda layer=linear, x=x: layer(x))
+        if precision != "int8":
+            rate = max(rate, peak(torch.device("cpu"), precision))
+        seconds[precision] = 2 * multiplications / rate
+    return seconds
+
+
+def _shortest(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def reading(weights: float) -> dict[str, float]:
     """Seconds that reading so many weights from memory takes at least, by precision."""
     block = torch.ones(1 << 28)  # larger than any cache
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        block.sum()
-        times.append(time.perf_counter() - began)
-    rate = block.numel() * block.element_size() / min(times)
+    rate = block.numel() * block.element_size() / _shortest(block.sum)
     sizes = {"fp32": 4, "bf16": 2, "int8": 1}
     return {precision: size * weights / rate for precision, size in sizes.items()}
 
@@ -139,6 +153,7 @@ def _report(
     job: Job, found: dict[str, list[dict[str, float]]], answers: dict[str, Answer], reference: Answer
 ) -> None:
     seconds = {name: statistics.median(run["seconds"] for run in runs) for name, runs in found.items()}
+    limits = job.limit()
     fastest = min((s for name, s in seconds.items() if not name.startswith("qkv")), default=float("nan"))
     print(f"\n## {job.title}\n")
     print(f"| variant | {job.unit}/s | spread | x best peer | of limit | agreement | GiB | first s |")
@@ -146,7 +161,7 @@ def _report(
     for name, value in seconds.items():
         runs = found[name]
         spread = (max(r["seconds"] for r in runs) - min(r["seconds"] for r in runs)) / value
-        limit = next((s for precision, s in job.limit.items() if name.endswith(precision)), None)
+        limit = next((s for precision, s in limits.items() if name.endswith(precision)), None)
         share = "" if limit is None else f"{limit / value:.0%}"
         memory, first = (statistics.median(run[key] for run in runs) for key in ("memory", "first"))
         print(

@@ -39,7 +39,9 @@ def job(folder: Path, _: str, beams: int) -> Job:
     work = sum(map(len, sources)) * (encoder + DEPTH * 2 * D * D) + SENTENCES * beams * NEW * decoder
     how = "greedy" if beams == 1 else f"{beams} beams"
     title = f"Marian base, {SENTENCES} sentences, {how}"
-    return Job(title, "sentences", SENTENCES, variants, interleaved.same_tokens, interleaved.products(work))
+    return Job(
+        title, "sentences", SENTENCES, variants, interleaved.same_tokens, partial(interleaved.products, work)
+    )
 
 
 def _sources() -> list[list[int]]:
@@ -50,12 +52,12 @@ def _sources() -> list[list[int]]:
 
 def _prepared(folder: Path) -> Path:
     """The checkpoint in both formats; made once."""
-    from ctranslate2.converters.transformers import MarianMTLoader
-    from transformers import MarianConfig, MarianMTModel
-
     where = folder / "marian"
     if (where / "ctranslate2").exists():
         return where
+    from ctranslate2.converters.transformers import MarianMTLoader
+    from transformers import MarianConfig, MarianMTModel
+
     torch.manual_seed(0)
     config = MarianConfig(
         vocab_size=VOCAB, decoder_vocab_size=VOCAB, d_model=D, encoder_layers=DEPTH, decoder_layers=DEPTH,
@@ -73,9 +75,12 @@ def _prepared(folder: Path) -> Path:
     model.config.bos_token_id = None
     spec = MarianMTLoader().get_model_spec(model)
     names = ["</s>", *(f"t{i}" for i in range(1, VOCAB - 1)), "<pad>"]
-    spec.register_source_vocabulary(names)
-    spec.register_target_vocabulary(names)
-    spec.config.bos_token = spec.config.decoder_start_token = "<pad>"
+    # The converter leaves out the row of the padding where it can.
+    rows = spec.encoder.embeddings[0].weight.shape[0], spec.decoder.projection.weight.shape[0]
+    spec.register_source_vocabulary(names[: rows[0]])
+    spec.register_target_vocabulary(names[: rows[1]])
+    start = "<pad>" if rows[1] == VOCAB else "</s>"
+    spec.config.bos_token = spec.config.decoder_start_token = start
     spec.config.eos_token, spec.config.unk_token = "</s>", "t1"
     spec.validate()
     spec.optimize()
