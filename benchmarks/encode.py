@@ -100,6 +100,7 @@ def _prepared(folder: Path, name: str) -> Path:
 
     torch.manual_seed(0)
     model = AutoModel.from_pretrained(MINILM) if name == "minilm" else BertModel(BertConfig())
+    model.config.position_embedding_type = "absolute"  # CTranslate2 asks for it
     model.eval().save_pretrained(where)
     AutoTokenizer.from_pretrained(MINILM).save_pretrained(where)
     _onnx(model, where)

@@ -20,7 +20,7 @@ from qkv.files import measured
 from qkv.layers import FeedForward, Output, Stack
 from qkv.models import Model
 from qkv.ragged import Layout
-from qkv.runtime import device_name, multiplies_bfloat16
+from qkv.runtime import device_name, keep_freed_memory, multiplies_bfloat16
 
 Engine = Literal["native", "torch"]
 
@@ -53,6 +53,7 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
         model.to(torch.bfloat16 if half else torch.float32)
         return Road("torch", "bf16" if half else "fp32")
+    keep_freed_memory()  # every batch takes and frees the same large blocks
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
     for parent in list(model.modules()):
