@@ -90,47 +90,42 @@ namespace {
 
 // ---------------------------------------------------------------- functions of 16 numbers
 
-using V = __m512;
+using V = __m512;  // operators work on all of them
 
 V set(float x) { return _mm512_set1_ps(x); }
+V load(const float *x) { return _mm512_loadu_ps(x); }
+void store(float *to, V x) { _mm512_storeu_ps(to, x); }
+
+__mmask16 first(int count) {  // of 16: all, or as many as there are
+    return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0;
+}
 
 V exp16(V x) {  // Cephes' expf: 2^n times a polynomial of the rest
     x = _mm512_max_ps(x, set(-87.3f));
-    V n = _mm512_roundscale_ps(_mm512_mul_ps(x, set(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    V r = _mm512_fnmadd_ps(n, set(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, set(-2.12194440e-4f), r);
+    V n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
     V p = set(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        p = _mm512_fmadd_ps(p, r, set(c));
-    p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, set(1)));
-    return _mm512_scalef_ps(p, n);
-}
-
-V sigmoid_times(V x, V u) {  // x / (1 + exp(-u))
-    return _mm512_div_ps(x, _mm512_add_ps(set(1), exp16(_mm512_sub_ps(set(0), u))));
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+    return _mm512_scalef_ps(p * r * r + r + 1.0f, n);
 }
 
 V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
-    V z = _mm512_mul_ps(_mm512_abs_ps(x), set(0.70710678f));
-    V t = _mm512_div_ps(set(1), _mm512_fmadd_ps(z, set(0.3275911f), set(1)));
+    V z = _mm512_abs_ps(x) * 0.70710678f;
+    V t = 1.0f / (z * 0.3275911f + 1.0f);
     V p = set(1.061405429f);
-    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = _mm512_fmadd_ps(p, t, set(c));
-    V rest = _mm512_mul_ps(_mm512_mul_ps(p, t), exp16(_mm512_mul_ps(z, _mm512_sub_ps(set(0), z))));  // 1 - erf(z)
-    V half = _mm512_mul_ps(x, set(0.5f));
-    V right = _mm512_fnmadd_ps(half, rest, x), left = _mm512_mul_ps(half, rest);
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set(0), _CMP_LT_OQ), right, left);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;
+    V rest = p * t * exp16(-z * z);  // 1 - erf(z)
+    V half = x * 0.5f;
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, set(0), _CMP_LT_OQ), x - half * rest, half * rest);
 }
 
 V activate(V x, int activation) {
     switch (activation) {
         case RELU: return _mm512_max_ps(x, set(0));
-        case RELU2: x = _mm512_max_ps(x, set(0)); return _mm512_mul_ps(x, x);
+        case RELU2: x = _mm512_max_ps(x, set(0)); return x * x;
         case GELU: return gelu(x);
-        case SILU: return sigmoid_times(x, x);
-        default: {  // GELU_TANH: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
-            V cubic = _mm512_fmadd_ps(_mm512_mul_ps(x, x), set(0.044715f), set(1));
-            return sigmoid_times(x, _mm512_mul_ps(_mm512_mul_ps(x, cubic), set(2 * 0.79788456f)));
-        }
+        case SILU: return x / (1.0f + exp16(-x));
+        default: return x / (1.0f + exp16(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));  // GELU_TANH
     }
 }
 
@@ -140,35 +135,26 @@ __m512i to_bf16(V x) {  // in the lower halves of 32 bits
 
 void normalise(const Norm &norm, const float *x, float *out, int width) {
     V sum = set(0), squares = set(0);
-    for (int i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-    V mean = set(_mm512_reduce_add_ps(sum) / width);
-    for (int i = 0; i < width; i += 16) {
-        V d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
-    }
-    V rate = set(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps));
-    for (int i = 0; i < width; i += 16) {
-        V d = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), rate);
-        _mm512_storeu_ps(out + i, _mm512_fmadd_ps(d, _mm512_loadu_ps(norm.weight + i), _mm512_loadu_ps(norm.bias + i)));
-    }
-}
-
-__mmask16 first(int count) {  // of 16: all, or as many as there are
-    return count >= 16 ? 0xFFFF : count > 0 ? (1 << count) - 1 : 0;
+    for (int i = 0; i < width; i += 16) sum += load(x + i);
+    float mean = _mm512_reduce_add_ps(sum) / width;
+    for (int i = 0; i < width; i += 16) squares += (load(x + i) - mean) * (load(x + i) - mean);
+    float rate = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + norm.eps);
+    for (int i = 0; i < width; i += 16)
+        store(out + i, (load(x + i) - mean) * rate * load(norm.weight + i) + load(norm.bias + i));
 }
 
 void softmax(float *x, int count) {
     V most = set(-INFINITY), total = set(0);
     for (int j = 0; j < count; j += 16) most = _mm512_mask_max_ps(most, first(count - j), most, _mm512_maskz_loadu_ps(first(count - j), x + j));
-    most = set(_mm512_reduce_max_ps(most));
+    float highest = _mm512_reduce_max_ps(most);
     for (int j = 0; j < count; j += 16) {
-        V p = _mm512_maskz_mov_ps(first(count - j), exp16(_mm512_sub_ps(_mm512_maskz_loadu_ps(first(count - j), x + j), most)));
+        V p = _mm512_maskz_mov_ps(first(count - j), exp16(_mm512_maskz_loadu_ps(first(count - j), x + j) - highest));
         _mm512_mask_storeu_ps(x + j, first(count - j), p);
-        total = _mm512_add_ps(total, p);
+        total += p;
     }
-    V share = set(count ? 1 / _mm512_reduce_add_ps(total) : 0);
+    float share = count ? 1 / _mm512_reduce_add_ps(total) : 0;
     for (int j = 0; j < count; j += 16)
-        _mm512_mask_storeu_ps(x + j, first(count - j), _mm512_mul_ps(_mm512_maskz_loadu_ps(first(count - j), x + j), share));
+        _mm512_mask_storeu_ps(x + j, first(count - j), _mm512_maskz_loadu_ps(first(count - j), x + j) * share);
 }
 
 // ---------------------------------------------------------------- the matrix product
@@ -187,12 +173,12 @@ void quantise(const float *x, int width, const Rows &rows, int row) {
         const float *in = x + g * GROUP;
         int size = std::min(GROUP, width - g * GROUP);
         V most = set(0);
-        for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(in + i)));
+        for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(load(in + i)));
         float scale = _mm512_reduce_max_ps(most) / 127;
-        V rate = set(scale > 0 ? 1 / scale : 0);
+        float rate = scale > 0 ? 1 / scale : 0;
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < size; i += 16) {
-            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(in + i), rate));
+            __m512i q = _mm512_cvtps_epi32(load(in + i) * rate);
             sum = _mm512_add_epi32(sum, q);
             _mm_storeu_si128((__m128i *)(rows.row(row) + g * GROUP + i), _mm512_cvtsepi32_epi8(q));
         }
@@ -209,7 +195,7 @@ void convert(const float *x, int width, const Rows &rows, int row) {
         std::memcpy(rows.row(row), x, width * sizeof(float));
     } else {
         auto *out = (__m256i *)rows.row(row);
-        for (int i = 0; i < width; i += 16) _mm256_storeu_si256(out + i / 16, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+        for (int i = 0; i < width; i += 16) _mm256_storeu_si256(out + i / 16, (__m256i)_mm512_cvtneps_pbh(load(x + i)));
     }
 }
 
@@ -256,11 +242,10 @@ template <int P, int M, int N>
             float *to = out + m * WIDTH + n * 16;
             V total = (V)sum[i];
             if constexpr (P == INT8) {
-                V both = _mm512_mul_ps(set(rows.scale[(row + m) * rows.groups + g]), _mm512_loadu_ps(scale + g * WIDTH + n * 16));
-                total = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[i]), both);
-                if (g) total = _mm512_add_ps(total, _mm512_loadu_ps(to));
+                total = _mm512_cvtepi32_ps(sum[i]) * rows.scale[(row + m) * rows.groups + g] * load(scale + g * WIDTH + n * 16);
+                if (g) total += load(to);
             }
-            _mm512_storeu_ps(to, total);
+            store(to, total);
         });
     }
 }
@@ -314,9 +299,9 @@ struct Team {  // the threads that compute on the same tokens
     }
 };
 
-// Columns of x W^T + bias, a part of them for each thread: store(row, column, 16 values, mask of those there are).
-template <int P, class Store>
-void multiply(const Matrix &w, const Rows &rows, int count, Team team, Store store) {
+// Columns of x W^T + bias, a part of them for each thread: take(row, column, 16 values, mask of those there are).
+template <int P, class Take>
+void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
     int panels = panels_of(w.out), groups = groups_of(P, w.in);
     int64_t size = (int64_t)w.in * WIDTH * bytes_of(P);
     alignas(64) float out[HEIGHT * WIDTH];
@@ -327,10 +312,9 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Store sto
             product<P>(rows, row, height, w.weight + p * size, w.scale + (int64_t)p * groups * WIDTH, w.in, vectors, out);
             for (int n = 0; n < vectors; n++) {
                 int column = p * WIDTH + n * 16, left = w.out - column;
-                __mmask16 mask = left >= 16 ? 0xFFFF : (1 << left) - 1;
-                V bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + column) : set(0);
+                V bias = w.bias ? _mm512_maskz_loadu_ps(first(left), w.bias + column) : set(0);
                 for (int m = 0; m < height; m++)
-                    store(row + m, column, _mm512_add_ps(_mm512_load_ps(out + m * WIDTH + n * 16), bias), mask);
+                    take(row + m, column, load(out + m * WIDTH + n * 16) + bias, first(left));
             }
         }
     }
@@ -377,7 +361,7 @@ struct Keys {  // of one sequence and some heads: rows `stride` numbers apart, b
 template <bool HALF>
 V number(const char *row, int e) {
     if constexpr (HALF) return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(row + e * 2))), 16);
-    return _mm512_loadu_ps((const float *)row + e);
+    return load((const float *)row + e);
 }
 
 // One query after another over keys as they lie, for the few of a decoding step: of each key all heads, as memory gives
@@ -396,17 +380,16 @@ void attend_rows(const float *query, int rows, int query_stride, Keys keys, int 
         for (int j = 0; j < seen; j++)
             for (int h = 0; h < heads; h++) {
                 V sum = set(0);
-                for (int e = h * E; e < (h + 1) * E; e += 16)
-                    sum = _mm512_fmadd_ps(_mm512_loadu_ps(q + e), number<HALF>(keys.key + index[j] * stride, e), sum);
+                for (int e = h * E; e < (h + 1) * E; e += 16) sum += load(q + e) * number<HALF>(keys.key + index[j] * stride, e);
                 scores[h * width + j] = _mm512_reduce_add_ps(sum) * rate;
             }
         for (int h = 0; h < heads; h++) softmax(scores + h * width, seen);
         std::fill(to, to + heads * E, 0.0f);
         for (int j = 0; j < seen; j++)
             for (int h = 0; h < heads; h++) {
-                V share = set(scores[h * width + j]);
+                float share = scores[h * width + j];
                 for (int e = h * E; e < (h + 1) * E; e += 16)
-                    _mm512_storeu_ps(to + e, _mm512_fmadd_ps(share, number<HALF>(keys.value + index[j] * stride, e), _mm512_loadu_ps(to + e)));
+                    store(to + e, load(to + e) + number<HALF>(keys.value + index[j] * stride, e) * share);
             }
     }
 }
@@ -440,7 +423,7 @@ struct Attention {
             int last = causal ? from.count - rows + i + height : from.count;  // keys that the last of them sees
             for (int m = 0; m < height; m++) {
                 const float *one = q + (int64_t)(i + m) * query_stride;
-                for (int e = 0; e < E; e += 16) _mm512_store_ps(scaled + e, _mm512_mul_ps(_mm512_loadu_ps(one + e), set(rate)));
+                for (int e = 0; e < E; e += 16) store(scaled + e, load(one + e) * rate);
                 convert<P>(scaled, E, query, m);
             }
             for (int p = 0; p * WIDTH < last; p++) {
@@ -474,7 +457,7 @@ private:
         alignas(64) int32_t packed[256];
         for (int j = 0; j < from.count; j++) {
             const char *row = from.key + (int64_t)j * from.stride * from.size();
-            for (int e = 0; e < E; e += 16) _mm512_store_ps(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
+            for (int e = 0; e < E; e += 16) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
             convert<P>(key, E, {(char *)packed, nullptr, nullptr, 0, 1}, 0);
             int32_t *column = (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH;
             for (int s = 0; s < steps; s++) column[s * WIDTH] = packed[s];
@@ -547,7 +530,7 @@ public:
             bool shown = l + 1 == batch.last;
             prepare<P>(team, layer.attention, norm);
             multiply<P>(layer.qkv, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
-                _mm512_storeu_ps(wide + (int64_t)row * 3 * D + column, value);
+                store(wide + (int64_t)row * 3 * D + column, value);
             });
             team.wait();
             attend<P>(team, l);
@@ -558,7 +541,7 @@ public:
             if (layer.cross_query.weight) {
                 prepare<P>(team, layer.cross, norm);
                 multiply<P>(layer.cross_query, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
-                    _mm512_storeu_ps(wide + (int64_t)row * D + column, value);
+                    store(wide + (int64_t)row * D + column, value);
                 });
                 team.wait();
                 read_memory<P>(team, l);
@@ -570,7 +553,7 @@ public:
             prepare<P>(team, layer.mlp, norm);
             int F = stack.mlp_dim, activation = stack.activation;
             multiply<P>(layer.up, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
-                _mm512_storeu_ps(wide + (int64_t)row * F + column, activate(value, activation));
+                store(wide + (int64_t)row * F + column, activate(value, activation));
             });
             team.wait();
             join<P>(team, layer.down, wide, F);
@@ -619,7 +602,7 @@ private:
         team.wait();
         multiply<P>(matrix, to, rows, team, [&](int row, int column, V value, __mmask16) {
             float *sum = x + (int64_t)row * stack.dim + column;
-            _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), value));
+            store(sum, load(sum) + value);
         });
         team.wait();
     }
@@ -685,8 +668,8 @@ private:
     }
 
     void keep(char *row, int e, const float *x) {  // 16 numbers in the cache
-        if (batch.half) _mm256_storeu_si256((__m256i *)(row + e * 2), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + e)));
-        else _mm512_storeu_ps((float *)row + e, _mm512_loadu_ps(x + e));
+        if (batch.half) _mm256_storeu_si256((__m256i *)(row + e * 2), (__m256i)_mm512_cvtneps_pbh(load(x + e)));
+        else store((float *)row + e, load(x + e));
     }
 
     // Norms of one head's query and key, and their rotation.
@@ -725,9 +708,9 @@ void run(Computation &computation, int precision, Team team) {
 
 // ---------------------------------------------------------------- a linear map alone
 
-// x (T, in) times W by all threads: store(thread, row, column, 16 values, mask of those there are).
-template <class Store>
-void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Store store) {
+// x (T, in) times W by all threads: take(thread, row, column, 16 values, mask of those there are).
+template <class Take>
+void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
     int groups = groups_of(precision, w.in), stride = w.in * bytes_of(precision);
     Rows rows{nullptr, nullptr, nullptr, stride, groups};
     Arena &arena = head_arena;
@@ -743,7 +726,7 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
             convert<P>(x + (int64_t)t * w.in, w.in, rows, t);
         team.wait();
         multiply<P>(w, rows, T, team, [&](int row, int column, V value, __mmask16 mask) {
-            store(team.rank, row, column, value, mask);
+            take(team.rank, row, column, value, mask);
         });
     };
 #pragma omp parallel num_threads(threads)
@@ -766,10 +749,10 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
     void add(int column, V values, __mmask16 mask) {
         if (!mask) return;
         raise(_mm512_mask_reduce_max_ps(mask, values));
-        sum = _mm512_mask_add_ps(sum, mask, sum, exp16(_mm512_sub_ps(values, set(most))));
+        sum = _mm512_mask_add_ps(sum, mask, sum, exp16(values - most));
         alignas(64) float each[16];
         for (auto left = _mm512_mask_cmp_ps_mask(mask, values, set(scores.back()), _CMP_GT_OQ); left; left &= left - 1) {
-            _mm512_store_ps(each, values);
+            store(each, values);
             int lane = __builtin_ctz(left);
             insert(each[lane], column + lane);
         }
@@ -777,7 +760,7 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
 
     void add(const Best &other) {
         raise(other.most);
-        if (other.most > -INFINITY) sum = _mm512_fmadd_ps(other.sum, set(std::exp(other.most - most)), sum);
+        if (other.most > -INFINITY) sum += other.sum * std::exp(other.most - most);
         for (size_t i = 0; i < scores.size(); i++) insert(other.scores[i], other.ids[i]);
     }
 
@@ -786,7 +769,7 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
 private:
     void raise(float to) {
         if (to <= most) return;
-        if (most > -INFINITY) sum = _mm512_mul_ps(sum, set(std::exp(most - to)));
+        if (most > -INFINITY) sum *= std::exp(most - to);
         most = to;
     }
 
