@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from qkv.cli import main
 from qkv.config import FAMILIES, read_toml
+from qkv.errors import InputError
+from qkv.pipelines import from_pretrained
 from qkv.recipes import default_recipe
 
 TINY = {
@@ -122,6 +124,38 @@ def test_help_explains_every_setting(family):
             values = rf"(?:{one}|\[{one} \[{one} \.\.\.\]\]|, --\S+)"
             said = re.search(rf" {re.escape(flag)} ?{values} (.*?) ?\(default: ", text)
             assert said and " " in said[1], flag
+
+
+@pytest.mark.filterwarnings("ignore:.*PyTorch's operators alone")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "auto"])
+def test_precisions(runs, precision, tmp_path):
+    fast = ("--precision", precision)
+    photo = next(Path(read_toml(runs["vit"] / "config.toml").data.path).rglob("*.png"))
+    for command in (
+        ("embed", runs["bert"], "a fine film"),
+        ("classify", runs["bert"], "a fine film"),
+        ("classify", runs["vit"], photo),
+        ("translate", runs["transformer"], "2 dogs"),
+        ("fill", runs["masked"], "a [MASK] film"),
+        ("generate", runs["gpt"], "3 bottles", "--max-new-tokens", 4),
+    ):
+        said = succeed(*command, *fast)
+        assert said.strip() and said.count("\n") == succeed(*command).count("\n")
+    exact, rounded = (json.loads(succeed("eval", runs["bert"], *more)) for more in ((), fast))
+    assert rounded["loss"] == pytest.approx(exact["loss"], abs=0.05)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a fine film\na dull one\n")
+    (tmp_path / "v.npy.part").write_bytes(b"x" * 200)  # of other work, which this one must not go on with
+    succeed("embed", runs["bert"], "--data", texts, "-o", tmp_path / "v.npy", *fast)
+    exact = [json.loads(succeed("embed", runs["bert"], line)) for line in texts.read_text().splitlines()]
+    np.testing.assert_allclose(np.load(tmp_path / "v.npy"), exact, atol=0.05)
+
+
+def test_an_optimized_model_is_not_saved(runs, tmp_path):
+    pipeline = from_pretrained(runs["gpt"])
+    assert pipeline.optimize("fp32") is pipeline
+    with pytest.raises(InputError, match="no weights to save: load it anew"):
+        pipeline.save_pretrained(tmp_path / "out")
 
 
 def test_generate(runs):

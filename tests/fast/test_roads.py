@@ -276,3 +276,20 @@ def test_the_likeliest_tokens_are_those_of_all_logits(precision, rows, vocabular
     assert torch.equal(found, expected.indices)
     theirs, same = Output().likeliest(hidden, embeddings, bias, count)
     assert theirs.shape == scores.shape and (precision != "fp32" or torch.equal(same, found))
+
+
+@native_code
+@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-pre-norm", "bert-masked-lm"])
+def test_threads_share_the_work(name: str):
+    """Few tokens are computed by all threads together, many sequences each by one."""
+    for lengths in ([(5, 3)], [(40 + i, 70 - i) for i in range(12)]):
+        model, said = native(name, "int8"), []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            try:
+                with torch.inference_mode():
+                    said.append(flat(answers(model, samples(model, lengths))))
+            finally:
+                torch.set_num_threads(1)
+        for one, three in zip(*said, strict=True):
+            torch.testing.assert_close(three, one, atol=1e-5, rtol=1e-4)
