@@ -18,7 +18,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = weight.detach().bfloat16()
         self.bias = None if bias is None else bias.detach().bfloat16()
-        if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        if available and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
