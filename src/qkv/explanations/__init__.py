@@ -1,0 +1,1 @@
+"""Why a model answered as it did, and whether the explanation holds up."""

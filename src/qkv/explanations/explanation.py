@@ -1,0 +1,153 @@
+"""What an explanation holds: plain values, to be shown, saved and compared without the model.
+
+Legend: U units of a sequence (tokens, or the class token and patches of an image), L layers, H heads,
+Uq and Uk units of queries and of keys, K points of a curve, O random orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Method = Literal[
+    "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
+]
+
+
+class Guess(NamedTuple):
+    """One possible answer and how probable the model finds it."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What a model reads or writes, cut into units."""
+
+    name: Literal["text", "source", "target", "image"]
+    units: tuple[str, ...]
+    """Each token as people write it, a leading space kept; of an image, the class token and "row,column"."""
+    special: tuple[bool, ...]
+    """Whether each is a marker of the model, such as [CLS], that the input does not hold."""
+    segments: tuple[int, ...] = ()
+    """Of two texts read as one: 0 or 1 for each unit."""
+    words: tuple[int, ...] = ()
+    """The word that each unit is part of, counted from 0, as white space parts them; -1 of none."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention probabilities of one stack."""
+
+    stack: Literal["encoder", "decoder", "cross"]
+    queries: str
+    """Name of the sequence that looks."""
+    keys: str
+    """Name of the sequence that is looked at."""
+    weights: NDArray[np.float16]
+    """(L, H, Uq, Uk); each row sums to 1."""
+    layers: tuple[int, ...]
+    """Which of the stack's layers these are."""
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Whether a ranking of units says anything about the model: what happens when they go and come.
+
+    Deletion and insertion (Petsiuk et al. 2018, "RISE", 3.3; Samek et al. 2017): units are replaced by a
+    baseline, or put back into an input of nothing else, most relevant first, and the probability of the
+    answer is followed. Random orders say what any ranking would get.
+    """
+
+    shares: Floats
+    """Share of the units deleted or inserted so far, from 0 to 1, (K,)."""
+    deletion: Floats
+    """The answer's probability behind each, (K,); lower is better."""
+    insertion: Floats
+    """The same for insertion, (K,); higher is better."""
+    random_deletion: Floats
+    """Of random orders, (O, K)."""
+    random_insertion: Floats
+    """(O, K)."""
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """How much each unit has to do with one choice, as a method sees it."""
+
+    method: Method
+    values: Mapping[str, Floats]
+    """By the name of the sequence, (U,) each; below 0: against the choice. What it cannot see has 0."""
+    matrix: Mapping[str, Floats] = field(default_factory=dict)
+    """Of methods that find it: how much each unit took from each other one, (Uq, Uk), by the stack."""
+    faithfulness: Faithfulness | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One thing that the model chose: a class, a tag, a word that was hidden, the next token."""
+
+    answer: str
+    probability: float
+    alternatives: tuple[Guess, ...]
+    """The likeliest answers, best first, with the chosen one wherever it stands."""
+    sequence: str
+    """Name of the sequence in which it was made."""
+    unit: int
+    """At which unit: the class token, the mask, the tagged word, the token before the next one."""
+    relevances: tuple[Relevance, ...]
+    lens: tuple[tuple[Guess, ...], ...] = ()
+    """What each layer would have answered (nostalgebraist 2020, "logit lens"), first layer first."""
+    head_importance: Mapping[str, Floats] = field(default_factory=dict)
+    """By stack: by how much the answer's log-probability falls without each head, in nats (L, H)."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which source words a translation's words come from."""
+
+    matrix: Floats
+    """(target words, source words); each row sums to 1."""
+    links: tuple[tuple[int, int], ...]
+    """Pairs of source and target word, from 0."""
+    heads: tuple[tuple[int, int], ...]
+    """Layers and heads of cross-attention that it was read from."""
+
+    @cached_property
+    def pharaoh(self) -> str:
+        """The links as "source-target", as fast_align and Moses write them."""
+        return " ".join(f"{source}-{target}" for source, target in self.links)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the model was given it, and its patches."""
+
+    pixels: NDArray[np.uint8]
+    """(height, width, 3)."""
+    grid: tuple[int, int]
+    """Rows and columns of patches; the unit of patch (r, c) is 1 + r * columns + c."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a model answered as it did."""
+
+    family: Literal["transformer", "bert", "gpt", "vit"]
+    model: str
+    """What it was opened as."""
+    sequences: tuple[Sequence, ...]
+    choices: tuple[Choice, ...]
+    """One of a classifier; one for each tag, each word hidden, each token generated."""
+    attention: tuple[Attention, ...]
+    residual: float
+    """Largest difference between A·V from these probabilities and what the kernel computed."""
+    picture: Picture | None = None
+    alignment: Alignment | None = None
