@@ -210,7 +210,7 @@ REFUSED: dict[str, float] = {
     "crop_padding": -1, "randaugment": -1, "magnitude": 10.1, "erasing": 1.1, "mixup": -0.1, "cutmix": -0.1,
     "rank": -1, "alpha": 0, "r_drop": -0.1, "layer_decay": 0.0, "ema_decay": -0.1,
     "average_checkpoints": 0, "save_total_limit": 0, "early_stopping_patience": -1, "shard_ranks": 0,
-    "bpe_dropout": -0.1, "candidates": 1, "temperature": 0.0,
+    "bpe_dropout": -0.1, "masked_share": 1.0, "candidates": 1, "temperature": 0.0,
 }  # fmt: skip
 BELOW_ONE = [
     "dropout",

@@ -248,6 +248,15 @@ def test_the_report_shows_tags_word_by_word(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- words hidden and cut
 
 
+def test_more_words_are_hidden_in_training_alone(tmp_path: Path) -> None:
+    data = DataConfig(path=samples.documents(tmp_path), masked_share=0.4)
+    job = new_job(dataclasses.replace(run_config(tmp_path, "bert"), data=data))
+    for dataset, share in ((job.train, 0.4), (job.valid, 0.15)):
+        batch = dataset.batch(range(len(dataset)), 0)
+        words = batch.ids.layout.tokens - 3 * len(batch.ids.layout)
+        assert len(batch.labels) == pytest.approx(share * words, rel=0.1)
+
+
 @pytest.mark.parametrize("family", ["gpt", "transformer"])
 def test_bpe_dropout_trains_and_resumes(family: str, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "save_steps": 2, "eval_steps": 3, "logging_steps": 1, "warmup_steps": 2}
@@ -275,6 +284,7 @@ def test_bpe_dropout_trains_and_resumes(family: str, tmp_path: Path) -> None:
         ("gpt", {"bpe_dropout": 0.1}, "needs a tokenizer of byte pairs"),
         ("vit", {"bpe_dropout": 0.1}, "bpe_dropout is for gpt and transformer"),
         ("bert", {"whole_words": True}, "whole_words is for masked language modelling"),
+        ("gpt", {"masked_share": 0.4}, "masked_share is for masked language modelling"),
         ("gpt", {"whole_words": True}, "whole_words is for masked language modelling"),
         ("transformer", {"whole_words": True}, "whole_words is for masked language modelling"),
         ("bert", {"task": "contrastive"}, "label_smoothing_factor is for classes, not for contrastive"),

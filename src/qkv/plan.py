@@ -40,7 +40,6 @@ from qkv.data.batches import (
     ValueBatch,
 )
 from qkv.data.dataset import Dataset
-from qkv.data.documents import SELECTED
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.layers import Block
@@ -124,6 +123,7 @@ class SyntheticDataset(Dataset):
         Raises InputError for a length that the model cannot have.
         """
         model = self.model = config.model
+        self.masked_share = config.data.masked_share
         sides = 2 if isinstance(model, TransformerConfig) else 1
         if isinstance(model, ViTConfig):
             if length:
@@ -162,7 +162,7 @@ class SyntheticDataset(Dataset):
             case BertConfig(head="tagging"):
                 return TaggedBatch(texts(), torch.arange(T), texts())
             case BertConfig():
-                M = round(SELECTED * T)
+                M = round(self.masked_share * T)
                 return MaskedBatch(texts(), _ids(T), torch.arange(M), _ids(M), _ids(N))
             case ViTConfig():
                 S = model.image_size

@@ -12,6 +12,7 @@ import numpy as np
 from qkv.config import (
     AugmentConfig,
     BertConfig,
+    DataConfig,
     Family,
     GPTConfig,
     RunConfig,
@@ -25,7 +26,7 @@ from qkv.data.bpe_dropout import BPEDropout
 from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
 from qkv.data.contrastive import ContrastiveDataset
 from qkv.data.dataset import TOKENIZERS, Dataset, digest
-from qkv.data.documents import MaskedDataset
+from qkv.data.documents import SELECTED, MaskedDataset
 from qkv.data.images import ImageDataset
 from qkv.data.labelled import LabelledDataset, label_matrix
 from qkv.data.multitask import MultiTaskDataset
@@ -106,8 +107,10 @@ def trained_tokenizer(
 
 def _check_settings(kind: Kind, config: RunConfig) -> None:
     """Raise InputError for settings that would do nothing for such data, or do not go together."""
-    if config.data.whole_words and (config.model.family, kind) != ("bert", "text"):
-        raise InputError("data.whole_words is for masked language modelling: leave it out")
+    if (config.model.family, kind) != ("bert", "text"):
+        for name in ("whole_words", "masked_share"):
+            if getattr(config.data, name) != getattr(DataConfig, name):
+                raise InputError(f"data.{name} is for masked language modelling: leave it out")
     if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
         raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
     if config.train.torch_compile and (config.data.bpe_dropout or kind == "contrastive"):
@@ -158,11 +161,18 @@ def build(
                 seed=seed,
             )
         case BertConfig():
-            return _for_bert(samples, config, model, tokenizer, seed, cache)
+            share = config.data.masked_share if training else SELECTED
+            return _for_bert(samples, config, model, tokenizer, seed, share, cache)
 
 
 def _for_bert(
-    samples: Samples, config: RunConfig, model: BertConfig, tokenizer: Tokenizer, seed: int, cache: Cache
+    samples: Samples,
+    config: RunConfig,
+    model: BertConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    masked_share: float,
+    cache: Cache,
 ) -> Dataset:
     """What BERT learns each task from."""
     data, context = config.data, model.context
@@ -177,7 +187,9 @@ def _for_bert(
     )
     match samples.kind:
         case "text":
-            return MaskedDataset(samples.texts, tokenizer, context, seed, cache, data.whole_words)
+            return MaskedDataset(
+                samples.texts, tokenizer, context, seed, cache, data.whole_words, masked_share
+            )
         case "multi_label":
             matrix = label_matrix(samples.label_sets, len(model.labels))
             return labelled(matrix, make=MultiLabelBatch)

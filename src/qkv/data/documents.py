@@ -22,8 +22,10 @@ SHORT = 0.1
 """Share of the pairs that aim at a random shorter length: texts of later tasks are short (A.2)."""
 RANDOM_NEXT = 0.5
 """Share of the pairs whose B comes from another document."""
-SELECTED, MASKED, RANDOM = 0.15, 0.8, 0.1
-"""Share of the tokens to predict; of these, shares that become [MASK] and a random token. The rest stays."""
+SELECTED = 0.15
+"""Share of the tokens to predict."""
+MASKED, RANDOM = 0.8, 0.1
+"""Shares of these that become [MASK] and a random token. The rest stays."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class MaskedDataset(Dataset):
         seed: int,
         cache: Cache = NO_CACHE,
         whole_words: bool = False,
+        selected_share: float = SELECTED,
     ) -> None:
         """documents: one sentence a line. whole_words: select all tokens of a word or none.
+
+        selected_share: of the tokens that there are to predict.
 
         Raises InputError if no pairs can be made of them, or if the tokens do not tell what a word is.
         """
@@ -79,6 +84,7 @@ class MaskedDataset(Dataset):
         self.sentences = ids.without_empty()
         self.bounds = np.concatenate([[0], counts.cumsum()])  # document d has sentences bounds[d:d+2]
         self.seed = seed
+        self.selected_share = selected_share
         self.chunks = list(self._chunks(context - 3))
         if len(counts) < 2 or not self.chunks:
             raise InputError(
@@ -173,7 +179,7 @@ class MaskedDataset(Dataset):
     def _select(self, ids: Ids, rng: np.random.Generator) -> Ids:
         """Places (M,) of the tokens to predict, in order."""
         places = self.is_text[ids].nonzero()[0]
-        room = min(len(places), max(1, round(SELECTED * len(places))))
+        room = min(len(places), max(1, round(self.selected_share * len(places))))
         if self.continues is None:
             return np.sort(rng.choice(places, room, replace=False))
         # As in the authors' later code: words in random order, those that fit. (The first always does,
