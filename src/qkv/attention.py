@@ -11,6 +11,7 @@ S slots of a cache, C rows of a slot.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -411,7 +412,8 @@ class LayerCache:
     """Keys and values of one layer, each (S * C, H, E): row r of slot s is s * C + r."""
 
     def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+        """Of this cache, which is not kept alive: in a cycle its tensors would wait for the garbage collector."""
+        self.cache: Cache = weakref.proxy(cache)
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 

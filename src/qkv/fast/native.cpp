@@ -230,6 +230,7 @@ template <int P, int M, int N>
         each<M * N>([&](auto i) {
             sum[i] = _mm512_set1_epi32(P == INT8 ? rows.start[(row + i / N) * rows.groups + g] : 0);
         });
+#pragma GCC unroll 4
         for (int s = g * group; s < std::min(steps, (g + 1) * group); s++) {
             each<N>([&](auto n) { weight[n] = _mm512_loadu_si512(panel + ((int64_t)s * WIDTH + n * 16) * 4); });
             each<M>([&](auto m) {

@@ -14,13 +14,14 @@ from qkv.attention import Attention, Pattern
 from qkv.config import InferencePrecision, ModelConfig
 from qkv.errors import InputError
 from qkv.fast import native
-from qkv.fast.native import NativeOutput, NativeStack, UnavailableError
+from qkv.fast.native import NativeLinear, NativeOutput, NativeStack, UnavailableError
 from qkv.fast.packed import PackedLinear, PackedOutput
 from qkv.files import measured
 from qkv.layers import FeedForward, Output, Stack
 from qkv.models import Model
+from qkv.models.vit import ConvolutionalStem, PatchEmbedding
 from qkv.ragged import Layout
-from qkv.runtime import device_name, keep_freed_memory, multiplies_bfloat16
+from qkv.runtime import device_name, keep_freed_memory, multiplies_bfloat16, return_freed_memory
 
 Engine = Literal["native", "torch"]
 
@@ -53,15 +54,12 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
         model.to(torch.bfloat16 if half else torch.float32)
         return Road("torch", "bf16" if half else "fp32")
-    keep_freed_memory()  # every batch takes and frees the same large blocks
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Stack):
-                setattr(parent, name, _stack(child, config, road))
-            elif isinstance(child, Output):
-                setattr(parent, name, _output(child, model, road))
+    for parent, name in _places(model):
+        setattr(parent, name, _quick(getattr(parent, name), model, road))
+        return_freed_memory()  # the weights that are packed now
+    keep_freed_memory()  # every batch takes and frees the same large blocks
     return road
 
 
@@ -83,6 +81,26 @@ def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"])
 # ---------------------------------------------------------------- the modules
 
 
+def _places(model: Model) -> list[tuple[nn.Module, str]]:
+    """The modules that are replaced, each as its parent and its name there."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Stack | Output)
+        or (isinstance(parent, PatchEmbedding | ConvolutionalStem) and isinstance(child, nn.Linear))
+    ]
+
+
+def _quick(module: nn.Module, model: Model, road: Road) -> nn.Module:
+    """What takes a module's place."""
+    if isinstance(module, Stack):
+        return _stack(module, cast(ModelConfig, model.config), road)
+    if isinstance(module, Output):
+        return _output(module, model, road)
+    return _linear(cast(nn.Linear, module), road)
+
+
 def _stack(stack: Stack, config: ModelConfig, road: Road) -> nn.Module:
     if road.engine == "native":
         return NativeStack(stack, config, road.precision)
@@ -91,8 +109,17 @@ def _stack(stack: Stack, config: ModelConfig, road: Road) -> nn.Module:
             if isinstance(module, Attention | FeedForward):
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
-                        setattr(module, name, PackedLinear(child.weight, child.bias))
+                        setattr(module, name, _linear(child, road))
     return stack
+
+
+def _linear(linear: nn.Linear, road: Road) -> nn.Module:
+    """The same one where the road has none of such a width, or none of its own."""
+    if road.engine == "native" and linear.in_features % 16 == 0:
+        return NativeLinear(linear.weight, linear.bias, road.precision)
+    if road.engine == "torch" and road.precision == "bf16":
+        return PackedLinear(linear.weight, linear.bias)
+    return linear
 
 
 def _output(output: Output, model: Model, road: Road) -> nn.Module:
