@@ -412,7 +412,8 @@ class LayerCache:
     """Keys and values of one layer, each (S * C, H, E): row r of slot s is s * C + r."""
 
     def __init__(self, cache: Cache) -> None:
-        """Of this cache, which is not kept alive: in a cycle its tensors would wait for the garbage collector."""
+        """Of this cache."""
+        # In a cycle, the tensors would stay until the garbage collector comes.
         self.cache: Cache = weakref.proxy(cache)
         self.key: Tensor | None = None
         self.value: Tensor | None = None

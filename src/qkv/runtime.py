@@ -72,7 +72,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Let glibc's malloc give to the system what is freed by now, which it may have kept; others do as they do."""
+    """Let glibc's malloc give back to the system what it kept of all that is freed by now."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
