@@ -37,13 +37,13 @@ class Road:
 def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "auto") -> Road:
     """Make a model answer faster, in place; returns the road that it takes from now on.
 
-    precision: of the products with the weights of the blocks, of the output and of an image's patches. fp32: as
-    trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a scale
-    for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16. Of several
-    roads it is the one that a trial on this machine found fastest, which is remembered in the cache folder.
-    Where there is no compiled code a warning says why, and int8 becomes bf16. Weights go once they are packed,
-    so the model only answers from then on: it can neither be trained nor saved. Raises InputError if that was
-    done already, and for int8 on a GPU.
+    precision: of the products with the weights of the blocks, of the output and of an image's patches.
+    fp32: as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits,
+    with a scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16.
+    Of several roads it is the one that a trial on this machine found fastest, which is remembered in the
+    cache folder. Where there is no compiled code a warning says why, and int8 becomes bf16. Weights go once
+    they are packed, so the model only answers from then on: it can neither be trained nor saved. Raises
+    InputError if that was done already, and for int8 on a GPU.
     """
     if not any(isinstance(module, Stack) for module in model.modules()):
         raise InputError("this model is optimized already: load it anew for another precision")

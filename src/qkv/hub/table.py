@@ -163,7 +163,7 @@ class Table:
         names: Mapping[str, str],
         fresh: tuple[str, ...] = (),
     ) -> tuple[str, ...]:
-        """Fill the model's tensors from those on disk, of which `names`, as from `match`, are to be read.
+        """Put tensors from disk in place of the model's; `names`, as from `match`, are to be read.
 
         fresh: modules of ours that keep their initial values if nothing of them is on disk.
         Returns our names of what stayed so. Raises InputError naming what is missing, unexpected, or of
@@ -197,6 +197,7 @@ class Table:
                 found = [disk[part].read() for part in parts]
                 different += [names[copy] for copy in copies if not torch.equal(disk[copy].read(), found[0])]
                 read[row.ours] = row.read(found, target.shape, config).to(target.dtype).contiguous()
+                del found  # before the next ones are read
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
         unexpected = [names[name] for name in disk if name not in known and not ignored.fullmatch(name)]
