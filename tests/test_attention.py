@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -339,6 +341,18 @@ def test_a_cache_grows_by_doubling_up_to_the_context_and_keeps_what_it_holds():
             torch.testing.assert_close(out[0], expected[i])
             capacities.add(cache.capacity)
     assert sorted(capacities) == [32, 64, 100]
+
+
+def test_a_cache_goes_with_its_last_user():
+    """In a cycle it would stay until the garbage collector comes, and with it all keys and values."""
+    cache = Cache(1, 2, 40, CPU)
+    kept = weakref.ref(cache.layers[1].reserve(draw(0, D).view(0, H, E))[0])
+    gc.disable()
+    try:
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cache_refuses_what_it_cannot_do():

@@ -542,9 +542,10 @@ def test_vit_reads_other_image_sizes_as_transformers_does(height: int, width: in
 
 def test_vit_cuts_patches_as_a_strided_convolution_does():
     model = tiny("vit-pre-norm")
-    kernel = model.patches.weight.view(12, 2, 4, 4)
+    projection = model.patches.projection
+    kernel = projection.weight.view(12, 2, 4, 4)
     images = torch.randn(3, 2, 8, 8, dtype=torch.float64).transpose(2, 3)  # not contiguous
-    cut = torch.nn.functional.conv2d(images, kernel, model.patches.bias, stride=4).flatten(2).transpose(1, 2)
+    cut = torch.nn.functional.conv2d(images, kernel, projection.bias, stride=4).flatten(2).transpose(1, 2)
     seen: list[Tensor] = []
     hook = model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(images)

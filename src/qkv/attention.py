@@ -11,6 +11,7 @@ S slots of a cache, C rows of a slot.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -411,7 +412,9 @@ class LayerCache:
     """Keys and values of one layer, each (S * C, H, E): row r of slot s is s * C + r."""
 
     def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+        """Of this cache."""
+        # In a cycle, the tensors would stay until the garbage collector comes.
+        self.cache: Cache = weakref.proxy(cache)
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 

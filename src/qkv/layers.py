@@ -37,13 +37,15 @@ def check_lengths(layout: Layout, limit: int) -> None:
 
 
 def sinusoidal(context: int, dim: int) -> Tensor:
-    """The fixed position vectors of Vaswani et al. 2017, 3.5: (context, D).
+    """The fixed position vectors of Vaswani et al. 2017, 3.5: (context, D), on the CPU.
 
     Sines fill the first half of the dimensions and cosines the second, as in the authors' own code
     and in Marian; the paper's formula interleaves them, which only renames the dimensions.
     """
-    rates = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)  # (D / 2,)
-    angles = torch.arange(context, dtype=torch.float64)[:, None] * rates  # (context, D / 2)
+    # On the CPU wherever tensors are made by default: on the meta device `arange` imports torch's compiler.
+    positions, dims = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (context, dim))
+    rates = 10000.0 ** (-dims[::2] / dim)  # (D / 2,)
+    angles = positions[:, None] * rates  # (context, D / 2)
     return torch.cat([angles.sin(), angles.cos()[:, : dim // 2]], dim=1).float()
 
 

@@ -66,7 +66,16 @@ def keep_freed_memory() -> None:
     Training frees and takes the same large blocks at every step, and the system clears fresh pages before it
     gives them out. It holds for the whole process.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if (libc := _glibc()) is not None:
         for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
             libc.mallopt(setting, 2**31 - 4096)
+
+
+def return_freed_memory() -> None:
+    """Let glibc's malloc give back to the system what it kept of all that is freed by now."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -47,8 +49,12 @@ def wide(name: str) -> Model:
 
 
 def native(name: str, precision: str) -> Model:
-    """The same one, compiled whatever a trial might say."""
-    model = wide(name)
+    """The same one, compiled."""
+    return compiled(wide(name), precision)
+
+
+def compiled(model: Model, precision: str) -> Model:
+    """A model made so in place, whatever a trial might say."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qkv.fast.roads._fastest", lambda roads, config: roads[0])
         assert optimize(model, precision) == Road("native", precision)
@@ -138,6 +144,35 @@ def test_attention_is_recorded_over_a_cache(name: str):
         seen.append([m for key in sorted(maps.taps) for call in maps.taps[key].calls for m in call])
     for a, b in zip(*seen, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@native_code
+@pytest.mark.parametrize("name", ["vit-pre-norm", "vit-convolutions"])
+def test_pixels_become_tokens_by_the_compiled_product(name: str):
+    assert isinstance(native(name, "int8").patches.projection, NativeLinear)
+
+
+@native_code
+def test_patches_of_a_width_that_the_code_does_not_take_are_embedded_by_torch(monkeypatch):
+    config = replace(CONFIGS["vit-pre-norm"], patch_size=2, channels=3)
+    monkeypatch.setitem(CONFIGS, "vit-odd", config)
+    batch = samples(wide("vit-odd"), [(1, 1), (1, 1)])
+    with torch.inference_mode():
+        found, expected = (flat(answers(m, batch)) for m in (native("vit-odd", "fp32"), wide("vit-odd")))
+    assert_near(found, expected, TOLERANCE["fp32"])
+
+
+@native_code
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_go_once_they_are_packed(name: str):
+    model = wide(name)
+    weights = {key: weakref.ref(p) for key, p in model.named_parameters() if ".mlp." in key or ".qkv." in key}
+    gc.disable()
+    try:
+        compiled(model, "int8")
+        assert weights and [key for key, weight in weights.items() if weight() is not None] == []
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- products

@@ -199,6 +199,10 @@ void convert(const float *x, int width, const Rows &rows, int row) {
     }
 }
 
+void scatter(const int32_t *line, int steps, int32_t *column) {  // one column of a panel
+    for (int s = 0; s < steps; s++) column[s * WIDTH] = line[s];
+}
+
 // sum + weight * x. As text, since GCC would copy the sums of intrinsics from register to register.
 template <int P>
 [[gnu::always_inline]] inline __m512i add_product(__m512i sum, __m512i weight, __m512i x) {
@@ -218,9 +222,9 @@ template <int COUNT, class Work>
     each_of(work, std::make_integer_sequence<int, COUNT>{});
 }
 
-// M rows from `row` on times N vectors of columns of a panel, over `in` inputs -> out (M, WIDTH).
+// M rows from `row` on times N vectors of columns of a panel, over `in` inputs -> out, rows `out_stride` numbers apart.
 template <int P, int M, int N>
-[[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out) {
+[[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out, int out_stride) {
     constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;
     int steps = in / ELEMENTS, group = P == INT8 ? GROUP / ELEMENTS : steps;
     const char *x = rows.row(row);
@@ -230,6 +234,7 @@ template <int P, int M, int N>
         each<M * N>([&](auto i) {
             sum[i] = _mm512_set1_epi32(P == INT8 ? rows.start[(row + i / N) * rows.groups + g] : 0);
         });
+#pragma GCC unroll 4
         for (int s = g * group; s < std::min(steps, (g + 1) * group); s++) {
             each<N>([&](auto n) { weight[n] = _mm512_loadu_si512(panel + ((int64_t)s * WIDTH + n * 16) * 4); });
             each<M>([&](auto m) {
@@ -239,7 +244,7 @@ template <int P, int M, int N>
         }
         each<M * N>([&](auto i) {
             constexpr int m = i / N, n = i % N;
-            float *to = out + m * WIDTH + n * 16;
+            float *to = out + m * out_stride + n * 16;
             V total = (V)sum[i];
             if constexpr (P == INT8) {
                 total = _mm512_cvtepi32_ps(sum[i]) * rows.scale[(row + m) * rows.groups + g] * load(scale + g * WIDTH + n * 16);
@@ -250,26 +255,21 @@ template <int P, int M, int N>
     }
 }
 
-template <int P, int M>
-void tile_of(const Rows &rows, int row, const char *panel, const float *scale, int in, int vectors, float *out) {
-    switch (vectors) {
-        case 1: return tile<P, M, 1>(rows, row, panel, scale, in, out);
-        case 2: return tile<P, M, 2>(rows, row, panel, scale, in, out);
-        case 3: return tile<P, M, 3>(rows, row, panel, scale, in, out);
-        default: return tile<P, M, 4>(rows, row, panel, scale, in, out);
-    }
+template <int P>
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out, int out_stride) {
+    each<HEIGHT>([&](auto m) {
+        if (height == m + 1) each<WIDTH / 16>([&](auto n) {
+            if (vectors == n + 1) tile<P, m + 1, n + 1>(rows, row, panel, scale, in, out, out_stride);
+        });
+    });
 }
 
-template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out) {
-    switch (height) {
-        case 1: return tile_of<P, 1>(rows, row, panel, scale, in, vectors, out);
-        case 2: return tile_of<P, 2>(rows, row, panel, scale, in, vectors, out);
-        case 3: return tile_of<P, 3>(rows, row, panel, scale, in, vectors, out);
-        case 4: return tile_of<P, 4>(rows, row, panel, scale, in, vectors, out);
-        case 5: return tile_of<P, 5>(rows, row, panel, scale, in, vectors, out);
-        default: return tile_of<P, 6>(rows, row, panel, scale, in, vectors, out);
-    }
+// work(P) with a precision that the compiler knows.
+template <class Work>
+void with(int precision, Work work) {
+    if (precision == INT8) work(std::integral_constant<int, INT8>{});
+    else if (precision == BF16) work(std::integral_constant<int, BF16>{});
+    else work(std::integral_constant<int, FP32>{});
 }
 
 class Barrier {  // where another program has the core of a thread that is awaited, the others make room for it
@@ -309,7 +309,7 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
         int vectors = std::min(4, (w.out - p * WIDTH + 15) / 16);
         for (int row = 0; row < count; row += HEIGHT) {
             int height = std::min(HEIGHT, count - row);
-            product<P>(rows, row, height, w.weight + p * size, w.scale + (int64_t)p * groups * WIDTH, w.in, vectors, out);
+            product<P>(rows, row, height, w.weight + p * size, w.scale + (int64_t)p * groups * WIDTH, w.in, vectors, out, WIDTH);
             for (int n = 0; n < vectors; n++) {
                 int column = p * WIDTH + n * 16, left = w.out - column;
                 V bias = w.bias ? _mm512_maskz_loadu_ps(first(left), w.bias + column) : set(0);
@@ -417,7 +417,7 @@ struct Attention {
         pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
-        alignas(64) float scaled[256], part[HEIGHT * WIDTH];
+        alignas(64) float scaled[256];
         for (int i = 0; i < rows; i += HEIGHT) {
             int height = std::min(HEIGHT, rows - i);
             int last = causal ? from.count - rows + i + height : from.count;  // keys that the last of them sees
@@ -428,8 +428,7 @@ struct Attention {
             }
             for (int p = 0; p * WIDTH < last; p++) {
                 int vectors = std::min(4, (last - p * WIDTH + 15) / 16);
-                product<P>(query, 0, height, keys + (int64_t)p * steps * WIDTH * 4, nullptr, E, vectors, part);
-                for (int m = 0; m < height; m++) std::memcpy(scores + m * padded + p * WIDTH, part + m * WIDTH, vectors * 64);
+                product<P>(query, 0, height, keys + (int64_t)p * steps * WIDTH * 4, nullptr, E, vectors, scores + p * WIDTH, padded);
             }
             int inner = (last + 15) / 16 * 16;
             for (int m = 0; m < height; m++) {
@@ -442,9 +441,8 @@ struct Attention {
             inner = (last + ELEMENTS - 1) / ELEMENTS * ELEMENTS;  // values beyond are not packed
             for (int p = 0; p * WIDTH < E; p++) {
                 int vectors = std::min(4, (E - p * WIDTH + 15) / 16);
-                product<P>(share, 0, height, values + (int64_t)p * (padded / ELEMENTS) * WIDTH * 4, nullptr, inner, vectors, part);
-                for (int m = 0; m < height; m++)
-                    std::memcpy(out + (int64_t)(i + m) * out_stride + p * WIDTH, part + m * WIDTH, vectors * 64);
+                const char *panel = values + (int64_t)p * (padded / ELEMENTS) * WIDTH * 4;
+                product<P>(share, 0, height, panel, nullptr, inner, vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
             }
         }
     }
@@ -459,8 +457,7 @@ private:
             const char *row = from.key + (int64_t)j * from.stride * from.size();
             for (int e = 0; e < E; e += 16) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
             convert<P>(key, E, {(char *)packed, nullptr, nullptr, 0, 1}, 0);
-            int32_t *column = (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH;
-            for (int s = 0; s < steps; s++) column[s * WIDTH] = packed[s];
+            scatter(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH);
         }
     }
 
@@ -529,10 +526,7 @@ public:
             int D = stack.dim;
             bool shown = l + 1 == batch.last;
             prepare<P>(team, layer.attention, norm);
-            multiply<P>(layer.qkv, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
-                store(wide + (int64_t)row * 3 * D + column, value);
-            });
-            team.wait();
+            project<P>(team, layer.qkv, [](V value) { return value; });
             attend<P>(team, l);
             if (shown && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
             if (shown && batch.seen_answer) show(team, answer, D, batch.seen_answer);
@@ -540,10 +534,7 @@ public:
             norm = &layer.attention;
             if (layer.cross_query.weight) {
                 prepare<P>(team, layer.cross, norm);
-                multiply<P>(layer.cross_query, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
-                    store(wide + (int64_t)row * D + column, value);
-                });
-                team.wait();
+                project<P>(team, layer.cross_query, [](V value) { return value; });
                 read_memory<P>(team, l);
                 if (shown && batch.seen_query) show(team, wide, D, batch.seen_query);
                 if (shown && batch.seen_cross) show(team, answer, D, batch.seen_cross);
@@ -551,12 +542,8 @@ public:
                 norm = &layer.cross;
             }
             prepare<P>(team, layer.mlp, norm);
-            int F = stack.mlp_dim, activation = stack.activation;
-            multiply<P>(layer.up, input<P>(D), rows, team, [&](int row, int column, V value, __mmask16) {
-                store(wide + (int64_t)row * F + column, activate(value, activation));
-            });
-            team.wait();
-            join<P>(team, layer.down, wide, F);
+            project<P>(team, layer.up, [activation = stack.activation](V value) { return activate(value, activation); });
+            join<P>(team, layer.down, wide, stack.mlp_dim);
             norm = &layer.mlp;
         }
         if (!stack.norm_first && norm)
@@ -590,6 +577,15 @@ private:
                 if (before) normalise(*before, line, line, D);
                 convert<P>(line, D, to, row);
             }
+        });
+        team.wait();
+    }
+
+    // wide = function(what is prepared W^T + bias)
+    template <int P, class Function>
+    void project(Team team, const Matrix &matrix, Function function) {
+        multiply<P>(matrix, input<P>(stack.dim), rows, team, [&](int row, int column, V value, __mmask16) {
+            store(wide + (int64_t)row * matrix.out + column, function(value));
         });
         team.wait();
     }
@@ -701,9 +697,7 @@ private:
 };
 
 void run(Computation &computation, int precision, Team team) {
-    if (precision == INT8) computation.run<INT8>(team);
-    else if (precision == BF16) computation.run<BF16>(team);
-    else computation.run<FP32>(team);
+    with(precision, [&](auto P) { computation.run<P>(team); });
 }
 
 // ---------------------------------------------------------------- a linear map alone
@@ -720,8 +714,7 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
         rows.start = arena.take<int32_t>((size_t)T * groups);
     });
     Barrier barrier;
-    auto part = [&](auto precision_of, Team team) {
-        constexpr int P = decltype(precision_of)::value;
+    auto part = [&](auto P, Team team) {
         for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
             convert<P>(x + (int64_t)t * w.in, w.in, rows, t);
         team.wait();
@@ -732,9 +725,7 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
 #pragma omp parallel num_threads(threads)
     {
         Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-        if (precision == INT8) part(std::integral_constant<int, INT8>{}, team);
-        else if (precision == BF16) part(std::integral_constant<int, BF16>{}, team);
-        else part(std::integral_constant<int, FP32>{}, team);
+        with(precision, [&](auto P) { part(P, team); });
     }
 }
 
@@ -793,31 +784,19 @@ int64_t qkv_scales(int precision, int out, int in) { return precision == INT8 ? 
 
 // Weights (out, in) in the order of the products. `in` is a multiple of 16.
 void qkv_pack(int precision, const float *weight, int out, int in, char *packed, float *scales, int threads) {
-    int groups = groups_of(precision, in), elements = 4 / bytes_of(precision);
+    int groups = groups_of(precision, in), steps = in * bytes_of(precision) / 4;
 #pragma omp parallel for num_threads(threads)
     for (int p = 0; p < panels_of(out); p++) {
-        char *panel = packed + (int64_t)p * in * WIDTH * bytes_of(precision);
+        std::vector<int32_t> line(steps), start(groups);
+        std::vector<float> scale(groups);
+        Rows one{(char *)line.data(), scale.data(), start.data(), 0, groups};
         for (int j = 0; j < WIDTH; j++) {
-            const float *column = weight + (int64_t)(p * WIDTH + j) * in;
-            bool there = p * WIDTH + j < out;
-            for (int g = 0; g < groups; g++) {
-                int begin = precision == INT8 ? g * GROUP : 0, end = precision == INT8 ? std::min(in, begin + GROUP) : in;
-                float most = 0, scale = 1;
-                if (precision == INT8) {
-                    for (int i = begin; i < end && there; i++) most = std::max(most, std::fabs(column[i]));
-                    scale = most / 127;
-                    scales[((int64_t)p * groups + g) * WIDTH + j] = scale;
-                }
-                for (int i = begin; i < end; i++) {
-                    float w = there ? column[i] : 0;
-                    char *to = panel + ((int64_t)(i / elements) * WIDTH + j) * 4 + i % elements * bytes_of(precision);
-                    if (precision == FP32) std::memcpy(to, &w, 4);
-                    else if (precision == BF16) {
-                        uint16_t half = (uint16_t)_mm_cvtsi128_si32((__m128i)_mm_cvtneps_pbh(_mm_set_ss(w)));
-                        std::memcpy(to, &half, 2);
-                    } else *(uint8_t *)to = (uint8_t)(128 + (scale > 0 ? (int)std::lrint(w / scale) : 0));
-                }
-            }
+            int column = p * WIDTH + j;
+            if (column < out) with(precision, [&](auto P) { convert<P>(weight + (int64_t)column * in, in, one, 0); });
+            else std::fill(line.begin(), line.end(), 0);
+            for (int32_t &four : line) four ^= precision == INT8 ? 0x80808080 : 0;  // + 128: VPDPBUSD takes them unsigned
+            scatter(line.data(), steps, (int32_t *)packed + (int64_t)p * steps * WIDTH + j);
+            if (precision == INT8) scatter((int32_t *)scale.data(), groups, (int32_t *)scales + (int64_t)p * groups * WIDTH + j);
         }
     }
 }

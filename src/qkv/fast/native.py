@@ -222,6 +222,7 @@ class NativeStack(nn.Module):
     """`layers.Stack` with packed weights; x is overwritten."""
 
     def __init__(self, stack: Stack, config: ModelConfig, precision: Precision) -> None:
+        """The stack is left empty: the weights of each block go as soon as they are packed."""
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
         self.kept = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -242,7 +243,8 @@ class NativeStack(nn.Module):
             return CNorm(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.eps)
 
         layers = []
-        for block in map(_block, stack):
+        while len(stack):
+            block = cast(Block, stack.pop(0))
             own, cross, D = block.attention, block.cross, config.dim
             layer = CLayer(
                 qkv=linear(own.qkv),
@@ -367,10 +369,6 @@ class NativeStack(nn.Module):
                 cross.see(asked.view(shape), *memory[i], memory_pattern, told.view(shape))
             batch.first = batch.last
             batch.seen_qkv = batch.seen_answer = batch.seen_query = batch.seen_cross = None
-
-
-def _block(module: nn.Module) -> Block:
-    return cast(Block, module)
 
 
 def _ints(numbers: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

@@ -14,13 +14,14 @@ from qkv.attention import Attention, Pattern
 from qkv.config import InferencePrecision, ModelConfig
 from qkv.errors import InputError
 from qkv.fast import native
-from qkv.fast.native import NativeOutput, NativeStack, UnavailableError
+from qkv.fast.native import NativeLinear, NativeOutput, NativeStack, UnavailableError
 from qkv.fast.packed import PackedLinear, PackedOutput
 from qkv.files import measured
 from qkv.layers import FeedForward, Output, Stack
 from qkv.models import Model
+from qkv.models.vit import ConvolutionalStem, PatchEmbedding
 from qkv.ragged import Layout
-from qkv.runtime import device_name, keep_freed_memory, multiplies_bfloat16
+from qkv.runtime import device_name, keep_freed_memory, multiplies_bfloat16, return_freed_memory
 
 Engine = Literal["native", "torch"]
 
@@ -36,12 +37,13 @@ class Road:
 def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "auto") -> Road:
     """Make a model answer faster, in place; returns the road that it takes from now on.
 
-    precision: of the products with the weights of the blocks and of the output. fp32: as trained. bf16:
-    rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a scale for every 128
-    inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16. Of several roads it is the
-    one that a trial on this machine found fastest, which is remembered in the cache folder. Where there is
-    no compiled code a warning says why, and int8 becomes bf16. The model only answers from then on: it can
-    neither be trained nor saved. Raises InputError if that was done already, and for int8 on a GPU.
+    precision: of the products with the weights of the blocks, of the output and of an image's patches.
+    fp32: as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits,
+    with a scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16.
+    Of several roads it is the one that a trial on this machine found fastest, which is remembered in the
+    cache folder. Where there is no compiled code a warning says why, and int8 becomes bf16. Weights go once
+    they are packed, so the model only answers from then on: it can neither be trained nor saved. Raises
+    InputError if that was done already, and for int8 on a GPU.
     """
     if not any(isinstance(module, Stack) for module in model.modules()):
         raise InputError("this model is optimized already: load it anew for another precision")
@@ -53,15 +55,12 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
         model.to(torch.bfloat16 if half else torch.float32)
         return Road("torch", "bf16" if half else "fp32")
-    keep_freed_memory()  # every batch takes and frees the same large blocks
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Stack):
-                setattr(parent, name, _stack(child, config, road))
-            elif isinstance(child, Output):
-                setattr(parent, name, _output(child, model, road))
+    for parent, name in _places(model):
+        setattr(parent, name, _quick(getattr(parent, name), model, road))
+        return_freed_memory()  # the weights that are packed now
+    keep_freed_memory()  # every batch takes and frees the same large blocks
     return road
 
 
@@ -83,6 +82,26 @@ def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"])
 # ---------------------------------------------------------------- the modules
 
 
+def _places(model: Model) -> list[tuple[nn.Module, str]]:
+    """The modules that are replaced, each as its parent and its name there."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Stack | Output)
+        or (isinstance(parent, PatchEmbedding | ConvolutionalStem) and isinstance(child, nn.Linear))
+    ]
+
+
+def _quick(module: nn.Module, model: Model, road: Road) -> nn.Module:
+    """What takes a module's place."""
+    if isinstance(module, Stack):
+        return _stack(module, cast(ModelConfig, model.config), road)
+    if isinstance(module, Output):
+        return _output(module, model, road)
+    return _linear(cast(nn.Linear, module), road)
+
+
 def _stack(stack: Stack, config: ModelConfig, road: Road) -> nn.Module:
     if road.engine == "native":
         return NativeStack(stack, config, road.precision)
@@ -91,8 +110,17 @@ def _stack(stack: Stack, config: ModelConfig, road: Road) -> nn.Module:
             if isinstance(module, Attention | FeedForward):
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
-                        setattr(module, name, PackedLinear(child.weight, child.bias))
+                        setattr(module, name, _linear(child, road))
     return stack
+
+
+def _linear(linear: nn.Linear, road: Road) -> nn.Module:
+    """The same one where the road has none of such a width, or none of its own."""
+    if road.engine == "native" and linear.in_features % 16 == 0:
+        return NativeLinear(linear.weight, linear.bias, road.precision)
+    if road.engine == "torch" and road.precision == "bf16":
+        return PackedLinear(linear.weight, linear.bias)
+    return linear
 
 
 def _output(output: Output, model: Model, road: Road) -> nn.Module:

@@ -149,8 +149,8 @@ def merge(
     fresh: our names of tensors that the base did not have. Raises InputError naming what is missing,
     unexpected or of a wrong shape, as it is called on disk; the model is then of no use.
     """
-    with open_tensors(folder, ADAPTER_WEIGHTS) as slices:
-        tensors = {name.removeprefix(_ROOT): part[...].float() for name, part in slices.items()}
+    with open_tensors(folder, ADAPTER_WEIGHTS) as stored:
+        tensors = {name.removeprefix(_ROOT): part.read().float() for name, part in stored.items()}
     names = table.match(tensors)
     bare = not any(name.startswith(table.prefix) for name in tensors)
     state = model.state_dict()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from qkv import files, images, tokenizers
 from qkv.errors import InputError
-from qkv.hub.table import Slice
+from qkv.hub.table import Stored
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -87,8 +87,8 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Slice]]:
-    """All tensors of a folder's safetensors files, by name, read when they are indexed.
+def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Stored]]:
+    """All tensors of a folder's safetensors files, by name, each read when it is asked for.
 
     Raises InputError if there are none, or a file is missing or broken.
     """
@@ -104,11 +104,12 @@ def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Sli
             "loading them runs code: convert them with transformers' save_pretrained"
         )
     with ExitStack() as stack:
-        tensors: dict[str, Slice] = {}
+        tensors: dict[str, Stored] = {}
         for shard in sorted(shards):
             try:
-                file = stack.enter_context(safe_open(shard, framework="pt"))
-                tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+                # Of a file that is mapped, what was read would be in memory twice.
+                file = stack.enter_context(safe_open(shard, framework="pt", backend="pread"))
+                tensors |= {name: Stored(file, name) for name in file.keys()}  # noqa: SIM118 - not a dict
             except FileNotFoundError:
                 raise InputError(f"{folder} has no {shard.name}, which {INDEX} names") from None
             except (SafetensorError, OSError) as error:

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -94,16 +94,21 @@ def conv1d(ours: str, theirs: str) -> tuple[Row, Row]:
     return replace(weight, transpose=True), bias
 
 
-class Slice(Protocol):
-    """A tensor in a file, not read yet."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in an open safetensors file, not read yet."""
 
-    def get_shape(self) -> list[int]:
-        """Its shape."""
-        ...
+    file: Any
+    name: str
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """A part of it; `[...]` is all of it."""
-        ...
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape, from the file's header."""
+        return tuple(self.file.get_slice(self.name).get_shape())
+
+    def read(self) -> Tensor:
+        """Its values, in memory of their own."""
+        return self.file.get_tensor(self.name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -154,11 +159,11 @@ class Table:
         self,
         model: nn.Module,
         config: AnyModelConfig,
-        tensors: Mapping[str, Slice],
+        tensors: Mapping[str, Stored],
         names: Mapping[str, str],
         fresh: tuple[str, ...] = (),
     ) -> tuple[str, ...]:
-        """Fill the model's tensors from those on disk, of which `names`, as from `match`, are to be read.
+        """Put tensors from disk in place of the model's; `names`, as from `match`, are to be read.
 
         fresh: modules of ours that keep their initial values if nothing of them is on disk.
         Returns our names of what stayed so. Raises InputError naming what is missing, unexpected, or of
@@ -168,6 +173,7 @@ class Table:
         disk = {known: tensors[name] for known, name in names.items()}
         bare = not any(name.startswith(self.prefix) for name in names.values())
         ours = model.state_dict()
+        read: dict[str, Tensor] = {}
         rows = list(self.layers(config))
         on_disk = {row.ours.partition(".")[0] for row in rows if not disk.keys().isdisjoint(row.theirs)}
         kept, missing, misshapen, different = [], [], [], []
@@ -183,14 +189,15 @@ class Table:
             parts = row.theirs if row.theirs[0] in disk or not copies else (copies.pop(0),)
             shape = row.disk_shape(target.shape, config)
             absent = [self.on_disk(part, bare) for part in parts if part not in disk]
-            shapes = {names[p]: tuple(disk[p].get_shape()) for p in (*parts, *copies) if p in disk}
+            shapes = {names[p]: disk[p].shape for p in (*parts, *copies) if p in disk}
             wrong = [f"{name} {found} instead of {shape}" for name, found in shapes.items() if found != shape]
             missing += absent
             misshapen += wrong
             if not absent and not wrong:
-                found = [disk[part][:] for part in parts]
-                different += [names[copy] for copy in copies if not torch.equal(disk[copy][:], found[0])]
-                target.copy_(row.read(found, target.shape, config))
+                found = [disk[part].read() for part in parts]
+                different += [names[copy] for copy in copies if not torch.equal(disk[copy].read(), found[0])]
+                read[row.ours] = row.read(found, target.shape, config).to(target.dtype).contiguous()
+                del found  # before the next ones are read
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
         unexpected = [names[name] for name in disk if name not in known and not ignored.fullmatch(name)]
@@ -202,6 +209,7 @@ class Table:
                 "different from what they are tied to": different,
             }
         )
+        model.load_state_dict(read, strict=False, assign=True)
         return tuple(kept)
 
     def save(self, model: nn.Module, config: AnyModelConfig, bare: bool) -> dict[str, Tensor]:

@@ -10,21 +10,15 @@ from qkv.config import ViTConfig, from_dict
 from qkv.hub.table import Fields, Format, Row, Table, label_settings, labels_of, module
 from qkv.tokenizers import Tokenizer
 
-_PATCHES = (
-    Row(
-        "patches.weight",
-        ("embeddings.patch_embeddings.projection.weight",),
-        shape=("dim", "channels", "patch_size", "patch_size"),
-    ),
-    Row("patches.bias", ("embeddings.patch_embeddings.projection.bias",)),
-)
+_WEIGHT, _BIAS = module("patches.projection", "embeddings.patch_embeddings.projection")
+_PATCHES = (replace(_WEIGHT, shape=("dim", "channels", "patch_size", "patch_size")), _BIAS)
 _CONVOLUTIONS = (
     *(
         replace(row, count="stem_depth")
         for part in ("convolutions.{}", "norms.{}")
         for row in module(f"patches.{part}", f"embeddings.patch_embeddings.{part}")
     ),
-    *module("patches.projection", "embeddings.patch_embeddings.projection"),
+    *(_WEIGHT, _BIAS),
 )
 _AUTO = {
     "AutoConfig": "Config",

@@ -50,7 +50,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.register_buffer("position_table", sinusoidal(config.context, config.dim), persistent=False)
+        table = sinusoidal(config.context, config.dim).to(self.tokens.weight.device)
+        self.register_buffer("position_table", table, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.encoder = Stack(config)
         self.decoder = Stack(config, cross=True)

@@ -45,11 +45,12 @@ class ViTOutput:
     """(N, K); None without a head."""
 
 
-class PatchEmbedding(nn.Linear):
+class PatchEmbedding(nn.Module):
     """Cuts images into patches and makes each a token by one matrix (equation 1)."""
 
     def __init__(self, config: ViTConfig) -> None:
-        super().__init__(config.channels * config.patch_size**2, config.dim)
+        super().__init__()
+        self.projection = nn.Linear(config.channels * config.patch_size**2, config.dim)
         self.patch_size = config.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class PatchEmbedding(nn.Linear):
         p = self.patch_size
         cut = images.reshape(N, C, height // p, p, width // p, p)
         cut = cut.permute(0, 2, 4, 1, 3, 5)  # (N, rows, columns, C, p, p)
-        return super().forward(cut.flatten(3).flatten(1, 2))
+        return self.projection(cut.flatten(3).flatten(1, 2))  # type: ignore[no-any-return]
 
 
 class ConvolutionalStem(nn.Module):
