@@ -698,10 +698,10 @@ def record(
 
     The fused kernels stay on; the probabilities are computed beside them for the chosen layers,
     heads and query rows (None: all; negative numbers count from the end). stacks: some of "encoder",
-    "decoder", "cross". What is kept can be less than is seen: in half precision (dtype), and only of the
-    latest forward passes, so many as `calls` says; decoding makes one for each token. Raises IndexError for a
-    layer or head, KeyError for a stack that the model does not have, RuntimeError for a layer that is
-    being recorded already. A forward pass inside raises IndexError if one of its sequences lacks a chosen row.
+    "decoder", "cross". dtype: of what is kept, torch.float16 for half the memory. calls: only so many of the
+    latest forward passes are kept; None: all, of which decoding makes one a token. Raises IndexError for a
+    layer or head, KeyError for a stack that the model does not have, RuntimeError for a layer that is being
+    recorded already. A forward pass inside raises IndexError if one of its sequences lacks a chosen row.
     """
     modules = model.attentions()
     chosen: dict[LayerKey, Tappable] = {}

@@ -19,6 +19,8 @@ Method = Literal[
     "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
 ]
 
+Stack = Literal["encoder", "decoder", "cross"]
+
 
 class Guess(NamedTuple):
     """One possible answer and how probable the model finds it."""
@@ -46,7 +48,7 @@ class Sequence:
 class Attention:
     """The attention probabilities of one stack."""
 
-    stack: Literal["encoder", "decoder", "cross"]
+    stack: Stack
     queries: str
     """Name of the sequence that looks."""
     keys: str
@@ -55,6 +57,8 @@ class Attention:
     """(L, H, Uq, Uk); each row sums to 1."""
     layers: tuple[int, ...]
     """Which of the stack's layers these are."""
+    heads: tuple[int, ...] = ()
+    """Which of each layer's heads these are; none named: all."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Choice:
 
     answer: str
     probability: float
+    """Where the answer is a value, a regression's or a similarity, that value; so in `Guess` too."""
     alternatives: tuple[Guess, ...]
     """The likeliest answers, best first, with the chosen one wherever it stands."""
     sequence: str
