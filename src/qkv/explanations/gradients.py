@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.attention import Pattern, tapped
+from qkv.attention import LayerKey, Pattern, tapped
 from qkv.explanations.attention_flow import Look
 from qkv.explanations.subjects import Question, Subject
 
@@ -49,7 +49,7 @@ class Gradients:
 
 def gradients(subject: Subject, seen: Sequence[Look]) -> Iterator[Gradients]:
     """Those of each choice, from one forward pass; seen: the layers of which they are wanted."""
-    taps = {(look.stack, look.layer): Watch() for look in seen}
+    taps: dict[LayerKey, Watch] = {(look.stack, look.layer): Watch() for look in seen}
     x = subject.embedded[None].clone().requires_grad_()
     with torch.enable_grad(), tapped(subject.model, taps):
         outputs = subject.outputs(x, subject.questions)[0]  # (C, K)
