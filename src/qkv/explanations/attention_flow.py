@@ -23,7 +23,7 @@ from qkv.errors import InputError
 from qkv.explanations.explanation import Stack
 from qkv.explanations.subjects import Subject
 
-FLOW_EDGES = 2_000_000
+FLOW_EDGES = 1_000_000_000
 """Most edges of a graph whose flows are computed, over all units: each takes a search through the graph."""
 
 

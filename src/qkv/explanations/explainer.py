@@ -12,7 +12,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkv.errors import InputError
 from qkv.explanations import alignment, attention_flow
@@ -132,23 +132,16 @@ def _choices(
         strict=True,
     )
     for question, chances, found, layers, importance in every:
-        values = {method: maps.of(method, question, found) for method in methods}
-        tested = faithfulness(subject, question, values, random_orders, seed) if random_orders else {}
+        relevances = [maps.relevance(method, question, found) for method in methods]
+        if random_orders:
+            relevances = faithfulness(subject, question, relevances, random_orders, seed)
         yield Choice(
             answer=subject.name(question.answer),
             probability=float(chances[question.answer]),
             alternatives=guesses(subject, chances, alternatives, question.answer),
             sequence=question.sequence,
             unit=question.unit,
-            relevances=tuple(
-                Relevance(
-                    method,
-                    {one.name: values[method][subject.place(one.name)] for one in subject.sequences},
-                    maps.matrix(method, found),
-                    tested.get(method),
-                )
-                for method in methods
-            ),
+            relevances=tuple(relevances),
             lens=layers,
             head_importance=importance,
         )
@@ -160,40 +153,44 @@ class _Maps:
     def __init__(self, subject: Subject, seen: Sequence[Look]) -> None:
         self.subject, self.seen = subject, seen
         self.units = len(subject.embedded)
-        self.last = attention_flow.last(seen, self.units)
         self.steps = attention_flow.steps(seen, self.units)
-        self.rollout = attention_flow.rollout(self.steps)
+        self.attention = attention_flow.last(seen, self.units)  # (U, U)
+        self.rollout = attention_flow.rollout(self.steps)  # (U, U)
 
-    def of(self, method: Method, question: Question, found: Gradients) -> Floats:
-        """How much each unit matters, (U,)."""
-        reads = question.reads.float()
-        if method == "attention":
-            values = reads @ self.last
-        elif method == "rollout":
-            values = reads @ self.rollout
-        elif method == "flow":
-            values = attention_flow.flow(self.steps, reads)
-        elif method == "relevance":
-            values = reads @ relevance(self.seen, found.weights, self.units)
-        elif method == "gradient_x_input":
-            values = gradient_x_input(self.subject, found.embedded)
-        elif method == "integrated_gradients":
-            values = integrated_gradients(self.subject, question)
-        else:
-            values = occlusion(self.subject, question)
-        return values.float().cpu().numpy()
+    def relevance(self, method: Method, question: Question, found: Gradients) -> Relevance:
+        """How much each unit matters; by a method that tells, and if there is one choice, to each unit.
 
-    def matrix(self, method: Method, found: Gradients) -> dict[str, Floats]:
-        """How much each unit took from each, by stack, where a method says so; of a single choice.
-
-        Of several choices each is a row already, and their matrices would fill the memory.
+        Of several choices there is a row each already, and all their matrices would fill the memory.
         """
-        if len(self.subject.questions) > 1 or method not in ("rollout", "relevance"):
-            return {}
-        rolled = method == "rollout"
-        whole = self.rollout if rolled else relevance(self.seen, found.weights, self.units)  # (U, U)
-        places = {look.stack: (look.queries, look.keys) for look in self.seen}
-        return {stack: whole[q, k].cpu().numpy() for stack, (q, k) in places.items()}
+        whole = self._between(method, found)
+        values = self._of(method, question, found) if whole is None else question.reads.float() @ whole
+        matrix = {}
+        if whole is not None and len(self.subject.questions) == 1:
+            matrix = {look.stack: _floats(whole[look.queries, look.keys]) for look in self.seen}
+        by_name = {one.name: _floats(values[self.subject.place(one.name)]) for one in self.subject.sequences}
+        return Relevance(method, by_name, matrix)
+
+    def _between(self, method: Method, found: Gradients) -> Tensor | None:
+        """How much each unit took from each (U, U); None: the method does not tell."""
+        if method == "attention":
+            return self.attention
+        if method == "rollout":
+            return self.rollout
+        return relevance(self.seen, found.weights, self.units) if method == "relevance" else None
+
+    def _of(self, method: Method, question: Question, found: Gradients) -> Tensor:
+        """How much each unit matters, (U,)."""
+        if method == "flow":
+            return attention_flow.flow(self.steps, question.reads)
+        if method == "gradient_x_input":
+            return gradient_x_input(self.subject, found.embedded)
+        if method == "integrated_gradients":
+            return integrated_gradients(self.subject, question)
+        return occlusion(self.subject, question)
+
+
+def _floats(values: Tensor) -> Floats:
+    return np.asarray(values.float().cpu().numpy())
 
 
 # ---------------------------------------------------------------- attention

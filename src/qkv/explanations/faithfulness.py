@@ -7,14 +7,15 @@ Legend: U units of all sequences end to end, N variants, F free units, K points 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qkv.explanations.explanation import Faithfulness, Floats, Method
+from qkv.explanations.explanation import Faithfulness, Floats, Relevance
 from qkv.explanations.subjects import Question, Subject
 
 POINTS = 11
@@ -41,30 +42,31 @@ def occlusion(subject: Subject, question: Question) -> Tensor:
 
 
 def faithfulness(
-    subject: Subject, question: Question, maps: Mapping[Method, Floats], orders: int, seed: int
-) -> dict[Method, Faithfulness]:
-    """Of each map (U,) of a choice: its curves beside those of the same random orders.
+    subject: Subject, question: Question, maps: Sequence[Relevance], orders: int, seed: int
+) -> list[Relevance]:
+    """The maps of a choice with the curves of each, beside those of the same random orders.
 
-    orders: how many of these; they depend on the seed and on nothing else.
+    orders: how many of these, which depend on the seed and on where the choice was made.
     """
     free = subject.free(question).nonzero()[:, 0].cpu().numpy()  # (F,)
-    counts = np.unique(np.rint(np.linspace(0, len(free), min(len(free) + 1, POINTS))).astype(int))  # (K,)
+    counts = np.unique(np.linspace(0, len(free), POINTS).round().astype(int))  # (K,)
     rng = np.random.default_rng([seed, question.unit])
-    ranked = [free[np.argsort(-values[free], kind="stable")] for values in maps.values()]
+    values = [np.concatenate([one.values[s.name] for s in subject.sequences]) for one in maps]  # (U,) each
+    ranked = [free[np.argsort(-own[free], kind="stable")] for own in values]
     ranked += [rng.permutation(free) for _ in range(orders)]
-    gone = np.zeros((len(ranked), len(counts), len(subject.embedded)), dtype=bool)
-    for number, order in enumerate(ranked):
-        for point, count in enumerate(counts):
-            gone[number, point, order[:count]] = True
-    here = np.zeros(len(subject.embedded), dtype=bool)
-    here[free] = True
-    deletion, insertion = _probabilities(subject, question, np.stack([gone, here & ~gone]))
+    deleted = np.zeros((len(ranked), len(counts), len(subject.embedded)), dtype=bool)
+    for row, order in zip(deleted, ranked, strict=True):
+        for point, count in zip(row, counts, strict=True):
+            point[order[:count]] = True
+    missing = np.zeros_like(deleted)
+    missing[..., free] = ~deleted[..., free]
+    deletion, insertion = _probabilities(subject, question, np.stack([deleted, missing]))  # (orders, K)
     shares = (counts / max(len(free), 1)).astype(np.float32)
-    found = {}
-    for number, method in enumerate(maps):
-        own = deletion[number], insertion[number]
-        found[method] = Faithfulness(shares, *own, deletion[len(maps) :], insertion[len(maps) :])
-    return found
+    theirs = deletion[len(maps) :], insertion[len(maps) :]
+    return [
+        replace(one, faithfulness=Faithfulness(shares, deletion[i], insertion[i], *theirs))
+        for i, one in enumerate(maps)
+    ]
 
 
 def _probabilities(subject: Subject, question: Question, gone: NDArray[np.bool_]) -> Floats:
