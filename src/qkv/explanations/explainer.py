@@ -164,11 +164,11 @@ class _Maps:
         """
         whole = self._between(method, found)
         values = self._of(method, question, found) if whole is None else question.reads.float() @ whole
-        matrix = {}
+        matrix: dict[str, Floats] = {}
         if whole is not None and len(self.subject.questions) == 1:
             matrix = {look.stack: _floats(whole[look.queries, look.keys]) for look in self.seen}
-        by_name = {one.name: _floats(values[self.subject.place(one.name)]) for one in self.subject.sequences}
-        return Relevance(method, by_name, matrix)
+        places = {str(one.name): self.subject.place(one.name) for one in self.subject.sequences}
+        return Relevance(method, {name: _floats(values[place]) for name, place in places.items()}, matrix)
 
     def _between(self, method: Method, found: Gradients) -> Tensor | None:
         """How much each unit took from each (U, U); None: the method does not tell."""

@@ -290,7 +290,7 @@ def _image(classifier: ImageClassifier, image: ImageLike, target: str | None) ->
         raise InputError("this model has no classification head: fine-tune it first")
     pixels = classifier.images.pixels(image)  # (channels, height, width)
     rows, columns = (side // model.config.patch_size for side in pixels.shape[1:])
-    normalised = classifier.images.normalize(pixels).to(classifier.device)
+    normalised = classifier.images.normalize(pixels).to(model.class_token)
     subject = ViTSubject(model, units.of_patches(rows, columns), normalised, labels.__getitem__)
     shown = pixels.expand(3, -1, -1).permute(1, 2, 0)
     subject.picture = Picture(np.ascontiguousarray(shown.numpy()), (rows, columns))
