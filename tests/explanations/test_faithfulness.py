@@ -65,17 +65,17 @@ def test_a_map_that_ranks_all_units_rightly_beats_every_random_order():
     one = Planted(weights)
     assert curves(one, weights).verdict == "better than all 10 random orders"
     assert curves(one, -np.array(weights)).verdict == "worse than all 10 random orders on this input"
-    assert curves(Planted([0.0] * 12), weights).verdict.startswith("no better than random")
+    assert curves(Planted([0.0] * 12), weights).verdict.startswith("no better than random on this input")
     assert curves(Planted([1.0]), [1.0]).verdict == "too few units to tell"
 
 
 @given(st.integers(0, 200))
 def test_a_random_map_is_seldom_said_to_be_better(seed: int):
-    """Of all random maps, a tenth beats nine or more of ten random orders by chance, and so many may pass."""
+    """Of eleven random maps one beats ten others by chance, and so many may pass."""
     rng = np.random.default_rng(seed)
     one = Planted(list(rng.normal(size=15)))
     passed = [curves(one, rng.normal(size=15), seed=i).verdict.startswith("better") for i in range(30)]
-    assert sum(passed) <= 15
+    assert sum(passed) <= 12
 
 
 @pytest.mark.parametrize("name", CASES)

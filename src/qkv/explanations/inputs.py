@@ -263,6 +263,7 @@ def _translated(translator: Translator, text: str, target: str | None) -> Subjec
     source = tokenizer.encode(text).ids
     _check_length(translator, len(source), "source")
     if target is None:
+        # As `Translator.translate` does it if nothing else is said.
         best = Decoding(num_beams=4, temperature=0.0, max_new_tokens=config.context)
         written = generate(model, [source], best, [config.eos_id])[0][0].ids
     else:
