@@ -16,7 +16,7 @@ from qkv.explanations import subjects
 from qkv.explanations.explanation import Faithfulness, Relevance
 from qkv.explanations.explanation import Sequence as Units
 from qkv.explanations.faithfulness import faithfulness, occlusion
-from qkv.explanations.subjects import Question, Subject
+from qkv.explanations.subjects import Question, Reading, Subject
 
 
 class Planted(Subject):
@@ -29,7 +29,7 @@ class Planted(Subject):
         names = tuple(map(str, range(len(weights))))
         ones, zeros = torch.ones(len(weights), 1), torch.zeros(len(weights), 1)
         sequence = Units("text", names, (False,) * len(weights))
-        super().__init__([sequence], {}, ones, zeros, 2, str)
+        super().__init__([sequence], {}, ones, zeros, Reading(self.read, 2, str))
         self.ask([self.question("text", 0)], [0])
 
     def states(self, x: Tensor) -> Iterator[Tensor]:

@@ -72,7 +72,7 @@ def explain(
     pipeline = from_pretrained(model) if isinstance(model, str | Path) else model
     if pipeline.road is not None:
         raise InputError("a model with a precision has no gradients: open the checkpoint without one")
-    with _evaluating(pipeline.model):
+    with torch.inference_mode(False), _evaluating(pipeline.model):
         subject = subject_of(pipeline, input, target, max_new_tokens)
         seen, residual = looks(subject)
         return Explanation(
