@@ -119,8 +119,14 @@ def test_a_value_and_a_similarity_stand_where_a_probability_does():
     assert choice.probability == pytest.approx(pipeline.estimate(["A quick fox"])[0, 0], rel=1e-4)
     pipeline = encoder("none", pooling="mean", normalize=True)
     one, other = pipeline.embed(["Two dogs run.", "A quick fox"])
-    (choice,) = quick(pipeline, ("Two dogs run.", "A quick fox")).choices
-    assert choice.probability == pytest.approx(one @ other, rel=1e-4)
+    found = quick(pipeline, ("Two dogs run.", "A quick fox"))
+    (sequence,) = found.sequences
+    # Each text is asked about, while the other one stays.
+    assert [choice.unit for choice in found.choices] == [0, sequence.segments.index(1)]
+    for text, choice in enumerate(found.choices):
+        assert choice.probability == pytest.approx(one @ other, rel=1e-4)
+        values = choice.relevances[0].values["text"]
+        assert (values[np.array(sequence.segments) != text] == 0).all()
 
 
 def test_every_mask_is_a_choice():

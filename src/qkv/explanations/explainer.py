@@ -183,7 +183,7 @@ class _Maps:
         if method == "flow":
             return attention_flow.flow(self.steps, question.reads)
         if method == "gradient_x_input":
-            return gradient_x_input(self.subject, found.embedded)
+            return gradient_x_input(self.subject, question, found.embedded)
         if method == "integrated_gradients":
             return integrated_gradients(self.subject, question)
         return occlusion(self.subject, question)

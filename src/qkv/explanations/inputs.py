@@ -141,7 +141,10 @@ def _tagged(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Sub
 
 
 def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
-    """How similar the vectors of two texts are, each read by itself: their cosine."""
+    """How similar the vectors of two texts are, each read by itself: their cosine, asked of each text.
+
+    The other one stays as it is: two texts of which nothing is left are alike.
+    """
     if len(texts) != 2:
         raise InputError("this model makes vectors of texts: give two, whose similarity is explained")
     if target is not None:
@@ -158,11 +161,13 @@ def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> S
     both = [units.of_encoding("text", (text,), e) for text, e in zip(texts, encodings, strict=True)]
     reading = Reading(head, 1, lambda _: "similarity", "value")
     subject = _bert(encoder, units.joined(*both), encodings, reading)
-    shares = [[0.5] + [0.0] * (size - 1) if first else [0.5 / size] * size for size in sizes]
-    question = subject.question("text", 0)
-    subject.ask(
-        [replace(question, reads=question.reads.new_tensor([x for each in shares for x in each]))], [0]
-    )
+    questions = []
+    text = Layout(tuple(sizes), encoder.device).owner  # (U,)
+    for number, start in enumerate((0, sizes[0])):
+        question, own = subject.question("text", start), text == number
+        reads = question.reads if first else own.to(question.reads) / own.sum()
+        questions.append(replace(question, reads=reads, candidates=own))
+    subject.ask(questions, [0, 0])
     return subject
 
 

@@ -50,8 +50,8 @@ class Question:
     """Where it was made: name of the sequence, and unit in it."""
     reads: Tensor
     """How much of each unit's last state the answer is read from, (U,); sums to 1."""
-    sees: Tensor
-    """The units that the answer may depend on, bool (U,)."""
+    candidates: Tensor
+    """The units that are looked at for reasons, bool (U,); the others stay as they are in all variants."""
     answer: int = -1
     """Which of the K possible answers was chosen; -1: it is not known yet."""
 
@@ -111,8 +111,8 @@ class Subject(ABC):
         raise KeyError(sequence)
 
     def free(self, question: Question) -> Tensor:
-        """The units that can be taken away from a choice, bool (U,): they are seen, and no baseline."""
-        return question.sees & (self.embedded != self.baseline).any(-1)
+        """The candidates that can be taken away, bool (U,): they are not the baseline already."""
+        return question.candidates & (self.embedded != self.baseline).any(-1)
 
     def without(self, gone: Tensor) -> Tensor:
         """gone: the units that are taken away in each variant, bool (N, U) -> embeddings (N, U, D)."""
@@ -126,7 +126,7 @@ class Subject(ABC):
         self.questions = [replace(q, answer=best if own is None else own) for q, own, best in given]
 
     def question(self, sequence: str, unit: int, causal: bool = False) -> Question:
-        """What is chosen at a unit, from its own state. causal: it sees nothing behind it in its sequence."""
+        """What is chosen at a unit, from its own state. causal: by nothing that comes behind it."""
         at, count = self.place(sequence).start + unit, len(self.embedded)
         units = torch.arange(count, device=self.embedded.device)  # (U,)
         return Question(sequence, unit, (units == at).to(self.embedded), (units <= at) | (not causal))
