@@ -40,7 +40,7 @@ METHODS: tuple[Method, ...] = (
     "integrated_gradients",
     "occlusion",
 )
-"""All but flow, which is slow."""
+"""All but flow, which is for short inputs and needs scipy."""
 
 
 def explain(
@@ -75,12 +75,13 @@ def explain(
     with torch.inference_mode(False), _evaluating(pipeline.model):
         subject = subject_of(pipeline, input, target, max_new_tokens)
         seen, residual = looks(subject)
+        attention = tuple(_attention(subject, seen, layers, heads))
         return Explanation(
             family=subject.family,
             model=str(model) if isinstance(model, str | Path) else type(pipeline).__name__,
             sequences=subject.sequences,
             choices=tuple(_choices(subject, seen, methods, alternatives, random_orders, seed)),
-            attention=tuple(_attention(subject, seen, layers, heads)),
+            attention=attention,
             residual=residual,
             picture=subject.picture,
             alignment=alignment.align(subject, seen) if subject.family == "transformer" else None,
