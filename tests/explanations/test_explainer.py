@@ -177,6 +177,7 @@ def test_every_word_s_tag_is_a_choice_or_those_of_one_word_or_tag():
         (lambda: encoder("tagging", ("a", "b")), ("a", "b"), None, "one text"),
         (lambda: encoder("tagging", ("a", "b")), " ", None, "no words"),
         (lambda: encoder("none"), "a", None, "give two"),
+        (lambda: encoder("classification", ("only",)), "a", None, "a single class"),
         (lambda: encoder("none"), ("a", "b"), "c", "no target"),
     ],
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qkv.attention import Pattern
 from qkv.config import Family
+from qkv.errors import InputError
 from qkv.explanations.explanation import Picture, Stack
 from qkv.explanations.explanation import Sequence as Units
 from qkv.models import GPT, Bert, Transformer, ViT
@@ -119,7 +120,12 @@ class Subject(ABC):
         return torch.where(gone[..., None], self.baseline, self.embedded)
 
     def ask(self, questions: Sequence[Question], answers: Sequence[int | None]) -> None:
-        """Set the choices to be explained: the answers given, or where there is none the likeliest."""
+        """Set the choices to be explained: the answers given, or where there is none the likeliest.
+
+        Raises InputError if there is but one class.
+        """
+        if self.outcome == "class" and self.reading.answers < 2:
+            raise InputError("this model knows a single class: it chooses nothing that could be explained")
         with torch.no_grad():
             likeliest = self.outputs(self.embedded[None], questions)[0].argmax(-1).tolist()  # (C,)
         given = zip(questions, answers, likeliest, strict=True)
