@@ -318,9 +318,3 @@ class ViTSubject(Subject):
         """As of `Subject`."""
         for state in self.model.blocks.states(*_flat(x, (x.shape[1],))):
             yield state.view_as(x)
-
-    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
-        """As of `Subject`."""
-        assert self.model.classifier is not None
-        logits: Tensor = self.model.classifier(self.model.norm(state[:, 0]))  # (N, K)
-        return logits[:, None].expand(-1, len(questions), -1)
