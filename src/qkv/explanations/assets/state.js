@@ -1,0 +1,37 @@
+// What the reader has chosen. Figures name the choices they are drawn from, and are drawn again when these change.
+
+class State {
+  constructor(values) {
+    this.values = values;
+    this.watchers = [];
+  }
+
+  change(values) {
+    const changed = Object.keys(values).filter((name) => this.values[name] !== values[name]);
+    Object.assign(this.values, values);
+    for (const { names, draw } of this.watchers) if (names.some((name) => changed.includes(name))) draw(this.values);
+  }
+
+  /** Draw now, and whenever one of the named values changes. */
+  watch(names, draw) {
+    this.watchers.push({ names, draw });
+    draw(this.values);
+  }
+
+  /** Draw everything, as when the colours change. */
+  redraw() {
+    for (const { draw } of this.watchers) draw(this.values);
+  }
+}
+
+/** Radio buttons side by side for one value of the state. options: [value, label] each. */
+function chooser(legend, name, options, state) {
+  const inputs = options.map(([value, label]) => {
+    const input = element("input", { type: "radio", name, value, onchange: () => state.change({ [name]: value }) });
+    return [input, element("label", {}, input, element("span", {}, label))];
+  });
+  const made = element("fieldset", { class: "chooser" }, element("legend", {}, legend), ...inputs.map(([, label]) => label));
+  state.watch([name], (values) => inputs.forEach(([input]) => (input.checked = input.value === String(values[name]))));
+  made.hidden = options.length < 2;
+  return made;
+}

@@ -1,0 +1,93 @@
+"""What is said of explanations, in words that need no background: shared by page, terminal and figures."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from qkv.explanations.explanation import Explanation, Method
+
+
+class Words(NamedTuple):
+    """A method's name and, in a sentence, what its numbers mean."""
+
+    name: str
+    meaning: str
+
+
+METHODS: dict[Method, Words] = {
+    "attention": Words(
+        "Attention",
+        "How much the last layer looked at each part when it answered, as a mean over its heads.",
+    ),
+    "rollout": Words(
+        "Rollout",
+        "How much of each part can have flowed to the answer, following attention through all layers.",
+    ),
+    "flow": Words(
+        "Flow",
+        "How much of each part fits through the layers to the answer, attention being the width of the pipes.",
+    ),
+    "relevance": Words(
+        "Relevance",
+        "How much each part carried towards this very answer: attention in all layers, where changing it would "
+        "change the answer.",
+    ),
+    "gradient_x_input": Words(
+        "Gradient x input",
+        "How the answer would change if each part grew a little; below 0, a part speaks against it.",
+    ),
+    "integrated_gradients": Words(
+        "Integrated gradients",
+        "How much each part adds to the answer on the way from an empty input to this one; below 0, it speaks "
+        "against it.",
+    ),
+    "occlusion": Words(
+        "Occlusion",
+        "How much less sure the model is when this part alone is blanked out; below 0, it becomes surer.",
+    ),
+}
+
+
+def answered(explanation: Explanation) -> str:
+    """All that the model answered, as one text."""
+    answers = [choice.answer for choice in explanation.choices]
+    return ("" if generates(explanation) else ", ").join(answers).strip()
+
+
+def generates(explanation: Explanation) -> bool:
+    """Whether the choices are one text, token by token."""
+    return explanation.family in ("gpt", "transformer")
+
+
+def given(explanation: Explanation) -> str:
+    """The input as one text: an image has none."""
+    sequence = explanation.sequences[0]
+    if explanation.picture is not None:
+        return "an image"
+    last = explanation.choices[0].unit if explanation.family == "gpt" else len(sequence.units)
+    places = [i for i, special in enumerate(sequence.special) if not special and i <= last]
+    if not sequence.segments:
+        return "".join(sequence.units[i] for i in places).strip()
+    texts = ["".join(sequence.units[i] for i in places if sequence.segments[i] == s) for s in (0, 1)]
+    return " | ".join(text.strip() for text in texts if text)
+
+
+def asked(explanation: Explanation) -> str:
+    """Which model read what, and what it answered, in a sentence."""
+    read = given(explanation) if explanation.picture is not None else f"“{shortened(given(explanation), 160)}”"
+    said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
+    if len(explanation.choices) == 1:
+        said += f", {percent(explanation.choices[0].probability)} sure"
+    return said + "."
+
+
+def percent(probability: float) -> str:
+    """As in 93 %, or 0.4 % where two digits would say 0."""
+    share = 100 * probability
+    return f"{share:.0f} %" if share >= 9.95 or share == 0 else f"{share:.1f} %" if share >= 0.1 else "under 0.1 %"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text in one line, its end cut where it has more characters than that."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"
