@@ -213,3 +213,14 @@ def seen(height=48, width=60, rows=6, columns=6) -> Explanation:
         1e-7,
         picture=Picture(pixels, (rows, columns)),
     )
+
+
+def long(units=512, layers=12, heads=12) -> Explanation:
+    """A text of many tokens, read by a model of many heads, whose weights are spread as widely as real ones."""
+    tokens = ("[CLS]", *(f" word{i}" for i in range(units - 2)), "[SEP]")
+    shallow = classified(*tokens, layers=1, heads=heads)
+    one = shallow.attention[0]
+    whole = replace(one, weights=one.weights.repeat(layers, axis=0), layers=tuple(range(layers)))
+    importance = np.zeros((layers, heads), np.float32)
+    choice = replace(shallow.choices[0], head_importance={"encoder": importance})
+    return replace(shallow, attention=(whole,), choices=(choice,))

@@ -20,7 +20,7 @@ import numpy as np
 from qkv.explanations.explanation import Explanation, Floats, Relevance, Sequence
 from qkv.explanations.packing import BUDGET, pack, pack_attention, quantise
 from qkv.explanations.plain import to_plain
-from qkv.explanations.words import METHODS, answered, asked, generates, shortened
+from qkv.explanations.words import METHODS, answered, asked, generates, given, shortened
 from qkv.report import document, png, style
 
 _SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "faithfulness", "relevance",
@@ -29,12 +29,12 @@ _SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "fa
 
 def page(explanation: Explanation) -> str:
     """A document in HTML. Its weights are rounded, and of long inputs the least are left out: it says which."""
-    return _page(f"Why “{shortened(answered(explanation), 60)}”?", asked(explanation), explanation)
+    return _page(f"Why “{shortened(answered(explanation), 60)}”?", explanation)
 
 
 def compare_page(first: Explanation, second: Explanation) -> str:
     """A document that shows two explanations side by side: of two checkpoints, or of two inputs."""
-    return _page("What changed?", f"{asked(first)} {asked(second)}", first, second)
+    return _page("What is different?", first, second)
 
 
 def frame(explanation: Explanation, height: int = 720) -> str:
@@ -46,7 +46,7 @@ def frame(explanation: Explanation, height: int = 720) -> str:
     )
 
 
-def _page(title: str, lead: str, *shown: Explanation) -> str:
+def _page(title: str, *shown: Explanation) -> str:
     script = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     look = style() + _asset("page.css")
     values: dict[str, Any] = {
@@ -59,9 +59,10 @@ def _page(title: str, lead: str, *shown: Explanation) -> str:
         f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(look)}; "
         "base-uri 'none'; form-action 'none'"
     )
+    lead = "".join(f"<p>{escape(asked(one))}</p>" for one in shown)
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     body = (
-        f'<header><h1 dir="auto">{escape(title)}</h1><p>{escape(lead)}</p></header>\n<main></main>\n'
+        f'<header><h1 dir="auto">{escape(title)}</h1>{lead}</header>\n<main></main>\n'
         "<noscript><p>This page draws its figures with a script of its own: allow it to run.</p></noscript>\n"
         f'<script type="application/json" id="values">{_embedded(values)}</script>\n'
         f'<script type="module">{script}</script>\n'
@@ -85,12 +86,13 @@ def _embedded(values: dict[str, Any]) -> str:
 
 def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
     """All that the script draws: the fields of `Explanation`, but matrices packed and pixels as an image."""
-    stacks, least = pack_attention(explanation.attention, budget)
+    stacks, least = pack_attention(explanation.attention, budget, explanation.picture)
     choices = tuple(
         replace(choice, relevances=tuple(replace(one, matrix={}) for one in choice.relevances))
         for choice in explanation.choices
     )
     values: dict[str, Any] = to_plain(replace(explanation, attention=(), choices=choices, picture=None))
+    values["input"] = shortened(given(explanation), 80)
     values["generates"] = generates(explanation)
     values["least"] = least
     for stack, packed in zip(explanation.attention, stacks, strict=True):

@@ -50,8 +50,11 @@ METHODS: dict[Method, Words] = {
 
 def answered(explanation: Explanation) -> str:
     """All that the model answered, as one text."""
-    answers = [choice.answer for choice in explanation.choices]
-    return ("" if generates(explanation) else ", ").join(answers).strip()
+    if not generates(explanation):
+        return ", ".join(choice.answer for choice in explanation.choices)
+    special = {sequence.name: sequence.special for sequence in explanation.sequences}
+    tokens = [one.answer for one in explanation.choices if not special[one.sequence][one.unit + 1]]
+    return "".join(tokens).strip()
 
 
 def generates(explanation: Explanation) -> bool:

@@ -3,10 +3,13 @@
 const STACKS = { encoder: "encoder", decoder: "decoder", cross: "decoder to encoder" };
 const ROW = 24;
 /** Height of a token beside the lines, in pixels: as in the style sheet. */
+const LONG = 64;
+/** More tokens than these are shown as running text, not beside lines. */
 
 function attentionColumn(explanation, state) {
   const stacks = new Map(explanation.attention.map((packed) => [packed.stack, new Stack(packed, explanation)]));
-  const grid = element("div"), detail = element("div");
+  const wide = { "flex-basis": `${60 + 58 * Math.min(8, ...explanation.attention.map((one) => one.heads[0].length))}px` };
+  const grid = element("div", { style: wide }), detail = element("div");
   state.watch(["stack"], ({ stack }) => {
     const here = stacks.get(stack);
     grid.replaceChildren(here ? headGrid(here, explanation, state) : card("", `This model has no ${STACKS[stack]} attention.`));
@@ -19,12 +22,13 @@ function attentionColumn(explanation, state) {
     if (values.stack !== stack || values.layer !== layer || values.head !== head) return; // the reader has gone on
     detail.replaceChildren(headDetail(here, weights, explanation, state));
   });
-  const importance = element("div");
+  const importance = element("div", { style: wide });
   state.watch(["choice", "stack"], ({ stack }) => {
     const values = chosen(explanation, state).head_importance[stack];
+    importance.hidden = !values;
     importance.replaceChildren(...(values && stacks.has(stack) ? [importanceCard(stacks.get(stack), values, state)] : []));
   });
-  return element("div", { class: "stacked" }, grid, detail, importance);
+  return element("div", { class: "stacked" }, element("div", { class: "tables" }, grid, importance), detail);
 }
 
 // ---------------------------------------------------------------- all heads
@@ -62,13 +66,13 @@ function headGrid(stack, explanation, state) {
     items.forEach((item, i) => paintBytes(item.firstChild, bytes(Math.floor(i / stack.heads), i % stack.heads), ink));
   });
   const shown = explanation.picture ? "Over the image, how much the class token looks at each patch" : "Rows look at columns";
-  return card("All heads", `${shown}; darker is more. A row of pictures a layer, the first on top; choose one to see it below.`, box);
+  return card("All heads", `${shown}; the more colour, the more. Each row of pictures is a layer, the first on top; choose one to see it below.`, box);
 }
 
 function importanceCard(stack, values, state) {
   const most = Math.max(...values.flat().map(Math.abs), 1e-9);
   const { element: box, sync } = headTable(stack, state, "importance of heads", (layer, head) => {
-    const value = values[layer][head];
+    const value = values[stack.layers[layer]][head];
     return {
       about: `: ${signed(value)} nats`,
       content: [element("span", { class: value < 0 ? "heat against" : "heat", "data-value": value, style: { "--weight": Math.abs(value) / most } }, Math.abs(value) < 0.005 ? "·" : value.toFixed(2))],
@@ -107,18 +111,22 @@ function headDetail(stack, weights, explanation, state) {
     rows: stack.queries.units,
     columns: stack.keys.units,
     shade: (r, c) => weights.shade(r, c),
+    labels: stack.keys.name !== "image",
     axes: ["looks", "is looked at"],
     label: `attention from ${stack.queries.name} (rows) to ${stack.keys.name} (columns)`,
     pick: (r, c) => show("query", r, c),
   });
   view.marks.push((side, unit, other) => (side === "query" ? drawn.mark(unit, other) : drawn.mark(-1, unit)));
   const picture = explanation.picture && stack.keys.name === "image" ? attendedImage(view, explanation.picture, state, show) : null;
-  const left = picture ?? lines(view, show);
+  const long = Math.max(weights.rows, weights.columns) > LONG;
+  const left = picture ?? (long ? runningText(view, show) : lines(view, show));
   const start = choice.sequence === stack.queries.name ? choice.unit : 0;
   show("query", start);
   const caption = picture
-    ? "Come to a patch of the image to see where it looks; the matrix has all patches, darker is more."
-    : "Left looks at right. Come to a token on the left to see what it looks at, or on the right to see what looks at it; the matrix has them all, darker is more.";
+    ? "Come to a patch of the image to see where it looks; the matrix has all patches."
+    : long
+      ? "Come to a token to see what it looks at; the matrix has them all."
+      : "Left looks at right. Come to a token on the left to see what it looks at, or on the right to see what looks at it; the matrix has them all.";
   return card(`Layer ${stack.layers[layer] + 1}, head ${head + 1}`, caption, line, element("div", { class: "beside even" }, left, drawn.element));
 }
 
@@ -164,6 +172,18 @@ function lines(view, show) {
   box.addEventListener("scroll", draw, { passive: true });
   new ResizeObserver(draw).observe(box);
   return box;
+}
+
+/** Tokens as running text: the one that looks, and in colour what it looks at. */
+function runningText({ stack, weights, marks }, show) {
+  const keys = strip(stack.keys, "is looked at", { attend: (i) => stack.keys === stack.queries ? show("query", i) : show("key", i) });
+  const queries = stack.keys === stack.queries ? keys : strip(stack.queries, "looks", { attend: (i) => show("query", i) });
+  marks.push((side, unit) => {
+    const [here, there, list] = side === "query" ? [queries, keys, weights.row(unit)] : [keys, queries, weights.column(unit)];
+    for (const [i, item] of here.items) light(item, 0, i === unit);
+    for (const [i, item] of there.items) light(item, list[i], here === there && i === unit);
+  });
+  return element("div", { class: "looking" }, ...(keys === queries ? [] : [queries.element]), keys.element);
 }
 
 function light(item, weight, here) {

@@ -5,17 +5,17 @@ const LONGEST = 120;
 
 /**
  * rows, columns: names. shade(r, c): from 0 to 1. pick(r, c): called when a cell is come to.
- * marks: cells to outline. axes: what rows and columns are.
+ * labels: whether the names are written. marks: cells to outline. axes: what rows and columns are.
  * Returns the element and `mark(r, c)`, which shows where the reader is.
  */
-function matrix({ rows, columns, shade, pick, marks = [], axes, label }) {
+function matrix({ rows, columns, shade, pick, labels = true, marks = [], axes, label }) {
   const canvas = element("canvas", { class: "matrix", tabindex: 0, role: "img", "aria-label": label });
-  const box = element("div", { class: "scroll" }, canvas);
+  const box = element("div", { class: "matrix-box" }, canvas);
   let at = null;
   let place = null;
 
   const draw = () => {
-    place = layout(canvas, box.clientWidth, rows, columns);
+    place = layout(canvas, box.clientWidth, rows, columns, labels);
     paintMatrix(canvas, place, { rows, columns, shade, marks, axes, at });
   };
   const go = (row, column) => {
@@ -46,14 +46,15 @@ function clamp(value, count) {
 }
 
 /** Sizes in CSS pixels, and the canvas made as large as they need. */
-function layout(canvas, width, rows, columns) {
+function layout(canvas, width, rows, columns, labels) {
   const context = canvas.getContext("2d");
   context.font = LABEL;
   const widest = (names) => Math.min(LONGEST, Math.max(...names.map((name) => context.measureText(visible(name)).width)));
-  const named = rows.length <= 80 && columns.length <= 80;
+  const named = labels && rows.length <= 80 && columns.length <= 80;
   const left = named ? widest(rows) + 26 : 20;
   const top = named ? widest(columns) + 26 : 20;
-  const side = named ? Math.max(12, Math.min(22, Math.floor((width - left - 2) / columns.length))) : Math.max(2, Math.min(8, Math.floor((width - left - 2) / columns.length)));
+  const [least, most] = named ? [12, 22] : [2, 10];
+  const side = Math.max(least, Math.min(most, Math.floor((width - left - 2) / columns.length)));
   const place = { left: Math.ceil(left), top: Math.ceil(top), side, named };
   const size = [place.left + side * columns.length + 2, place.top + side * rows.length + 2];
   const dots = window.devicePixelRatio;

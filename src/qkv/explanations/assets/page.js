@@ -7,8 +7,7 @@ function start() {
     choice: 0,
     method: first.choices[0].relevances[0]?.method,
     stack: first.attention[0]?.stack,
-    layer: Math.max(0, (first.attention[0]?.layers.length ?? 0) - 1),
-    head: 0,
+    ...neediest(first),
     opacity: 0.75,
   });
   const parts = [answerSection, relevanceSection, attentionSection, layersSection, alignmentSection];
@@ -17,9 +16,20 @@ function start() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state.redraw());
 }
 
+/** Where to begin: the head that the first answer needs most, or the first of the last layer. */
+function neediest({ attention: [stack], choices: [choice] }) {
+  const values = stack && choice.head_importance[stack.stack];
+  if (!values) return { layer: Math.max(0, (stack?.layers.length ?? 0) - 1), head: 0 };
+  const here = stack.layers.map((layer) => values[layer]);
+  const most = Math.max(...here.flat());
+  const layer = here.findIndex((heads) => heads.includes(most));
+  return { layer, head: here[layer].indexOf(most) };
+}
+
 /** One column an explanation, named where there are two. */
 function columns(explanations, build) {
-  const named = (explanation, i) => element("div", { class: "column" }, element("h3", { class: "which" }, `${i + 1}. ${explanation.model}`), build(explanation));
+  const name = explanations[0].model === explanations.at(-1).model ? "input" : "model";
+  const named = (explanation, i) => element("div", { class: "column" }, element("h3", { class: "which", dir: "auto" }, `${i + 1}. ${explanation[name]}`), build(explanation));
   if (explanations.length === 1) return build(explanations[0]);
   return element("div", { class: "columns" }, ...explanations.map(named));
 }
@@ -47,7 +57,7 @@ function attentionSection(explanations, state) {
   const residual = Math.max(...explanations.map((one) => one.residual));
   const controls = element("div", { class: "controls" }, chooser("Attention of", "stack", stacks.map((stack) => [stack, STACKS[stack]]), state));
   const made = section("attention", "Where it looks", lead, controls, columns(explanations, (one) => attentionColumn(one, state)));
-  made.append(element("p", { class: "note" }, `The weights were computed beside the kernel that answered; what they give differs from its result by at most ${residual.toPrecision(1)}.`));
+  made.append(element("p", { class: "note" }, `The weights were computed beside the kernel that answered; what they give differs from its result by at most ${residual === 0 ? 0 : residual.toExponential(0)}.`));
   watchHeads(state);
   return made;
 }

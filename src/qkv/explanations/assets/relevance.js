@@ -21,7 +21,8 @@ function relevanceColumn(explanation, state, methods) {
     const judged = relevance.faithfulness
       ? faithfulnessColumn(relevance.faithfulness)
       : element("p", { class: "faithfulness" }, "Whether this map holds up was not measured.");
-    box.replaceChildren(card(methods[method].name, methods[method].meaning, element("div", { class: "beside" }, map, judged)));
+    const meaning = element("p", { class: "meaning" }, methods[method].meaning);
+    box.replaceChildren(card(methods[method].name, "", meaning, element("div", { class: "beside" }, map, judged)));
     if (relevance.across) box.append(acrossCard(explanation.sequences[0], relevance.across));
   });
   state.watch(["opacity"], ({ opacity }) => maps.forEach((map) => map.fade(opacity)));
@@ -100,7 +101,7 @@ function acrossCard(sequence, { units, scale, blocks }) {
       holder.append(drawn.element, line);
     });
   }
-  return card("Across the two texts", "How much each token (rows) took from each token of the other text (columns) on the way to the answer; darker is more.", body);
+  return card("Across the two texts", "How much each token (rows) took from each token of the other text (columns) on the way to the answer.", body);
 }
 
 /** By how much the share of each unit in the whole map differs in the second explanation. */
