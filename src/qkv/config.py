@@ -468,6 +468,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """What of an explanation a figure shows. Choices, layers and heads count from 0."""
+
+    figure: Literal["relevance", "attention", "alignment"] = "relevance"
+    """A map of relevance over the input, the attention of one head, or a translation's alignment."""
+    choice: int = 0
+    """Which choice a map of relevance is of: a token generated, a tag, a word hidden."""
+    method: str = ""
+    """By which method; "": the first that the explanation has."""
+    stack: Literal["", "encoder", "decoder", "cross"] = ""
+    """Whose attention; "": the first that the explanation has."""
+    layer: int = 0
+    """Attention of this layer,"""
+    head: int = 0
+    """and of this head."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decoding:
     """How to choose tokens; the names are those of transformers' `generate`.
 

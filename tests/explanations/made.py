@@ -91,7 +91,10 @@ def guesses(*names: str, first=0.82) -> tuple[Guess, ...]:
 def lens(depth: int, names, seed=0) -> tuple[tuple[Guess, ...], ...]:
     draw = np.random.default_rng(seed)
     return tuple(
-        tuple(Guess(names[j], float(p)) for j, p in zip(draw.permutation(len(names)), (0.5, 0.2, 0.1), strict=False))
+        tuple(
+            Guess(names[j], float(p))
+            for j, p in zip(draw.permutation(len(names)), (0.5, 0.2, 0.1), strict=False)
+        )
         for _ in range(depth)
     )
 
@@ -111,7 +114,21 @@ def classified(*units: str, model="runs/reviews", seed=0, segments=(), layers=3,
     return Explanation("bert", model, (read,), (choice,), (looks,), 2e-7)
 
 
-SENTENCE = ("[CLS]", "a", " wonder", "fully", " fine", " film", ",", " despite", " a", " dull", " start", ".", "[SEP]")
+SENTENCE = (
+    "[CLS]",
+    "a",
+    " wonder",
+    "fully",
+    " fine",
+    " film",
+    ",",
+    " despite",
+    " a",
+    " dull",
+    " start",
+    ".",
+    "[SEP]",
+)
 
 
 def sentence(**changes) -> Explanation:
@@ -147,8 +164,12 @@ def generated() -> Explanation:
 
 def translated() -> Explanation:
     """What a Transformer makes of a source."""
-    source = text("Two", " dogs", " are", " run", "ning", " through", " the", " snow", ".", "</s>", name="source")
-    target = text("</s>", "Zwei", " Hunde", " laufen", " durch", " den", " Schnee", ".", "</s>", name="target")
+    source = text(
+        "Two", " dogs", " are", " run", "ning", " through", " the", " snow", ".", "</s>", name="source"
+    )
+    target = text(
+        "</s>", "Zwei", " Hunde", " laufen", " durch", " den", " Schnee", ".", "</s>", name="target"
+    )
     choices = tuple(
         Choice(
             target.units[unit + 1],
@@ -202,8 +223,9 @@ def seen(height=48, width=60, rows=6, columns=6) -> Explanation:
         values = 0.3 * made.values["image"] / np.abs(made.values["image"]).max()
         values[1:] += bump
         relevances.append(replace(made, values={"image": values.astype(np.float32)}))
-    choice = Choice("disc", 0.91, guesses("disc", "square", "cross", first=0.91), "image", 0, tuple(relevances),
-                    lens(3, ("disc", "square", "cross")), {"encoder": np.full((3, 4), 0.2, np.float32)})  # fmt: skip
+    names, importance = ("disc", "square", "cross"), {"encoder": np.full((3, 4), 0.2, np.float32)}
+    found = guesses(*names, first=0.91)
+    choice = Choice("disc", 0.91, found, "image", 0, tuple(relevances), lens(3, names), importance)
     return Explanation(
         "vit",
         "runs/shapes",
@@ -216,7 +238,7 @@ def seen(height=48, width=60, rows=6, columns=6) -> Explanation:
 
 
 def long(units=512, layers=12, heads=12) -> Explanation:
-    """A text of many tokens, read by a model of many heads, whose weights are spread as widely as real ones."""
+    """A text of many tokens, read by a model of many heads, whose weights are widely spread."""
     tokens = ("[CLS]", *(f" word{i}" for i in range(units - 2)), "[SEP]")
     shallow = classified(*tokens, layers=1, heads=heads)
     one = shallow.attention[0]

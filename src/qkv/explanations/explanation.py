@@ -151,3 +151,9 @@ class Explanation:
     """Largest difference between A·V from these probabilities and what the kernel computed."""
     picture: Picture | None = None
     alignment: Alignment | None = None
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        from qkv.explanations.page import frame
+
+        return frame(self)

@@ -98,7 +98,7 @@ def thumbnails(levels: Bytes) -> Bytes:
 
 def pack(levels: Bytes) -> str:
     """Bytes deflated, in base64."""
-    # Only runs are looked for, of zeros: as small as the most thorough search, and up to a hundred times as fast.
+    # Only runs, of zeros, are looked for: as small as by thorough search, and up to a hundred times as fast.
     deflate = zlib.compressobj(strategy=zlib.Z_RLE)
     return base64.b64encode(deflate.compress(levels.tobytes()) + deflate.flush()).decode("ascii")
 
@@ -106,4 +106,5 @@ def pack(levels: Bytes) -> str:
 def unpack(text: str, shape: tuple[int, ...]) -> Floats:
     """The weights that a page shows, from what `pack` wrote."""
     levels = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
-    return (levels.astype(np.float32) / 255) ** 2
+    weights: Floats = (levels.astype(np.float32) / np.float32(255)) ** 2
+    return weights

@@ -28,7 +28,7 @@ _SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "fa
 
 
 def page(explanation: Explanation) -> str:
-    """A document in HTML. Its weights are rounded, and of long inputs the least are left out: it says which."""
+    """A document in HTML. Weights are rounded, and of long inputs the least left out: it says which."""
     return _page(f"Why “{shortened(answered(explanation), 60)}”?", explanation)
 
 

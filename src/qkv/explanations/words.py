@@ -25,12 +25,12 @@ METHODS: dict[Method, Words] = {
     ),
     "flow": Words(
         "Flow",
-        "How much of each part fits through the layers to the answer, attention being the width of the pipes.",
+        "How much of each part fits through the layers to the answer, if attention is how wide pipes are.",
     ),
     "relevance": Words(
         "Relevance",
-        "How much each part carried towards this very answer: attention in all layers, where changing it would "
-        "change the answer.",
+        "How much each part carried towards this very answer: attention in all layers, where changing "
+        "it would change the answer.",
     ),
     "gradient_x_input": Words(
         "Gradient x input",
@@ -38,8 +38,8 @@ METHODS: dict[Method, Words] = {
     ),
     "integrated_gradients": Words(
         "Integrated gradients",
-        "How much each part adds to the answer on the way from an empty input to this one; below 0, it speaks "
-        "against it.",
+        "How much each part adds to the answer on the way from an empty input to this one; below 0, it "
+        "speaks against it.",
     ),
     "occlusion": Words(
         "Occlusion",
@@ -52,7 +52,7 @@ def answered(explanation: Explanation) -> str:
     """All that the model answered, as one text."""
     if not generates(explanation):
         return ", ".join(choice.answer for choice in explanation.choices)
-    special = {sequence.name: sequence.special for sequence in explanation.sequences}
+    special = {str(sequence.name): sequence.special for sequence in explanation.sequences}
     tokens = [one.answer for one in explanation.choices if not special[one.sequence][one.unit + 1]]
     return "".join(tokens).strip()
 
@@ -77,7 +77,9 @@ def given(explanation: Explanation) -> str:
 
 def asked(explanation: Explanation) -> str:
     """Which model read what, and what it answered, in a sentence."""
-    read = given(explanation) if explanation.picture is not None else f"“{shortened(given(explanation), 160)}”"
+    read = (
+        given(explanation) if explanation.picture is not None else f"“{shortened(given(explanation), 160)}”"
+    )
     said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
     if len(explanation.choices) == 1:
         said += f", {percent(explanation.choices[0].probability)} sure"
@@ -87,7 +89,13 @@ def asked(explanation: Explanation) -> str:
 def percent(probability: float) -> str:
     """As in 93 %, or 0.4 % where two digits would say 0."""
     share = 100 * probability
-    return f"{share:.0f} %" if share >= 9.95 or share == 0 else f"{share:.1f} %" if share >= 0.1 else "under 0.1 %"
+    return (
+        f"{share:.0f} %"
+        if share >= 9.95 or share == 0
+        else f"{share:.1f} %"
+        if share >= 0.1
+        else "under 0.1 %"
+    )
 
 
 def shortened(text: str, most: int) -> str:

@@ -94,7 +94,7 @@ def page(title: str, lead: str, cards: Iterable[Card], sections: Iterable[Sectio
 
 
 def document(title: str, body: str, look: str, head: str = "") -> str:
-    """A document of this body in HTML, in light and dark; look: its CSS; head: what else stands before the title."""
+    """A document of this body in HTML; look: its CSS; head: what stands before the title."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'{head}<meta name="viewport" content="width=device-width, initial-scale=1">\n'

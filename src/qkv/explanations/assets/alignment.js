@@ -15,7 +15,7 @@ function alignmentColumn({ alignment, sequences }) {
       line.textContent = `${quoted(target[r])} comes from ${quoted(source[c])} with ${percent(alignment.matrix[r][c])}.`;
     },
   });
-  const heads = alignment.heads.map(([layer, head]) => `layer ${layer + 1}, head ${head + 1}`).join("; ");
+  const heads = alignment.heads.map(([layer, head]) => `layer ${layer}, head ${head}`).join("; ");
   return card(
     "",
     `Read from ${heads}. Outlined cells are the links; below they are as pairs of source and target word from 0, as fast_align and Moses write them.`,

@@ -69,7 +69,7 @@ function lensTable(choice) {
   const width = Math.max(...choice.lens.map((layer) => layer.length));
   const head = element("tr", {}, element("th", { scope: "col" }, "after layer"), ...Array.from({ length: width }, (_, i) => element("th", { scope: "col" }, i ? `${i + 1}.` : "likeliest")));
   const rows = choice.lens.map((layer, i) =>
-    element("tr", {}, element("th", { scope: "row" }, i + 1), ...layer.map((guess) => lensCell(guess, choice.answer))),
+    element("tr", {}, element("th", { scope: "row" }, i), ...layer.map((guess) => lensCell(guess, choice.answer))),
   );
   return element("div", { class: "scroll" }, element("table", { class: "lens" }, element("thead", {}, head), element("tbody", {}, ...rows)));
 }

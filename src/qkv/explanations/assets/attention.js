@@ -38,11 +38,11 @@ function headTable(stack, state, label, cell) {
   const box = element("div", { class: "heads", role: "group", "aria-label": label, style: { "--heads": stack.heads } });
   const items = [];
   stack.layers.forEach((number, layer) => {
-    box.append(element("span", { class: "number" }, number + 1));
+    box.append(element("span", { class: "number" }, number));
     for (let head = 0; head < stack.heads; head++) {
       const go = () => state.change({ layer, head });
       const { about, content, style = {} } = cell(layer, head);
-      const name = `layer ${number + 1}, head ${head + 1}${about}`;
+      const name = `layer ${number}, head ${head}${about}`;
       const item = element("button", { type: "button", class: "head", "data-item": true, "aria-label": name, title: name, style, onclick: go, onfocus: go }, ...content);
       items.push(item);
       box.append(item);
@@ -66,7 +66,7 @@ function headGrid(stack, explanation, state) {
     items.forEach((item, i) => paintBytes(item.firstChild, bytes(Math.floor(i / stack.heads), i % stack.heads), ink));
   });
   const shown = explanation.picture ? "Over the image, how much the class token looks at each patch" : "Rows look at columns";
-  return card("All heads", `${shown}; the more colour, the more. Each row of pictures is a layer, the first on top; choose one to see it below.`, box);
+  return card("All heads", `${shown}; the more colour, the more. Each row of pictures is a layer; layers and heads count from 0. Choose one to see it below.`, box);
 }
 
 function importanceCard(stack, values, state) {
@@ -127,7 +127,7 @@ function headDetail(stack, weights, explanation, state) {
     : long
       ? "Come to a token to see what it looks at; the matrix has them all."
       : "Left looks at right. Come to a token on the left to see what it looks at, or on the right to see what looks at it; the matrix has them all.";
-  return card(`Layer ${stack.layers[layer] + 1}, head ${head + 1}`, caption, line, element("div", { class: "beside even" }, left, drawn.element));
+  return card(`Layer ${stack.layers[layer]}, head ${head}`, caption, line, element("div", { class: "beside even" }, left, drawn.element));
 }
 
 /** What the reader has come to, in a sentence. */

@@ -94,6 +94,7 @@ function paintMatrix(canvas, { left, top, side, named }, { rows, columns, shade,
     if (c >= 0) context.strokeRect(c * side + 0.5, 0.5, side - 1, side * rows.length - 1);
   }
   context.font = LABEL;
+  context.textAlign = "left";
   context.textBaseline = "middle";
   if (named) {
     context.fillStyle = ink("--ink");
@@ -103,9 +104,9 @@ function paintMatrix(canvas, { left, top, side, named }, { rows, columns, shade,
     columns.forEach((name, c) => upward(context, fitted(context, name), (c + 0.5) * side, -6));
   }
   context.fillStyle = ink("--soft");
-  context.textAlign = "center";
-  context.fillText(`${axes[1]} →`, (side * columns.length) / 2, 10 - top);
-  upward(context, `← ${axes[0]}`, 10 - left, (side * rows.length) / 2);
+  context.fillText(`${axes[1]} →`, 0, 10 - top);
+  context.textAlign = "right";
+  upward(context, `← ${axes[0]}`, 10 - left, 0);
   context.restore();
 }
 

@@ -64,7 +64,7 @@ function relevanceMap(explanation, sequence, relevance, choice, state, say, maps
 function place(unit, sequence) {
   if (sequence.name !== "image") return quoted(unit);
   const [row, column] = unit.split(",");
-  return column === undefined ? unit : `patch in row ${Number(row) + 1}, column ${Number(column) + 1}`;
+  return column === undefined ? unit : `patch in row ${row}, column ${column}`;
 }
 
 function legend(relevance) {

@@ -1,0 +1,206 @@
+"""Figures for papers: one map of an explanation as a drawing.
+
+Legend: U units, R rows and C columns of a matrix or of an image's patches, h and w pixels of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from qkv.config import FigureOptions
+from qkv.errors import InputError
+from qkv.explanations.drawing import (
+    COOL,
+    INK,
+    SIZE,
+    SOFT,
+    WARM,
+    Box,
+    Drawing,
+    Label,
+    Pixels,
+    tinted,
+    width_of,
+)
+from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance
+from qkv.explanations.explanation import Sequence as Units
+
+_MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
+_CELL = 18.0
+_STRENGTH = 0.6
+"""How strong the colour of the most relevant token is: it must stay readable."""
+
+
+def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
+    """What the options name. Raises InputError for what the explanation does not have."""
+    match options.figure:
+        case "relevance":
+            choice = _choice(explanation, options.choice)
+            relevance = _relevance(choice, options.method)
+            if explanation.picture is not None:
+                return _over_image(explanation.picture, relevance.values["image"])
+            return _strips(explanation.sequences, relevance)
+        case "attention":
+            return _head(explanation, options)
+        case "alignment":
+            return _alignment(explanation)
+
+
+def words(sequence: Units) -> list[str]:
+    """The words of a sequence, as its tokens spell them."""
+    made = [""] * (1 + max(sequence.words, default=-1))
+    for unit, word in zip(sequence.units, sequence.words, strict=True):
+        if word >= 0:
+            made[word] += unit
+    return [word.strip() for word in made]
+
+
+def heat(picture: Picture, values: Floats, opacity: float = 0.75) -> np.ndarray:
+    """The image's pixels (h, w, 3) under a map of its units (U,), each patch over exactly its own pixels."""
+    height, width, _ = picture.pixels.shape
+    rows, columns = picture.grid
+    patches = values[1:].reshape(rows, columns)  # (R, C); unit 0 is the class token
+    row, column = (  # the patch of each pixel: patch r starts at pixel r * height // rows
+        np.searchsorted(np.arange(count) * size // count, np.arange(size), side="right") - 1
+        for count, size in ((rows, height), (columns, width))
+    )
+    shares = patches[np.ix_(row, column)] / max(float(np.abs(patches).max()), 1e-30)  # (h, w)
+    alpha = opacity * np.abs(shares)[..., None]
+    colours = np.where(shares[..., None] < 0, np.array(_AGAINST), np.array(_TOWARDS))
+    blended: np.ndarray = np.rint(picture.pixels * (1 - alpha) + colours * alpha).astype(np.uint8)
+    return blended
+
+
+_TOWARDS, _AGAINST = (255, 90, 31), (47, 107, 255)
+"""Over images colours must be stronger than over paper."""
+
+
+def _choice(explanation: Explanation, number: int) -> Choice:
+    if not 0 <= number < len(explanation.choices):
+        raise InputError(f"there is no choice {number}: there are {len(explanation.choices)}, counted from 0")
+    return explanation.choices[number]
+
+
+def _relevance(choice: Choice, method: str) -> Relevance:
+    known = [relevance.method for relevance in choice.relevances]
+    for relevance in choice.relevances:
+        if method in ("", relevance.method):
+            return relevance
+    raise InputError(
+        f"the explanation has no map by {method or 'any method'}; it has {', '.join(known) or 'none'}"
+    )
+
+
+def _over_image(picture: Picture, values: Floats) -> Drawing:
+    height, width, _ = picture.pixels.shape
+    zoom = max(1, 448 // max(height, width))
+    drawing = Drawing(width * zoom, height * zoom)
+    drawing.add([Pixels(0, 0, heat(picture, values), zoom)])
+    return drawing
+
+
+def _strips(sequences: Sequence[Units], relevance: Relevance) -> Drawing:
+    """Each sequence as running text, coloured by relevance."""
+    most = max(float(np.abs(values).max(initial=0.0)) for values in relevance.values.values()) or 1.0
+    drawing = Drawing(_WIDTH, _MARGIN)
+    for sequence in sequences:
+        if (values := relevance.values.get(sequence.name)) is not None:
+            drawing.add(_strip(sequence, values / most, drawing))
+            drawing.height += _LINE
+    drawing.height += _MARGIN - _LINE + SIZE * 2
+    return drawing
+
+
+def _strip(sequence: Units, shares: Floats, drawing: Drawing) -> Iterator[Box | Label]:
+    """Its tokens from the drawing's end on, which they move down."""
+    x, space = _MARGIN, width_of(" ")
+    segments = sequence.segments or (0,) * len(sequence.units)
+    for i, (unit, share) in enumerate(zip(sequence.units, shares, strict=True)):
+        text = visible(unit)
+        width = width_of(text)
+        x += space if unit.startswith(" ") and x > _MARGIN else 0
+        if x > _MARGIN and (x + width > _WIDTH - _MARGIN or segments[i] != segments[i - 1]):
+            x, drawing.height = _MARGIN, drawing.height + _LINE
+        middle = drawing.height + _LINE / 2
+        colour = tinted(WARM if share >= 0 else COOL, _STRENGTH * abs(float(share)))
+        yield Box(x, middle - SIZE * 0.8, width, SIZE * 1.6, colour)
+        yield Label(x, middle, text, colour=SOFT if sequence.special[i] else INK)
+        x += width
+        if "\n" in unit:
+            x, drawing.height = _MARGIN, drawing.height + _LINE
+
+
+def visible(unit: str) -> str:
+    """A token as it can be seen: line breaks and tabs by signs, spaces alone by others."""
+    text = unit.replace("\n", "↵").replace("\t", "⇥")
+    seen = "".join(letter if letter.isprintable() else f"⟨{ord(letter):x}⟩" for letter in text)
+    return seen.strip() or "␣" * len(seen) or "∅"
+
+
+def _head(explanation: Explanation, options: FigureOptions) -> Drawing:
+    """One head's matrix."""
+    stacks = {one.stack: one for one in explanation.attention}
+    name = options.stack or next(iter(stacks), "")
+    if name not in stacks:
+        raise InputError(
+            f"the explanation has no {name or 'recorded'} attention; it has {', '.join(stacks) or 'none'}"
+        )
+    stack = stacks[name]
+    if options.layer not in stack.layers:
+        raise InputError(
+            f"there is no layer {options.layer} in {name} attention; there are {_listed(stack.layers)}"
+        )
+    heads = stack.weights.shape[1]
+    if not 0 <= options.head < heads:
+        raise InputError(f"there is no head {options.head}: there are {heads}, counted from 0")
+    weights = stack.weights[stack.layers.index(options.layer), options.head].astype(np.float32)
+    names = {str(sequence.name): sequence.units for sequence in explanation.sequences}
+    return _matrix(names[stack.queries], names[stack.keys], weights, ("looks", "is looked at"))
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
+
+
+def _alignment(explanation: Explanation) -> Drawing:
+    """Words of the translation by words of the source, the links outlined."""
+    if explanation.alignment is None:
+        raise InputError(f"a {explanation.family} model aligns nothing: alignments are of translations")
+    names = {sequence.name: words(sequence) for sequence in explanation.sequences}
+    matrix, links = explanation.alignment.matrix, explanation.alignment.links
+    drawing = _matrix(names["target"], names["source"], matrix, ("translation", "source"))
+    right, bottom = drawing.width - _MARGIN, drawing.height - _MARGIN  # where the cells end
+    rows, columns = matrix.shape
+    drawing.add(
+        Box(
+            right - (columns - s) * _CELL + 1,
+            bottom - (rows - t) * _CELL + 1,
+            _CELL - 2,
+            _CELL - 2,
+            WARM,
+            True,
+        )
+        for s, t in links
+    )
+    return drawing
+
+
+def _matrix(rows: Sequence[str], columns: Sequence[str], weights: Floats, axes: tuple[str, str]) -> Drawing:
+    """A square for each weight, stronger by its square root, as on the page."""
+    left = 2 * _LINE + max(width_of(visible(name)) for name in rows)
+    top = 2 * _LINE + max(width_of(visible(name)) for name in columns)
+    R, C = weights.shape
+    drawing = Drawing(left + C * _CELL + _MARGIN, top + R * _CELL + _MARGIN)
+    drawing.add([Label(left, _MARGIN, f"{axes[1]} →", colour=SOFT)])
+    drawing.add([Label(_MARGIN, top, f"← {axes[0]}", "end", upward=True, colour=SOFT)])
+    drawing.add(
+        Box(left + c * _CELL, top + r * _CELL, _CELL, _CELL, tinted(COOL, 0.04 + 0.96 * float(weight) ** 0.5))
+        for (r, c), weight in np.ndenumerate(weights)
+    )
+    drawing.add(Label(left - 6, top + (r + 0.5) * _CELL, visible(name), "end") for r, name in enumerate(rows))
+    drawing.add(
+        Label(left + (c + 0.5) * _CELL, top - 6, visible(name), upward=True) for c, name in enumerate(columns)
+    )
+    return drawing

@@ -1,0 +1,64 @@
+"""An explanation in a few lines, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from qkv.explanations.explanation import Choice, Explanation, Relevance
+from qkv.explanations.figures import visible
+from qkv.explanations.words import METHODS, asked, percent
+
+_TOP = 4
+
+
+def summary(explanation: Explanation) -> Iterator[Text | Table]:
+    """What was answered and what it rests on: of one choice by every method, of several by the first."""
+    yield Text(asked(explanation))
+    first, *more = explanation.choices
+    if more:
+        method = METHODS[first.relevances[0].method].name.lower() if first.relevances else ""
+        rows = [
+            (visible(one.answer), percent(one.probability), _instead(one), *_found(explanation, relevance))
+            for one in explanation.choices
+            for relevance in one.relevances[:1] or [None]
+        ]
+        yield _table(("answer", "likelihood", "instead", f"rests on ({method})", "does that hold up?"), rows)
+    else:
+        yield Text(f"Instead: {_instead(first) or 'nothing'}")
+        found = [(METHODS[one.method].name, *_found(explanation, one)) for one in first.relevances]
+        yield _table(("method", "it rests on", "does that hold up?"), found)
+    if explanation.alignment is not None:
+        yield Text(f"Alignment: {explanation.alignment.pharaoh}")
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(*header, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*map(Text, row))  # not markup: tokens may hold brackets
+    return table
+
+
+def _instead(choice: Choice) -> str:
+    """The likeliest other answers."""
+    others = [guess for guess in choice.alternatives if guess.name != choice.answer]
+    return " · ".join(f"{visible(name)} {percent(probability)}" for name, probability in others[:2])
+
+
+def _found(explanation: Explanation, relevance: Relevance | None) -> tuple[str, str]:
+    """The units with the largest values of all sequences, and whether the map holds up."""
+    if relevance is None:
+        return "", ""
+    values = [
+        (float(value), visible(unit))
+        for sequence in explanation.sequences
+        if sequence.name in relevance.values
+        for unit, value in zip(sequence.units, relevance.values[sequence.name], strict=True)
+        if value > 0
+    ]
+    best = sorted(values, key=lambda pair: -pair[0])[:_TOP]
+    verdict = "not measured" if relevance.faithfulness is None else relevance.faithfulness.verdict
+    return " · ".join(f"{unit} {value:.2g}" for value, unit in best) or "nothing", verdict
