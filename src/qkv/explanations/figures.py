@@ -109,7 +109,7 @@ def _strips(sequences: Sequence[Units], relevance: Relevance) -> Drawing:
         if (values := relevance.values.get(sequence.name)) is not None:
             drawing.add(_strip(sequence, values / most, drawing))
             drawing.height += _LINE
-    drawing.height += _MARGIN - _LINE + SIZE * 2
+    drawing.height = max(shape.y + _LINE for shape in drawing.shapes if isinstance(shape, Box)) + _MARGIN / 2
     return drawing
 
 
@@ -127,7 +127,7 @@ def _strip(sequence: Units, shares: Floats, drawing: Drawing) -> Iterator[Box | 
         colour = tinted(WARM if share >= 0 else COOL, _STRENGTH * abs(float(share)))
         yield Box(x, middle - SIZE * 0.8, width, SIZE * 1.6, colour)
         yield Label(x, middle, text, colour=SOFT if sequence.special[i] else INK)
-        x += width
+        x += width + (space if sequence.special[i] else 0)
         if "\n" in unit:
             x, drawing.height = _MARGIN, drawing.height + _LINE
 

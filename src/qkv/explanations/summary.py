@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -35,7 +35,7 @@ def summary(explanation: Explanation) -> Iterator[Text | Table]:
         yield Text(f"Alignment: {explanation.alignment.pharaoh}")
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
     table = Table(*header, box=SIMPLE_HEAD)
     for row in rows:
         table.add_row(*map(Text, row))  # not markup: tokens may hold brackets

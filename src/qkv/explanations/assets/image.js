@@ -15,7 +15,7 @@ function patchPixels({ grid: [rows, columns], height, width }, unit) {
 function stage(picture, state, label, attend) {
   const { height, width, grid: [rows, columns] } = picture;
   const image = element("img", { src: picture.image, alt: "the image that the model saw", width, height });
-  const map = element("canvas", { class: "heat", width, height });
+  const map = element("canvas", { class: "overlay", width, height });
   const outline = element("div", { class: "outline", hidden: true });
   const zoom = Math.max(1, Math.floor(384 / Math.max(width, height)));
   const style = { width: `${width * zoom}px`, "aspect-ratio": `${width} / ${height}` };
