@@ -82,10 +82,11 @@ def _read(kind: Any, value: Any, place: str) -> Any:
 def _array(dtype: type[np.generic], value: Any, place: str) -> np.ndarray:
     try:
         array = np.array(value)
-        numbers = array.dtype.kind in "iuf" or array.size == 0
-        return _checked(array, numbers, place, "numbers").astype(dtype)  # type: ignore[no-any-return]
-    except ValueError:
-        raise ValueError(f"{place} should be lists of numbers of one shape") from None
+        fits = array.dtype.kind in "iuf" or array.size == 0
+    except ValueError:  # rows of different lengths
+        array, fits = np.empty(0), False
+    numbers: np.ndarray = _checked(array, fits, place, "lists of numbers of one shape")
+    return numbers.astype(dtype)
 
 
 def _checked(value: Any, fits: bool, place: str, expected: str) -> Any:
