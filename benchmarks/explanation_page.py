@@ -1,12 +1,12 @@
-"""The page of an explanation in a headless Chromium: its size, how long it takes to write, and to first paint.
+"""The page of an explanation in a headless Chromium: its size, and how long it takes to write and to paint.
 
-usage: python benchmarks/explanation_page.py [--passes N]   (needs chromium, and playwright from the test extra)
+usage: python benchmarks/explanation_page.py [--passes N]   (needs chromium, and playwright of the test extra)
 
-A model of 12 layers x 12 heads over so many tokens, whose attention is the softmax of normal scores, sharper from
-head to head: more widely spread than what trained models have, so that little can be left out. The page is opened
-from disk in a fresh browser context each time. Times are medians: "first paint" is the browser's own
-first-contentful-paint, "ready" is when all that is on the page from the start is drawn, both from the
-start of navigation; "head" is from the choice of a head to its lines or text, and matrix.
+A model of 12 layers x 12 heads over so many tokens, whose attention is the softmax of normal scores, sharper
+from head to head: more widely spread than what trained models have, so that little can be left out. The page
+is opened from disk in a fresh browser context each time. Times are medians: "first paint" is the browser's
+own first-contentful-paint, "ready" is when the script has run, both from the start of navigation; "head" is from
+the choice of a head to its text or lines and its matrix.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from qkv.explanations.page import page
 LAYERS, HEADS = 12, 12
 
 MEASURE = """async () => {
+  const frame = () => new Promise(requestAnimationFrame);
+  while (!performance.getEntriesByName('first-contentful-paint').length) await frame();
   const paint = performance.getEntriesByName('first-contentful-paint')[0].startTime;
   const ready = performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd;
   const buttons = document.querySelectorAll('.heads')[0].querySelectorAll('button');
   const start = performance.now();
   buttons[buttons.length - 1].click();
-  while (!document.querySelector('#attention').textContent.includes('Layer 11, head 11')) {
-    await new Promise(requestAnimationFrame);
-  }
+  while (!document.querySelector('#attention').textContent.includes('Layer 11, head 11')) await frame();
   return [paint, ready, performance.now() - start];
 }"""
 
@@ -65,7 +65,6 @@ def opened(browser: Browser, file: Path) -> list[float]:
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     tab = context.new_page()
     tab.goto(file.as_uri())
-    tab.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
     tab.locator("h3", has_text="Layer 11, head 0").wait_for()
     found: list[float] = tab.evaluate(MEASURE)
     context.close()

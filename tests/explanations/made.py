@@ -141,6 +141,24 @@ def pair() -> Explanation:
     return classified(*first, *second, segments=(0,) * len(first) + (1,) * len(second), model="runs/nli")
 
 
+def tagged() -> Explanation:
+    """What a BERT makes of each word."""
+    read = text("[CLS]", "Anna", " lives", " in", " New", " York", ".", "[SEP]")
+    tags = ("B-PER", "O", "O", "B-LOC", "I-LOC", "O")
+    choices = tuple(
+        Choice(
+            tag,
+            0.9,
+            guesses(tag, "B-ORG", first=0.9),
+            "text",
+            unit,
+            (relevance("relevance", [read], 8, unit),),
+        )
+        for unit, tag in enumerate(tags, start=1)
+    )
+    return Explanation("bert", "runs/tags", (read,), choices, (attention("encoder", read, read),), 1e-7)
+
+
 def generated() -> Explanation:
     """What a GPT goes on with behind a prompt."""
     units = ("def", " main", "(", "args", "):", "\n", "    ", "return", " args", ".", "name", "\n")

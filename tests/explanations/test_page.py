@@ -219,6 +219,16 @@ def test_generation_is_gone_through_step_by_step(opened: Open):
         tab.keyboard.press("ArrowRight")
 
 
+def test_each_tagged_word_is_a_choice(opened: Open):
+    explanation = made.tagged()
+    tab = opened(page(explanation))
+    expect(tab.locator(".choice bdi")).to_have_text([choice.answer for choice in explanation.choices])
+    tab.locator(".choice").nth(4).click()
+    expect(tab.locator("#relevance .unit.answer")).to_have_text("York")
+    values = tab.locator("#relevance .unit").evaluate_all("all => all.map(one => Number(one.dataset.value))")
+    assert values == pytest.approx(explanation.choices[4].relevances[0].values["text"], rel=1e-6)
+
+
 def test_beside_each_map_stands_whether_it_holds_up(opened: Open):
     explanation = made.sentence()
     tab = opened(page(explanation))

@@ -26,6 +26,7 @@ from qkv.explanations.drawing import (
 )
 from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance
 from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.words import visible, words_of
 
 _MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
 _CELL = 18.0
@@ -46,15 +47,6 @@ def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
             return _head(explanation, options)
         case "alignment":
             return _alignment(explanation)
-
-
-def words(sequence: Units) -> list[str]:
-    """The words of a sequence, as its tokens spell them."""
-    made = [""] * (1 + max(sequence.words, default=-1))
-    for unit, word in zip(sequence.units, sequence.words, strict=True):
-        if word >= 0:
-            made[word] += unit
-    return [word.strip() for word in made]
 
 
 def heat(picture: Picture, values: Floats, opacity: float = 0.75) -> np.ndarray:
@@ -132,13 +124,6 @@ def _strip(sequence: Units, shares: Floats, drawing: Drawing) -> Iterator[Box | 
             x, drawing.height = _MARGIN, drawing.height + _LINE
 
 
-def visible(unit: str) -> str:
-    """A token as it can be seen: line breaks and tabs by signs, spaces alone by others."""
-    text = unit.replace("\n", "↵").replace("\t", "⇥")
-    seen = "".join(letter if letter.isprintable() else f"⟨{ord(letter):x}⟩" for letter in text)
-    return seen.strip() or "␣" * len(seen) or "∅"
-
-
 def _head(explanation: Explanation, options: FigureOptions) -> Drawing:
     """One head's matrix."""
     stacks = {one.stack: one for one in explanation.attention}
@@ -168,7 +153,7 @@ def _alignment(explanation: Explanation) -> Drawing:
     """Words of the translation by words of the source, the links outlined."""
     if explanation.alignment is None:
         raise InputError(f"a {explanation.family} model aligns nothing: alignments are of translations")
-    names = {sequence.name: words(sequence) for sequence in explanation.sequences}
+    names = {sequence.name: words_of(sequence) for sequence in explanation.sequences}
     matrix, links = explanation.alignment.matrix, explanation.alignment.links
     drawing = _matrix(names["target"], names["source"], matrix, ("translation", "source"))
     right, bottom = drawing.width - _MARGIN, drawing.height - _MARGIN  # where the cells end

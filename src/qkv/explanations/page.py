@@ -20,7 +20,7 @@ import numpy as np
 from qkv.explanations.explanation import Explanation, Floats, Relevance, Sequence
 from qkv.explanations.packing import BUDGET, pack, pack_attention, quantise
 from qkv.explanations.plain import to_plain
-from qkv.explanations.words import METHODS, answered, asked, generates, given, shortened
+from qkv.explanations.words import METHODS, answered, asked, generates, given, shortened, words_of
 from qkv.report import document, png, style
 
 _SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "faithfulness", "relevance",
@@ -113,7 +113,8 @@ def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
             "grid": explanation.picture.grid,
         }
     if explanation.alignment is not None:
-        values["alignment"]["pharaoh"] = explanation.alignment.pharaoh
+        names = {sequence.name: words_of(sequence) for sequence in explanation.sequences}
+        values["alignment"] |= {"pharaoh": explanation.alignment.pharaoh, "words": names}
     return values
 
 

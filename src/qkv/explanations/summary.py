@@ -9,8 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.explanations.explanation import Choice, Explanation, Relevance
-from qkv.explanations.figures import visible
-from qkv.explanations.words import METHODS, asked, percent
+from qkv.explanations.words import METHODS, asked, percent, visible
 
 _TOP = 4
 

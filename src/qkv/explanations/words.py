@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import unicodedata
 from typing import NamedTuple
 
-from qkv.explanations.explanation import Explanation, Method
+from qkv.explanations.explanation import Explanation, Method, Sequence
 
 
 class Words(NamedTuple):
@@ -84,6 +85,29 @@ def asked(explanation: Explanation) -> str:
     if len(explanation.choices) == 1:
         said += f", {percent(explanation.choices[0].probability)} sure"
     return said + "."
+
+
+def words_of(sequence: Sequence) -> list[str]:
+    """The words of a text, as its tokens spell them."""
+    made = [""] * (1 + max(sequence.words, default=-1))
+    for unit, word in zip(sequence.units, sequence.words, strict=True):
+        if word >= 0:
+            made[word] += unit
+    return [word.strip() for word in made]
+
+
+def visible(unit: str) -> str:
+    """A token as it can be seen: what has no ink by signs or by its number; spaces around it are left out."""
+    seen = "".join(_SIGNS.get(letter) or _seen(letter) for letter in unit)
+    return seen.strip(" ") or "␣" * len(seen) or "∅"
+
+
+_SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200c": "\u200c", "\u200d": "\u200d"}
+"""Joiners stay: they make one picture of several, and shape letters."""
+
+
+def _seen(letter: str) -> str:
+    return f"⟨{ord(letter):x}⟩" if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") else letter
 
 
 def percent(probability: float) -> str:

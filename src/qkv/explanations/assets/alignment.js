@@ -1,7 +1,7 @@
 // Which words of the source the words of a translation come from.
 
-function alignmentColumn({ alignment, sequences }) {
-  const [source, target] = ["source", "target"].map((name) => words(sequences.find((one) => one.name === name)));
+function alignmentColumn({ alignment }) {
+  const { source, target } = alignment.words;
   const line = readout();
   const drawn = matrix({
     rows: target,
@@ -12,15 +12,14 @@ function alignmentColumn({ alignment, sequences }) {
     label: "alignment of the translation (rows) with the source (columns)",
     pick: (r, c) => {
       drawn.mark(r, c);
-      line.textContent = `${quoted(target[r])} comes from ${quoted(source[c])} with ${percent(alignment.matrix[r][c])}.`;
+      const share = percent(alignment.matrix[r][c]);
+      line.textContent = `${quoted(target[r])} comes from ${quoted(source[c])} with ${share}.`;
     },
   });
   const heads = alignment.heads.map(([layer, head]) => `layer ${layer}, head ${head}`).join("; ");
-  return card(
-    "",
-    `Read from ${heads}. Outlined cells are the links; below they are as pairs of source and target word from 0, as fast_align and Moses write them.`,
-    drawn.element,
-    line,
-    element("pre", { class: "pharaoh" }, element("code", {}, alignment.pharaoh)),
-  );
+  const caption =
+    `Read from ${heads}. Outlined cells are the links; below they are as pairs of source and target word, ` +
+    "counted from 0, as fast_align and Moses write them.";
+  const links = element("pre", { class: "pharaoh" }, element("code", {}, alignment.pharaoh));
+  return card("", caption, drawn.element, line, links);
 }

@@ -1,18 +1,33 @@
-// Attention: all heads as small pictures, one head in detail, and how much the answer needs each.
+// Attention: all heads as small pictures, how much the answer needs each, and one head in detail.
 
 const STACKS = { encoder: "encoder", decoder: "decoder", cross: "decoder to encoder" };
+/** Height in pixels of a token beside the lines, as in the style sheet. */
 const ROW = 24;
-/** Height of a token beside the lines, in pixels: as in the style sheet. */
-const LONG = 64;
 /** More tokens than these are shown as running text, not beside lines. */
+const LONG = 64;
 
 function attentionColumn(explanation, state) {
   const stacks = new Map(explanation.attention.map((packed) => [packed.stack, new Stack(packed, explanation)]));
-  const wide = { "flex-basis": `${60 + 58 * Math.min(8, ...explanation.attention.map((one) => one.heads[0].length))}px` };
-  const grid = element("div", { style: wide }), detail = element("div");
+  const heads = Math.max(...[...stacks.values()].map((stack) => stack.heads));
+  const room = { style: { "flex-basis": `${60 + 58 * Math.min(8, heads)}px` } };
+  const grid = element("div", room), importance = element("div", room), detail = element("div");
+  let tables = {};
+  let view = null;
+
   state.watch(["stack"], ({ stack }) => {
     const here = stacks.get(stack);
-    grid.replaceChildren(here ? headGrid(here, explanation, state) : card("", `This model has no ${STACKS[stack]} attention.`));
+    tables.grid = here && headGrid(here, explanation, state);
+    grid.replaceChildren(tables.grid?.card ?? card("", `This model has no ${STACKS[stack]} attention.`));
+  });
+  state.watch(["choice", "stack"], ({ stack }) => {
+    const here = stacks.get(stack);
+    const values = here && chosen(explanation, state).head_importance[stack];
+    tables.importance = values && importanceTable(here, values, state);
+    importance.replaceChildren(...(values ? [tables.importance.card] : []));
+    importance.hidden = !values;
+  });
+  state.watch(["layer", "head"], ({ layer, head }) => {
+    for (const table of [tables.grid, tables.importance]) table?.show(layer, head);
   });
   state.watch(["stack", "layer", "head", "choice"], async ({ stack, layer, head }) => {
     const here = stacks.get(stack);
@@ -20,91 +35,80 @@ function attentionColumn(explanation, state) {
     const weights = await here.head(layer, head);
     const { values } = state;
     if (values.stack !== stack || values.layer !== layer || values.head !== head) return; // the reader has gone on
-    detail.replaceChildren(headDetail(here, weights, explanation, state));
+    view = headDetail(here, weights, explanation, state);
+    detail.replaceChildren(view.card);
   });
-  const importance = element("div", { style: wide });
-  state.watch(["choice", "stack"], ({ stack }) => {
-    const values = chosen(explanation, state).head_importance[stack];
-    importance.hidden = !values;
-    importance.replaceChildren(...(values && stacks.has(stack) ? [importanceCard(stacks.get(stack), values, state)] : []));
-  });
+  state.watch(["opacity"], ({ opacity }) => view?.fade(opacity));
   return element("div", { class: "stacked" }, element("div", { class: "tables" }, grid, importance), detail);
 }
 
 // ---------------------------------------------------------------- all heads
 
-/** A table of buttons, a row a layer and a column a head, and beside each row its layer. */
+/**
+ * A button a head, a row a layer, and before each row its number. cell(layer, head): what is in it, and what is said
+ * of it beside its name. Returns the element, the buttons, and `show`, which marks the head that is chosen.
+ */
 function headTable(stack, state, label, cell) {
-  const box = element("div", { class: "heads", role: "group", "aria-label": label, style: { "--heads": stack.heads } });
+  const look = { class: "heads", role: "group", "aria-label": label, style: { "--heads": stack.heads } };
+  const box = element("div", look);
   const items = [];
   stack.layers.forEach((number, layer) => {
     box.append(element("span", { class: "number" }, number));
     for (let head = 0; head < stack.heads; head++) {
       const go = () => state.change({ layer, head });
-      const { about, content, style = {} } = cell(layer, head);
+      const { content, about = "" } = cell(number, head);
       const name = `layer ${number}, head ${head}${about}`;
-      const item = element("button", { type: "button", class: "head", "data-item": true, "aria-label": name, title: name, style, onclick: go, onfocus: go }, ...content);
-      items.push(item);
-      box.append(item);
+      const named = { type: "button", class: "head", "data-item": true, "aria-label": name, title: name };
+      items.push(element("button", { ...named, onclick: go, onfocus: go }, content));
+      box.append(items.at(-1));
     }
   });
-  const sync = ({ layer, head }) => items.forEach((item, i) => item.setAttribute("aria-current", i === layer * stack.heads + head));
-  sync(state.values);
+  const show = (layer, head) => setCurrent(items, layer * stack.heads + head);
+  show(state.values.layer, state.values.head);
   roving(box, stack.heads);
-  return { element: box, items, sync };
+  return { element: box, items, show };
 }
 
 function headGrid(stack, explanation, state) {
   const [height, width] = stack.packed.thumbnail;
-  const { element: box, items, sync } = headTable(stack, state, "all heads", () => ({
-    about: "",
-    content: [element("canvas", { width, height })],
-  }));
-  heads.set(box, sync);
+  const cell = () => ({ content: element("canvas", { width, height }) });
+  const { element: box, items, show } = headTable(stack, state, "all heads", cell);
   stack.thumbnails().then((bytes) => {
     const ink = colour("--accent");
-    items.forEach((item, i) => paintBytes(item.firstChild, bytes(Math.floor(i / stack.heads), i % stack.heads), ink));
+    items.forEach((item, i) => paintBytes(item.firstChild, bytes(i), ink));
   });
-  const shown = explanation.picture ? "Over the image, how much the class token looks at each patch" : "Rows look at columns";
-  return card("All heads", `${shown}; the more colour, the more. Each row of pictures is a layer; layers and heads count from 0. Choose one to see it below.`, box);
+  const shown = explanation.picture
+    ? "Over the image, how much the class token looks at each patch: the more colour, the more."
+    : "Rows look at columns: the more colour, the more.";
+  const caption = `${shown} Each row of pictures is a layer; layers and heads count from 0. Choose one to see it below.`;
+  return { card: card("All heads", caption, box), show };
 }
 
-function importanceCard(stack, values, state) {
+function importanceTable(stack, values, state) {
   const most = Math.max(...values.flat().map(Math.abs), 1e-9);
-  const { element: box, sync } = headTable(stack, state, "importance of heads", (layer, head) => {
-    const value = values[stack.layers[layer]][head];
-    return {
-      about: `: ${signed(value)} nats`,
-      content: [element("span", { class: value < 0 ? "heat against" : "heat", "data-value": value, style: { "--weight": Math.abs(value) / most } }, Math.abs(value) < 0.005 ? "·" : value.toFixed(2))],
-    };
-  });
-  heads.set(box, sync);
-  return card(
-    "Which heads matter",
-    "How much less probable the answer becomes when this head alone is switched off, as a fall of its log-probability in nats (0.69 halves it); below 0, it becomes more probable.",
-    box,
-  );
-}
-
-/** Tables of heads and how each shows which head is chosen; gone with their elements. */
-const heads = new Map();
-
-function watchHeads(state) {
-  state.watch(["layer", "head"], (values) => {
-    for (const [box, sync] of heads) box.isConnected ? sync(values) : heads.delete(box);
-  });
+  const cell = (layer, head) => {
+    const value = values[layer][head];
+    const look = { class: value < 0 ? "heat against" : "heat", style: { "--weight": Math.abs(value) / most } };
+    const shown = Math.abs(value) < 0.005 ? "·" : value.toFixed(2).replace("-", "−");
+    return { content: element("span", look, shown), about: `: ${signed(value)} nats` };
+  };
+  const { element: box, show } = headTable(stack, state, "importance of heads", cell);
+  const caption =
+    "How much less probable the answer becomes when this head alone is switched off, as a fall of its " +
+    "log-probability in nats (0.69 halves it); below 0, it becomes more probable.";
+  return { card: card("Which heads matter", caption, box), show };
 }
 
 // ---------------------------------------------------------------- one head
 
+/** The head that is chosen: a card, and `fade` for the map over an image. */
 function headDetail(stack, weights, explanation, state) {
   const { layer, head } = state.values;
   const line = readout();
-  const choice = chosen(explanation, state);
-  const view = { stack, weights, least: explanation.least, focus: null, marks: [] };
+  const view = { stack, weights, focus: null, marks: [] };
   const show = (side, unit, other = -1) => {
     view.focus = { side, unit };
-    line.textContent = looked(view, other);
+    line.textContent = looked(view, other, explanation.least);
     for (const mark of view.marks) mark(side, unit, other);
   };
   const drawn = matrix({
@@ -117,52 +121,52 @@ function headDetail(stack, weights, explanation, state) {
     pick: (r, c) => show("query", r, c),
   });
   view.marks.push((side, unit, other) => (side === "query" ? drawn.mark(unit, other) : drawn.mark(-1, unit)));
-  const picture = explanation.picture && stack.keys.name === "image" ? attendedImage(view, explanation.picture, state, show) : null;
-  const long = Math.max(weights.rows, weights.columns) > LONG;
-  const left = picture ?? (long ? runningText(view, show) : lines(view, show));
-  const start = choice.sequence === stack.queries.name ? choice.unit : 0;
-  show("query", start);
-  const caption = picture
-    ? "Come to a patch of the image to see where it looks; the matrix has all patches."
-    : long
-      ? "Come to a token to see what it looks at; the matrix has them all."
-      : "Left looks at right. Come to a token on the left to see what it looks at, or on the right to see what looks at it; the matrix has them all.";
-  return card(`Layer ${stack.layers[layer]}, head ${head}`, caption, line, element("div", { class: "beside even" }, left, drawn.element));
+  const { element: left, caption, fade = () => {} } = besideMatrix(view, explanation, state, show);
+  const choice = chosen(explanation, state);
+  show("query", choice.sequence === stack.queries.name ? choice.unit : 0);
+  const title = `Layer ${stack.layers[layer]}, head ${head}`;
+  return { card: card(title, caption, line, element("div", { class: "beside even" }, left, drawn.element)), fade };
 }
 
-/** What the reader has come to, in a sentence. */
-function looked({ stack, weights, least, focus: { side, unit } }, other) {
+/** What shows a head beside its matrix: the image, running text, or lines between tokens. */
+function besideMatrix(view, { picture }, state, show) {
+  if (picture && view.stack.keys.name === "image") {
+    const caption = "Come to a patch of the image to see where it looks; the matrix has all patches.";
+    return { ...attendedImage(view, picture, state, show), caption };
+  }
+  if (Math.max(view.weights.rows, view.weights.columns) > LONG) {
+    const caption = "Come to a token to see what it looks at; the matrix has them all.";
+    return { element: runningText(view, show), caption };
+  }
+  const caption =
+    "Left looks at right. Come to a token on the left to see what it looks at, or on the right to see what looks " +
+    "at it; the matrix has them all.";
+  return { element: lines(view, show), caption };
+}
+
+/** What the reader has come to, in a sentence. other: a unit to name first; least: smaller weights are not shown. */
+function looked({ stack, weights, focus: { side, unit } }, other, least) {
   const query = side === "query";
   const [here, there] = query ? [stack.queries, stack.keys] : [stack.keys, stack.queries];
   const values = query ? weights.row(unit) : weights.column(unit);
-  const named = (i) => `${place(there.units[i], there)} ${percent(values[i])}`;
-  const order = values.map((_, i) => i).filter((i) => values[i] > 0).sort((a, b) => values[b] - values[a]);
+  const order = [...values.keys()].filter((i) => values[i] > 0).sort((a, b) => values[b] - values[a]);
   const first = other >= 0 ? [other, ...order.filter((i) => i !== other)] : order;
-  const list = first.slice(0, 4).map(named).join(", ") || "nothing that is shown";
+  const named = first.slice(0, 4).map((i) => `${place(there, i)} ${percent(values[i])}`);
+  const said = `${place(here, unit)} ${query ? "looks at" : "is looked at by"} ${named.join(", ") || "nothing"}.`;
   const rest = 1 - values.reduce((sum, value) => sum + value, 0);
-  const hidden = query && least > 0 && rest > 0.005 ? ` ${percent(rest)} of its attention is on weights under ${percent(least)}, which are not shown.` : "";
-  return `${place(here.units[unit], here)} ${query ? "looks at" : "is looked at by"} ${list}.${hidden}`;
+  if (!query || !least || rest < 0.005) return said;
+  return `${said} ${percent(rest)} of its attention is on weights under ${percent(least)}, which are not shown.`;
 }
 
 /** Tokens that look, on the left, and that are looked at, on the right, with a line for each weight between. */
 function lines(view, show) {
   const { stack, weights, marks } = view;
-  const column = (side, sequence) => {
-    const box = element("div", { class: side, role: "group", "aria-label": side === "query" ? "looks" : "is looked at" });
-    const items = sequence.units.map((unit, i) => {
-      const go = () => show(side, i);
-      const item = element("button", { type: "button", class: "unit", "data-item": true, onpointerenter: go, onfocus: go, onclick: go }, element("bdi", {}, visible(unit)));
-      box.append(item);
-      return item;
-    });
-    roving(box, 1);
-    return { box, items };
-  };
-  const queries = column("query", stack.queries), keys = column("key", stack.keys);
+  const queries = tokenColumn("query", "looks", stack.queries, show);
+  const keys = tokenColumn("key", "is looked at", stack.keys, show);
   const canvas = element("canvas", { class: "threads" });
-  const box = element("div", { class: "lines" }, queries.box, element("div", { class: "between" }, canvas), keys.box);
+  const between = element("div", { class: "between" }, canvas);
+  const box = element("div", { class: "lines" }, queries.element, between, keys.element);
   const draw = () => paintLines(canvas, box, view);
-
   marks.push((side, unit) => {
     const query = side === "query";
     queries.items.forEach((item, i) => light(item, query ? 0 : weights.at(i, unit), query && i === unit));
@@ -174,18 +178,32 @@ function lines(view, show) {
   return box;
 }
 
-/** Tokens as running text: the one that looks, and in colour what it looks at. */
-function runningText({ stack, weights, marks }, show) {
-  const keys = strip(stack.keys, "is looked at", { attend: (i) => stack.keys === stack.queries ? show("query", i) : show("key", i) });
-  const queries = stack.keys === stack.queries ? keys : strip(stack.queries, "looks", { attend: (i) => show("query", i) });
-  marks.push((side, unit) => {
-    const [here, there, list] = side === "query" ? [queries, keys, weights.row(unit)] : [keys, queries, weights.column(unit)];
-    for (const [i, item] of here.items) light(item, 0, i === unit);
-    for (const [i, item] of there.items) light(item, list[i], here === there && i === unit);
+function tokenColumn(side, label, sequence, show) {
+  const items = sequence.units.map((unit, i) => {
+    const go = () => show(side, i);
+    const look = { type: "button", class: "unit", "data-item": true };
+    return element("button", { ...look, onpointerenter: go, onfocus: go, onclick: go }, element("bdi", {}, visible(unit)));
   });
-  return element("div", { class: "looking" }, ...(keys === queries ? [] : [queries.element]), keys.element);
+  const box = element("div", { class: side, role: "group", "aria-label": label }, ...items);
+  roving(box, 1);
+  return { element: box, items };
 }
 
+/** Tokens as running text: the one that looks, and in colour what it looks at. */
+function runningText({ stack, weights, marks }, show) {
+  const self = stack.keys === stack.queries;
+  const keys = strip(stack.keys, "is looked at", { attend: (i) => show(self ? "query" : "key", i) });
+  const queries = self ? keys : strip(stack.queries, "looks", { attend: (i) => show("query", i) });
+  marks.push((side, unit) => {
+    const [here, there] = side === "query" ? [queries, keys] : [keys, queries];
+    const values = side === "query" ? weights.row(unit) : weights.column(unit);
+    here.items.forEach((item, i) => light(item, 0, i === unit));
+    there.items.forEach((item, i) => light(item, values[i], self && i === unit));
+  });
+  return element("div", { class: "looking" }, self ? null : queries.element, keys.element);
+}
+
+/** Colour a token by a weight. here: whether the reader is on it. */
 function light(item, weight, here) {
   item.style.setProperty("--weight", Math.sqrt(weight));
   item.dataset.weight = weight;
@@ -202,11 +220,9 @@ function paintLines(canvas, box, { weights, focus }) {
   const context = canvas.getContext("2d");
   context.scale(dots, dots);
   context.strokeStyle = getComputedStyle(box).getPropertyValue("--accent");
-  const y = (unit) => (unit + 0.5) * ROW - box.scrollTop;
-  const seen = (from, to) => Math.max(from, to) > 0 && Math.min(from, to) < height;
   const stroke = (query, key, opacity, thickness) => {
-    const [from, to] = [y(query), y(key)];
-    if (!opacity || !seen(from, to)) return;
+    const [from, to] = [query, key].map((unit) => (unit + 0.5) * ROW - box.scrollTop);
+    if (!opacity || Math.max(from, to) < 0 || Math.min(from, to) > height) return;
     context.globalAlpha = opacity;
     context.lineWidth = thickness;
     context.beginPath();
@@ -224,15 +240,15 @@ function paintLines(canvas, box, { weights, focus }) {
 }
 
 /** The image under the attention of one patch, or of the class token. */
-function attendedImage(view, picture, state, show) {
+function attendedImage({ stack, weights, marks }, picture, state, show) {
   const map = stage(picture, state, "attention over the image", (unit) => show("query", unit));
-  const first = strip({ ...view.stack.queries, units: ["class token"], special: [true], segments: [] }, "class token", { attend: () => show("query", 0) });
-  view.marks.push((side, unit) => {
-    const values = side === "query" ? view.weights.row(unit) : view.weights.column(unit);
+  const only = { units: [stack.queries.units[0]], special: [true], segments: [] };
+  const first = strip(only, "class token", { attend: () => show("query", 0) });
+  marks.push((side, unit) => {
+    const values = side === "query" ? weights.row(unit) : weights.column(unit);
     map.paint(values, Math.max(...values.slice(1)));
     map.mark(unit);
-    first.items.get(0).setAttribute("aria-current", unit === 0);
+    first.items[0].setAttribute("aria-current", unit === 0);
   });
-  state.watch(["opacity"], ({ opacity }) => map.fade(opacity));
-  return element("div", {}, map.element, first.element);
+  return { element: element("div", {}, map.element, first.element), fade: map.fade };
 }

@@ -1,51 +1,52 @@
-// Whether a map says anything: what happens to the answer as units go and come, most relevant first.
+// Whether a map says anything: what becomes of the answer as units go and come, most relevant first.
 
 function faithfulnessColumn({ shares, deletion, insertion, random_deletion, random_insertion, verdict }) {
+  const gone = "Taken away, most relevant first: the sooner the answer's probability falls, the better.";
+  const back = "Put back, most relevant first: the sooner the answer's probability rises, the better.";
+  const drawn = [
+    curves("Deletion", gone, shares, deletion, random_deletion),
+    curves("Insertion", back, shares, insertion, random_insertion),
+  ];
   return element(
     "div",
     { class: "faithfulness" },
     element("h4", {}, "Does this map hold up?"),
     element("p", { class: "verdict" }, verdict),
-    element(
-      "div",
-      { class: "curves" },
-      curves("Deletion", "Taken away, most relevant first: the sooner the answer's probability falls, the better.", shares, deletion, random_deletion),
-      curves("Insertion", "Put back, most relevant first: the sooner the answer's probability rises, the better.", shares, insertion, random_insertion),
-    ),
+    element("div", { class: "curves" }, ...drawn),
   );
 }
 
-/** The area under a curve: its mean height. */
+/** The area under a curve over shares from 0 to 1. */
 function area(shares, heights) {
   let sum = 0;
   for (let i = 1; i < shares.length; i++) sum += ((heights[i] + heights[i - 1]) / 2) * (shares[i] - shares[i - 1]);
-  return sum / (shares.at(-1) - shares[0]);
+  return sum;
 }
 
 /** A curve, those of random orders faintly behind it, and the areas under them. */
 function curves(title, meaning, shares, ours, random) {
-  const [W, H, left, top, bottom] = [240, 132, 34, 8, 22];
-  const x = (share) => left + (W - left - 8) * share;
+  const [W, H, left, right, top, bottom] = [240, 132, 34, 8, 8, 22];
+  const x = (share) => left + (W - left - right) * share;
   const y = (probability) => top + (H - top - bottom) * (1 - probability);
-  const path = (heights) => heights.map((height, i) => `${x(shares[i]).toFixed(1)},${y(height).toFixed(1)}`).join(" ");
+  const point = (height, i) => `${x(shares[i]).toFixed(1)},${y(height).toFixed(1)}`;
+  const curve = (kind, heights) => shape("polyline", { class: kind, points: heights.map(point).join(" ") });
+  const label = (at, height, anchor, text) => shape("text", { x: at, y: height, "text-anchor": anchor }, text);
+  const levels = [0, 0.5, 1].flatMap((level) => [
+    shape("line", { class: "grid", x1: left, x2: W - right, y1: y(level), y2: y(level) }),
+    label(left - 6, y(level) + 4, "end", `${100 * level}`),
+  ]);
   const mean = random.reduce((sum, heights) => sum + area(shares, heights), 0) / random.length;
   const areas = `area ${area(shares, ours).toFixed(2)}; random orders ${mean.toFixed(2)}`;
-  const levels = [0, 0.5, 1].map((level) => [
-    shape("line", { class: "grid", x1: left, x2: W - 8, y1: y(level), y2: y(level) }),
-    shape("text", { x: left - 6, y: y(level) + 4, "text-anchor": "end" }, `${100 * level}`),
-  ]);
-  const ends = [
-    shape("text", { x: left, y: H - 5 }, "0"),
-    shape("text", { x: (left + W - 8) / 2, y: H - 5, "text-anchor": "middle" }, "% of the input"),
-    shape("text", { x: W - 8, y: H - 5, "text-anchor": "end" }, "100"),
-  ];
   const drawing = shape(
     "svg",
     { class: "curve", viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}: ${areas}` },
-    ...levels.flat(),
-    ...random.map((heights) => shape("polyline", { class: "random", points: path(heights) })),
-    shape("polyline", { class: "ours", points: path(ours) }),
-    ...ends,
+    ...levels,
+    ...random.map((heights) => curve("random", heights)),
+    curve("ours", ours),
+    label(left, H - 5, "start", "0"),
+    label((left + W - right) / 2, H - 5, "middle", "% of the input"),
+    label(W - right, H - 5, "end", "100"),
   );
-  return element("figure", {}, element("figcaption", {}, element("b", {}, title), ` ${areas}`), drawing, element("p", {}, meaning));
+  const caption = element("figcaption", {}, element("b", {}, title), ` ${areas}`);
+  return element("figure", {}, caption, drawing, element("p", {}, meaning));
 }

@@ -18,38 +18,31 @@ function matrix({ rows, columns, shade, pick, labels = true, marks = [], axes, l
     place = layout(canvas, box.clientWidth, rows, columns, labels);
     paintMatrix(canvas, place, { rows, columns, shade, marks, axes, at });
   };
-  const go = (row, column) => {
-    const [r, c] = [clamp(row, rows.length), clamp(column, columns.length)];
-    pick(r, c);
-  };
   const cell = (event) => {
     const { left, top } = canvas.getBoundingClientRect();
     const row = Math.floor((event.clientY - top - place.top) / place.side);
     const column = Math.floor((event.clientX - left - place.left) / place.side);
-    if (row >= 0 && row < rows.length && column >= 0 && column < columns.length) go(row, column);
+    if (row === clamp(row, rows.length) && column === clamp(column, columns.length)) pick(row, column);
   };
   canvas.addEventListener("pointermove", cell);
   canvas.addEventListener("pointerdown", cell);
   canvas.addEventListener("keydown", (event) => {
-    const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-    if (!step) return;
+    const from = (at ?? [0, 0]).map((place) => Math.max(0, place));
+    const to = stepped(event.key, from, rows.length, columns.length);
+    if (!to) return;
     event.preventDefault();
-    const [row, column] = at ?? [0, 0];
-    go(row + step[0], (column < 0 ? 0 : column) + step[1]);
+    pick(...to);
   });
   new ResizeObserver(draw).observe(box);
   return { element: box, mark: (row, column) => ((at = [row, column]), place && draw()) };
-}
-
-function clamp(value, count) {
-  return Math.max(0, Math.min(count - 1, value));
 }
 
 /** Sizes in CSS pixels, and the canvas made as large as they need. */
 function layout(canvas, width, rows, columns, labels) {
   const context = canvas.getContext("2d");
   context.font = LABEL;
-  const widest = (names) => Math.min(LONGEST, Math.max(...names.map((name) => context.measureText(visible(name)).width)));
+  const length = (name) => Math.min(LONGEST, context.measureText(visible(name)).width);
+  const widest = (names) => Math.max(...names.map(length));
   const named = labels && rows.length <= 80 && columns.length <= 80;
   const left = named ? widest(rows) + 26 : 20;
   const top = named ? widest(columns) + 26 : 20;

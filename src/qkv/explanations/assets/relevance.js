@@ -1,91 +1,96 @@
 // How much each unit has to do with a choice, as each method sees it, and whether that holds up.
 
-/** The methods that any of the explanations has for the choice, in their order. */
-function methodsOf(explanations, state) {
-  return [...new Set(explanations.flatMap((one) => chosen(one, state).relevances.map(({ method }) => method)))];
+/** The methods that any of the explanations has for its first choice, in their order. */
+function methodsOf(explanations) {
+  return [...new Set(explanations.flatMap(({ choices: [first] }) => first.relevances.map(({ method }) => method)))];
+}
+
+/** A choice's map by the method that is chosen, if it has one. */
+function mapOf(explanation, state) {
+  return chosen(explanation, state).relevances.find(({ method }) => method === state.values.method);
 }
 
 function relevanceColumn(explanation, state, methods) {
   const box = element("div");
   let maps = [];
   state.watch(["choice", "method"], ({ method }) => {
-    const choice = chosen(explanation, state);
-    const relevance = choice.relevances.find((one) => one.method === method);
+    const { name, meaning } = methods[method];
+    const relevance = mapOf(explanation, state);
     maps = [];
-    if (!relevance) return box.replaceChildren(card("", `${methods[method].name} was not computed here.`));
+    if (!relevance) return box.replaceChildren(card("", `${name} was not computed here.`));
     const line = readout("Come to a part to see its number.");
-    const parts = explanation.sequences
-      .filter(({ name }) => name in relevance.values)
-      .map((sequence) => relevanceMap(explanation, sequence, relevance, choice, state, (said) => (line.textContent = said), maps));
-    const map = element("div", { class: "map-side" }, ...parts, line, legend(relevance));
+    const say = (said) => (line.textContent = said);
+    maps = explanation.sequences
+      .filter((sequence) => sequence.name in relevance.values)
+      .map((sequence) => relevanceMap(explanation, sequence, relevance, state, say));
+    const map = element("div", {}, ...maps.map((one) => one.element), line, legend(relevance));
     const judged = relevance.faithfulness
       ? faithfulnessColumn(relevance.faithfulness)
       : element("p", { class: "faithfulness" }, "Whether this map holds up was not measured.");
-    const meaning = element("p", { class: "meaning" }, methods[method].meaning);
-    box.replaceChildren(card(methods[method].name, "", meaning, element("div", { class: "beside" }, map, judged)));
+    const said = element("p", { class: "meaning" }, meaning);
+    box.replaceChildren(card(name, "", said, element("div", { class: "beside" }, map, judged)));
     if (relevance.across) box.append(acrossCard(explanation.sequences[0], relevance.across));
   });
   state.watch(["opacity"], ({ opacity }) => maps.forEach((map) => map.fade(opacity)));
   return box;
 }
 
-/** The largest value without its sign, of all sequences: they are coloured alike. */
-function largest(relevance) {
-  return Math.max(...Object.values(relevance.values).flatMap((values) => values.map(Math.abs)), 0);
-}
-
-function relevanceMap(explanation, sequence, relevance, choice, state, say, maps) {
+/** A sequence in the colours of its values: an element, and `fade` for a map over an image. */
+function relevanceMap(explanation, sequence, relevance, state, say) {
   const values = relevance.values[sequence.name];
-  const most = largest(relevance);
-  const order = values.map((_, i) => i).sort((a, b) => values[b] - values[a]);
-  const about = (i) => `${place(sequence.units[i], sequence)}: ${signed(values[i])}, number ${order.indexOf(i) + 1} of ${values.length}`;
+  const most = Math.max(...Object.values(relevance.values).flat().map(Math.abs));
+  const order = [...values.keys()].sort((a, b) => values[b] - values[a]);
+  const rank = new Map(order.map((unit, i) => [unit, i + 1]));
+  const about = (i) => `${place(sequence, i)}: ${signed(values[i])}, number ${rank.get(i)} of ${values.length}`;
   if (sequence.name === "image") {
-    const map = stage(explanation.picture, state, `map of ${relevance.method} over the image`, (unit) => {
+    const map = stage(explanation.picture, state, `${relevance.method} over the image`, (unit) => {
       map.mark(unit);
       say(about(unit));
     });
     map.paint(values, most);
-    maps.push(map);
-    return map.element;
+    return map;
   }
-  const { element: box, items } = strip(sequence, `${sequence.name} by relevance`, { attend: (i) => say(about(i)), about });
-  for (const [i, item] of items) {
+  const choice = chosen(explanation, state);
+  const here = sequence.name === choice.sequence;
+  const answer = choice.unit + (explanation.generates ? 1 : 0);
+  const options = { attend: (i) => say(about(i)), about };
+  const { element: text, items } = strip(sequence, `${sequence.name} by relevance`, options);
+  items.forEach((item, i) => {
     tint(item, values[i], most);
-    item.dataset.value = values[i];
-    const later = explanation.generates && sequence.name === choice.sequence && i > choice.unit;
-    item.classList.toggle("later", later);
-    item.classList.toggle("answer", sequence.name === choice.sequence && i === choice.unit + (explanation.generates ? 1 : 0) && !sequence.special[i]);
-  }
+    item.classList.toggle("later", here && explanation.generates && i > choice.unit);
+    item.classList.toggle("answer", here && i === answer && !sequence.special[i]);
+  });
   const name = explanation.sequences.length > 1 ? element("div", { class: "name" }, sequence.name) : null;
-  return element("div", {}, name, box);
+  return { element: element("div", {}, name, text), fade: () => {} };
 }
 
 /** A unit in words: a token in quotation marks, a patch by its row and column. */
-function place(unit, sequence) {
-  if (sequence.name !== "image") return quoted(unit);
-  const [row, column] = unit.split(",");
-  return column === undefined ? unit : `patch in row ${row}, column ${column}`;
+function place({ name, units }, i) {
+  if (name !== "image") return quoted(units[i]);
+  const [row, column] = units[i].split(",");
+  return column === undefined ? units[i] : `patch in row ${row}, column ${column}`;
 }
 
-function legend(relevance) {
-  const negative = Object.values(relevance.values).some((values) => values.some((value) => value < 0));
-  return element(
-    "div",
-    { class: "legend" },
-    element("span", { class: "swatch" }, negative ? "for the answer" : "more relevant"),
-    negative ? element("span", { class: "swatch against" }, "against it") : null,
-  );
+function legend({ values }) {
+  const against = Object.values(values).flat().some((value) => value < 0);
+  return key(against ? "for the answer" : "more relevant", against ? "against it" : "");
 }
+
+/** What the two colours mean; against may be "". */
+function key(towards, against) {
+  const swatch = (kind, said) => element("span", { class: `swatch ${kind}` }, said);
+  return element("div", { class: "legend" }, swatch("", towards), against ? swatch("against", against) : null);
+}
+
+// ---------------------------------------------------------------- two texts
 
 /** Of a pair: what the tokens of one text took from those of the other. */
 function acrossCard(sequence, { units, scale, blocks }) {
-  const body = element("div", { class: "beside" });
   const names = units.map((list) => list.map((i) => sequence.units[i]));
-  for (const [from, to] of [[0, 1], [1, 0]]) {
+  const axes = ["first text", "second text"];
+  const sides = [[0, 1], [1, 0]].map(([from, to]) => {
     const holder = element("div");
-    body.append(holder);
-    Weights.unpack(blocks[from], units[from].length, units[to].length, scale).then((weights) => {
-      const axes = ["first text", "second text"];
+    Weights.unpack(blocks[from], names[from].length, names[to].length, scale).then((weights) => {
       const line = readout();
       const drawn = matrix({
         rows: names[from],
@@ -95,43 +100,66 @@ function acrossCard(sequence, { units, scale, blocks }) {
         label: `what the ${axes[from]} took from the ${axes[to]}`,
         pick: (r, c) => {
           drawn.mark(r, c);
-          line.textContent = `${quoted(names[from][r])} took ${signed(weights.at(r, c))} from ${quoted(names[to][c])}.`;
+          const [taker, giver] = [quoted(names[from][r]), quoted(names[to][c])];
+          line.textContent = `${taker} took ${signed(weights.at(r, c))} from ${giver}.`;
         },
       });
       holder.append(drawn.element, line);
     });
-  }
-  return card("Across the two texts", "How much each token (rows) took from each token of the other text (columns) on the way to the answer.", body);
+    return holder;
+  });
+  const caption = "How much each token (rows) took from each token of the other text (columns) on the way to the answer.";
+  return card("Across the two texts", caption, element("div", { class: "beside even" }, ...sides));
 }
 
+// ---------------------------------------------------------------- two explanations
+
 /** By how much the share of each unit in the whole map differs in the second explanation. */
-function differenceCard([first, second], matches, state) {
+function differenceColumn([first, second], matches, state) {
   const box = element("div");
-  state.watch(["choice", "method"], ({ method }) => {
-    const [before, after] = [first, second].map((one) => chosen(one, state).relevances.find((found) => found.method === method));
+  state.watch(["choice", "method"], () => {
+    const [before, after] = [first, second].map((one) => mapOf(one, state));
     if (!before || !after) return box.replaceChildren();
     const [old, now] = [before, after].map(inShares);
     const line = readout("Come to a part to see its numbers.");
-    const parts = second.sequences.filter(({ name }) => name in now && name in old && name !== "image").map((sequence) => {
-      const { name } = sequence;
-      const twin = new Map(matches[name].map(([a, b]) => [b, a]));
-      const change = (i) => now[name][i] - (twin.has(i) ? old[name][twin.get(i)] : 0);
-      const most = Math.max(...sequence.units.map((_, i) => (twin.has(i) ? Math.abs(change(i)) : 0)), 1e-9);
-      const said = (i) => (twin.has(i) ? `${quoted(sequence.units[i])}: ${percent(Math.abs(old[name][twin.get(i)]))} → ${percent(Math.abs(now[name][i]))}, by ${signed(100 * change(i))} points` : `${quoted(sequence.units[i])} is in the second only.`);
-      const { element: made, items } = strip(sequence, `${name}: change of relevance`, { attend: (i) => (line.textContent = said(i)), about: said });
-      for (const [i, item] of items) {
-        tint(item, twin.has(i) ? change(i) : 0, most);
-        item.dataset.value = change(i);
-        item.classList.toggle("new", !twin.has(i));
-      }
-      return made;
+    const both = second.sequences.filter(({ name }) => name in now && name in old && name !== "image");
+    const parts = both.map((sequence) => {
+      const was = matched(old[sequence.name], matches[sequence.name], sequence.units.length);
+      return differenceStrip(sequence, was, now[sequence.name], (said) => (line.textContent = said));
     });
     if (!parts.length) return box.replaceChildren();
-    const caption = "The share of each token in its whole map, in the second compared with the first. Dotted: the first has no such token.";
-    const key = element("div", { class: "legend" }, element("span", { class: "swatch" }, "matters more in the second"), element("span", { class: "swatch against" }, "matters less"));
-    box.replaceChildren(card("Difference", caption, ...parts, line, key));
+    const caption =
+      "The share of each token in its whole map, in the second compared with the first. " +
+      "Dotted: the first has no such token.";
+    const colours = key("matters more in the second", "matters less");
+    box.replaceChildren(card("Difference", caption, ...parts, line, colours));
   });
   return box;
+}
+
+/** The first explanation's values at the units of the second, NaN where it has no such unit. */
+function matched(values, pairs, count) {
+  const made = new Array(count).fill(NaN);
+  for (const [from, to] of pairs) made[to] = values[from];
+  return made;
+}
+
+function differenceStrip(sequence, was, is, say) {
+  const change = is.map((value, i) => value - was[i]);
+  const known = change.filter((value) => !Number.isNaN(value));
+  const most = Math.max(...known.map(Math.abs), 1e-9);
+  const about = (i) => {
+    if (Number.isNaN(was[i])) return `${quoted(sequence.units[i])} is in the second only.`;
+    const points = signed(100 * change[i]);
+    return `${quoted(sequence.units[i])}: ${signed(100 * was[i])} % → ${signed(100 * is[i])} %, by ${points} points`;
+  };
+  const options = { attend: (i) => say(about(i)), about };
+  const { element: text, items } = strip(sequence, `${sequence.name}: change of relevance`, options);
+  items.forEach((item, i) => {
+    item.classList.toggle("new", Number.isNaN(was[i]));
+    tint(item, Number.isNaN(was[i]) ? 0 : change[i], most);
+  });
+  return text;
 }
 
 /** Values divided by the sum of their sizes, so that maps of two models can be compared. */

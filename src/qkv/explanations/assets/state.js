@@ -1,4 +1,4 @@
-// What the reader has chosen. Figures name the choices they are drawn from, and are drawn again when these change.
+// What the reader has chosen. Figures name the choices that they show, and are drawn again when these change.
 
 class State {
   constructor(values) {
@@ -9,7 +9,9 @@ class State {
   change(values) {
     const changed = Object.keys(values).filter((name) => this.values[name] !== values[name]);
     Object.assign(this.values, values);
-    for (const { names, draw } of this.watchers) if (names.some((name) => changed.includes(name))) draw(this.values);
+    for (const { names, draw } of this.watchers) {
+      if (names.some((name) => changed.includes(name))) draw(this.values);
+    }
   }
 
   /** Draw now, and whenever one of the named values changes. */
@@ -24,14 +26,18 @@ class State {
   }
 }
 
-/** Radio buttons side by side for one value of the state. options: [value, label] each. */
+/** Radio buttons side by side for one value of the state; hidden if there is no choice. options: [value, label]. */
 function chooser(legend, name, options, state) {
-  const inputs = options.map(([value, label]) => {
-    const input = element("input", { type: "radio", name, value, onchange: () => state.change({ [name]: value }) });
-    return [input, element("label", {}, input, element("span", {}, label))];
+  const inputs = options.map(([value]) => {
+    const choose = () => state.change({ [name]: value });
+    return element("input", { type: "radio", name, value, onchange: choose });
   });
-  const made = element("fieldset", { class: "chooser" }, element("legend", {}, legend), ...inputs.map(([, label]) => label));
-  state.watch([name], (values) => inputs.forEach(([input]) => (input.checked = input.value === String(values[name]))));
-  made.hidden = options.length < 2;
-  return made;
+  const labels = options.map(([, label], i) => element("label", {}, inputs[i], element("span", {}, label)));
+  state.watch([name], (values) => inputs.forEach((input) => (input.checked = input.value === values[name])));
+  return element(
+    "fieldset",
+    { class: "chooser", hidden: options.length < 2 },
+    element("legend", {}, legend),
+    ...labels,
+  );
 }

@@ -1,13 +1,13 @@
 // Tokens as people read them, and strips of tokens that can be walked through.
 
-const HIDDEN = /[\u0000-\u001f\u007f-\u00a0\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const SIGNS = { "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
+/** Joiners are not among these: they make one picture of several, and shape letters. */
+const NO_INK = /(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\u00a0]/gu;
 
-/** A token with its unseen characters made seen. */
+/** A token as it can be seen: what has no ink by signs or by its number; spaces around it are left out. */
 function visible(unit) {
-  if (unit === "") return "∅";
-  const signs = { "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
-  const seen = unit.replace(HIDDEN, (one) => signs[one] ?? `⟨${one.codePointAt(0).toString(16)}⟩`);
-  return /^ +$/.test(seen) ? "␣".repeat(seen.length) : seen.trim();
+  const seen = unit.replace(NO_INK, (letter) => SIGNS[letter] ?? `⟨${letter.codePointAt(0).toString(16)}⟩`);
+  return seen.replace(/^ +| +$/g, "") || "␣".repeat(seen.length) || "∅";
 }
 
 /** A token in quotation marks. */
@@ -16,48 +16,31 @@ function quoted(unit) {
 }
 
 /**
- * The tokens of a sequence as running text.
+ * The tokens of a sequence as running text, the second of two texts on a line of its own.
  * attend(i): called when a pointer, a finger or the keyboard comes to token i; about(i): what its tooltip says.
- * Returns the element and the buttons by unit. Of some units only: those in `shown`.
+ * Returns the element and its buttons, one a token.
  */
-function strip(sequence, label, { attend, about = () => undefined, shown = sequence.units.keys() }) {
+function strip({ units, special, segments }, label, { attend, about = () => undefined }) {
   const box = element("div", { class: "strip", dir: "auto", role: "group", "aria-label": label });
-  const items = new Map();
-  let segment = 0;
-  for (const i of shown) {
-    const unit = sequence.units[i];
-    if (sequence.segments.length && sequence.segments[i] !== segment) {
-      segment = sequence.segments[i];
-      box.append(element("span", { class: "break" }));
-    }
+  const items = units.map((unit, i) => {
     const go = () => attend(i);
-    const item = element(
-      "button",
-      { type: "button", class: "unit", "data-item": true, "data-unit": i, title: about(i), onpointerenter: go, onfocus: go, onclick: go },
-      element("bdi", {}, visible(unit)),
-    );
-    item.classList.toggle("special", sequence.special[i]);
-    if (/^ +\S/.test(unit)) box.append(" ");
+    const look = { type: "button", class: special[i] ? "unit special" : "unit", "data-item": true, title: about(i) };
+    const shown = element("bdi", {}, visible(unit));
+    return element("button", { ...look, onpointerenter: go, onfocus: go, onclick: go }, shown);
+  });
+  items.forEach((item, i) => {
+    if (i > 0 && segments[i] !== segments[i - 1]) box.append(element("span", { class: "break" }));
+    if (/^ +\S/.test(units[i])) box.append(" ");
     box.append(item);
-    if (unit.includes("\n")) box.append(element("br"));
-    items.set(i, item);
-  }
+    if (units[i].includes("\n")) box.append(element("br"));
+  });
   roving(box);
   return { element: box, items };
 }
 
-/** Colour a token by a value of at most `most`: one colour for what speaks for the answer, one for what speaks against. */
+/** Colour a token by a value of at most `most`; what speaks against the answer has a colour of its own. */
 function tint(item, value, most) {
   item.style.setProperty("--weight", most > 0 ? Math.abs(value) / most : 0);
   item.classList.toggle("against", value < 0);
-}
-
-/** The parts of a sequence that a model's tokens make words of, "" where it has none. */
-function words(sequence) {
-  const made = [];
-  sequence.units.forEach((unit, i) => {
-    const word = sequence.words[i];
-    if (word >= 0) made[word] = (made[word] ?? "") + unit;
-  });
-  return [...made].map((word) => (word ?? "").trim());
+  item.dataset.value = value;
 }

@@ -55,15 +55,13 @@ class Stack {
     return this.made.get(key);
   }
 
-  /** All heads made small, a function from layer and head to the bytes of one. */
+  /** All heads made small: a function from the number of a head, counted through the layers, to its bytes. */
   async thumbnails() {
     this.small ??= inflated(this.packed.thumbnails);
     const [rows, columns] = this.packed.thumbnail;
     const bytes = await this.small;
-    return (layer, head) => {
-      const start = (layer * this.heads + head) * rows * columns;
-      return bytes.subarray(start, start + rows * columns);
-    };
+    const size = rows * columns;
+    return (number) => bytes.subarray(number * size, (number + 1) * size);
   }
 }
 
