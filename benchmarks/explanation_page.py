@@ -5,8 +5,8 @@ usage: python benchmarks/explanation_page.py [--passes N]   (needs chromium, and
 A model of 12 layers x 12 heads over so many tokens, whose attention is the softmax of normal scores, sharper
 from head to head: more widely spread than what trained models have, so that little can be left out. The page
 is opened from disk in a fresh browser context each time. Times are medians: "first paint" is the browser's
-own first-contentful-paint, "ready" is when the script has run, both from the start of navigation; "head" is from
-the choice of a head to its text or lines and its matrix.
+own first-contentful-paint, "ready" is when the script has run, both from the start of navigation; "head" is
+from the choice of a head to its text or lines and its matrix.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def tagged() -> Explanation:
 def generated() -> Explanation:
     """What a GPT goes on with behind a prompt."""
     units = ("def", " main", "(", "args", "):", "\n", "    ", "return", " args", ".", "name", "\n")
-    read = text(*units, special=())
+    read = text(*units[:-1], special=())
     first = 4
     choices = tuple(
         Choice(
@@ -185,24 +185,23 @@ def translated() -> Explanation:
     source = text(
         "Two", " dogs", " are", " run", "ning", " through", " the", " snow", ".", "</s>", name="source"
     )
-    target = text(
-        "</s>", "Zwei", " Hunde", " laufen", " durch", " den", " Schnee", ".", "</s>", name="target"
-    )
+    written = ("</s>", "Zwei", " Hunde", " laufen", " durch", " den", " Schnee", ".", "</s>")
+    target = text(*written[:-1], name="target")
     choices = tuple(
         Choice(
-            target.units[unit + 1],
+            written[unit + 1],
             0.9 - 0.05 * unit,
-            guesses(target.units[unit + 1], " die", " das", first=0.9 - 0.05 * unit),
+            guesses(written[unit + 1], " die", " das", first=0.9 - 0.05 * unit),
             "target",
             unit,
             tuple(relevance(method, [source, target], unit, unit) for method in METHODS[:3]),
-            lens(3, target.units[1:5], unit),
+            lens(3, written[1:5], unit),
             {
                 stack: np.random.default_rng(unit).normal(size=(3, 4)).astype(np.float32) / 5
                 for stack in ("encoder", "decoder", "cross")
             },
         )
-        for unit in range(len(target.units) - 1)
+        for unit in range(len(target.units))
     )
     matrix = np.full((6, 7), 0.02, np.float32)  # the full stops belong to the last words
     links = ((0, 0), (1, 1), (3, 2), (4, 3), (5, 4), (6, 5))

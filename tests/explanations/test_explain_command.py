@@ -7,8 +7,8 @@ import json
 import pytest
 from test_cli import fail, succeed
 
+import qkv
 from explanations import made
-from qkv import explanations
 from qkv.errors import InputError
 from qkv.explanations.plain import to_json
 
@@ -25,7 +25,7 @@ def asked(monkeypatch) -> list[tuple]:
         return made.generated() if model == "gpt" else made.sentence(model=model)
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(explanations, "explain", explain, raising=False)
+    monkeypatch.setattr(qkv, "explain", explain, raising=False)
     return asked
 
 

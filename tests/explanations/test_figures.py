@@ -54,7 +54,11 @@ def test_a_strip_has_every_token_in_its_colour_within_the_page(make):
     drawing = figure(explanation, FigureOptions(method="integrated_gradients"))
     (relevance,) = [one for one in explanation.choices[0].relevances if one.method == "integrated_gradients"]
     values = np.concatenate([relevance.values[sequence.name] for sequence in explanation.sequences])
-    shares = values / np.abs(values).max()
+    special = np.concatenate([sequence.special for sequence in explanation.sequences])
+    special[
+        explanation.choices[0].unit + (len(values) - len(relevance.values[explanation.sequences[-1].name]))
+    ] = True
+    shares = np.clip(values / np.abs(values[~special]).max(), -1, 1)  # neither markers nor the choice's own
     assert [box.colour for box in boxes(drawing)] == [
         tinted(WARM if share >= 0 else COOL, 0.6 * abs(float(share))) for share in shares
     ]

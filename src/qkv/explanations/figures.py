@@ -26,7 +26,7 @@ from qkv.explanations.drawing import (
 )
 from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance
 from qkv.explanations.explanation import Sequence as Units
-from qkv.explanations.words import visible, words_of
+from qkv.explanations.words import strongest, visible, words_of
 
 _MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
 _CELL = 18.0
@@ -42,7 +42,7 @@ def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
             relevance = _relevance(choice, options.method)
             if explanation.picture is not None:
                 return _over_image(explanation.picture, relevance.values["image"])
-            return _strips(explanation.sequences, relevance)
+            return _strips(explanation.sequences, relevance, strongest(explanation, choice, relevance))
         case "attention":
             return _head(explanation, options)
         case "alignment":
@@ -93,13 +93,12 @@ def _over_image(picture: Picture, values: Floats) -> Drawing:
     return drawing
 
 
-def _strips(sequences: Sequence[Units], relevance: Relevance) -> Drawing:
+def _strips(sequences: Sequence[Units], relevance: Relevance, most: float) -> Drawing:
     """Each sequence as running text, coloured by relevance."""
-    most = max(float(np.abs(values).max(initial=0.0)) for values in relevance.values.values()) or 1.0
     drawing = Drawing(_WIDTH, _MARGIN)
     for sequence in sequences:
         if (values := relevance.values.get(sequence.name)) is not None:
-            drawing.add(_strip(sequence, values / most, drawing))
+            drawing.add(_strip(sequence, np.clip(values / most, -1, 1), drawing))
             drawing.height += _LINE
     drawing.height = max(shape.y + _LINE for shape in drawing.shapes if isinstance(shape, Box)) + _MARGIN / 2
     return drawing

@@ -20,7 +20,7 @@ import numpy as np
 from qkv.explanations.explanation import Explanation, Floats, Relevance, Sequence
 from qkv.explanations.packing import BUDGET, pack, pack_attention, quantise
 from qkv.explanations.plain import to_plain
-from qkv.explanations.words import METHODS, answered, asked, generates, given, shortened, words_of
+from qkv.explanations.words import METHODS, answered, asked, generates, given, shortened, strongest, words_of
 from qkv.report import document, png, style
 
 _SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "faithfulness", "relevance",
@@ -101,6 +101,7 @@ def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
     for shown, choice in zip(values["choices"], explanation.choices, strict=True):
         for one, relevance in zip(shown["relevances"], choice.relevances, strict=True):
             del one["matrix"]
+            one["strongest"] = strongest(explanation, choice, relevance)
             one["across"] = _across(relevance, explanation.sequences[0])
             if relevance.faithfulness is not None:
                 one["faithfulness"]["verdict"] = relevance.faithfulness.verdict

@@ -48,15 +48,15 @@ def _instead(choice: Choice) -> str:
 
 
 def _found(explanation: Explanation, relevance: Relevance | None) -> tuple[str, str]:
-    """The units with the largest values of all sequences, and whether the map holds up."""
+    """What was read that has the largest values, and whether the map holds up."""
     if relevance is None:
         return "", ""
     values = [
-        (float(value), visible(unit))
+        (float(value), visible(sequence.units[i]))
         for sequence in explanation.sequences
         if sequence.name in relevance.values
-        for unit, value in zip(sequence.units, relevance.values[sequence.name], strict=True)
-        if value > 0
+        for i, value in enumerate(relevance.values[sequence.name])
+        if value > 0 and not sequence.special[i]
     ]
     best = sorted(values, key=lambda pair: -pair[0])[:_TOP]
     verdict = "not measured" if relevance.faithfulness is None else relevance.faithfulness.verdict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import NamedTuple
 
-from qkv.explanations.explanation import Explanation, Method, Sequence
+from qkv.explanations.explanation import Choice, Explanation, Method, Relevance, Sequence
 
 
 class Words(NamedTuple):
@@ -53,9 +53,28 @@ def answered(explanation: Explanation) -> str:
     """All that the model answered, as one text."""
     if not generates(explanation):
         return ", ".join(choice.answer for choice in explanation.choices)
-    special = {str(sequence.name): sequence.special for sequence in explanation.sequences}
-    tokens = [one.answer for one in explanation.choices if not special[one.sequence][one.unit + 1]]
-    return "".join(tokens).strip()
+    markers = {
+        unit
+        for sequence in explanation.sequences
+        for unit, special in zip(sequence.units, sequence.special, strict=True)
+        if special
+    }
+    return "".join(choice.answer for choice in explanation.choices if choice.answer not in markers).strip()
+
+
+def strongest(explanation: Explanation, choice: Choice, relevance: Relevance) -> float:
+    """The largest value without its sign, which has the full colour.
+
+    Of what was read: the model's markers and the unit that made the choice are often far above all others.
+    """
+    values = [
+        abs(float(value))
+        for sequence in explanation.sequences
+        if sequence.name in relevance.values
+        for i, value in enumerate(relevance.values[sequence.name])
+        if not sequence.special[i] and (sequence.name, i) != (choice.sequence, choice.unit)
+    ]
+    return max(values, default=0.0) or 1.0
 
 
 def generates(explanation: Explanation) -> bool:
@@ -124,5 +143,5 @@ def percent(probability: float) -> str:
 
 def shortened(text: str, most: int) -> str:
     """A text in one line, its end cut where it has more characters than that."""
-    line = " ".join(text.split())
+    line = " ".join("".join(letter if letter.isspace() else _seen(letter) for letter in text).split())
     return line if len(line) <= most else line[: most - 1].rstrip() + "…"

@@ -246,7 +246,7 @@ function attendedImage({ stack, weights, marks }, picture, state, show) {
   const first = strip(only, "class token", { attend: () => show("query", 0) });
   marks.push((side, unit) => {
     const values = side === "query" ? weights.row(unit) : weights.column(unit);
-    map.paint(values, Math.max(...values.slice(1)));
+    map.paint(values, Math.max(...values.slice(1)) || 1);
     map.mark(unit);
     first.items[0].setAttribute("aria-current", unit === 0);
   });

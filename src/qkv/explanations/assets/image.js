@@ -58,7 +58,7 @@ function paintHeat(map, picture, values, most) {
   const [towards, against] = [colour("--heat"), colour("--heat-against")].map((parts) => parts.join(" "));
   context.clearRect(0, 0, map.width, map.height);
   for (let unit = 1; unit < values.length; unit++) {
-    const opacity = most > 0 ? Math.abs(values[unit]) / most : 0;
+    const opacity = Math.min(1, Math.abs(values[unit]) / most);
     context.fillStyle = `rgb(${values[unit] < 0 ? against : towards} / ${opacity})`;
     context.fillRect(...patchPixels(picture, unit));
   }

@@ -38,7 +38,6 @@ function relevanceColumn(explanation, state, methods) {
 /** A sequence in the colours of its values: an element, and `fade` for a map over an image. */
 function relevanceMap(explanation, sequence, relevance, state, say) {
   const values = relevance.values[sequence.name];
-  const most = Math.max(...Object.values(relevance.values).flat().map(Math.abs));
   const order = [...values.keys()].sort((a, b) => values[b] - values[a]);
   const rank = new Map(order.map((unit, i) => [unit, i + 1]));
   const about = (i) => `${place(sequence, i)}: ${signed(values[i])}, number ${rank.get(i)} of ${values.length}`;
@@ -47,7 +46,7 @@ function relevanceMap(explanation, sequence, relevance, state, say) {
       map.mark(unit);
       say(about(unit));
     });
-    map.paint(values, most);
+    map.paint(values, relevance.strongest);
     return map;
   }
   const choice = chosen(explanation, state);
@@ -56,7 +55,7 @@ function relevanceMap(explanation, sequence, relevance, state, say) {
   const options = { attend: (i) => say(about(i)), about };
   const { element: text, items } = strip(sequence, `${sequence.name} by relevance`, options);
   items.forEach((item, i) => {
-    tint(item, values[i], most);
+    tint(item, values[i], relevance.strongest);
     item.classList.toggle("later", here && explanation.generates && i > choice.unit);
     item.classList.toggle("answer", here && i === answer && !sequence.special[i]);
   });

@@ -38,9 +38,9 @@ function strip({ units, special, segments }, label, { attend, about = () => unde
   return { element: box, items };
 }
 
-/** Colour a token by a value of at most `most`; what speaks against the answer has a colour of its own. */
+/** Colour a token by a value; from `most` on it has the full colour. What speaks against the answer has a colour of its own. */
 function tint(item, value, most) {
-  item.style.setProperty("--weight", most > 0 ? Math.abs(value) / most : 0);
+  item.style.setProperty("--weight", Math.min(1, Math.abs(value) / most));
   item.classList.toggle("against", value < 0);
   item.dataset.value = value;
 }
