@@ -476,7 +476,7 @@ class FigureOptions:
     choice: int = 0
     """Which choice a map of relevance is of: a token generated, a tag, a word hidden."""
     method: str = ""
-    """By which method; "": the first that the explanation has."""
+    """By which method; "": relevance, or the first that the explanation has."""
     stack: Literal["", "encoder", "decoder", "cross"] = ""
     """Whose attention; "": the first that the explanation has."""
     layer: int = 0

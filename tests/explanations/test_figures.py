@@ -119,7 +119,11 @@ def test_a_map_covers_exactly_the_pixels_of_each_patch():
             "no cross attention; it has encoder",
         ),
         (made.sentence, FigureOptions(figure="attention", layer=7), "no layer 7 in encoder attention"),
-        (made.sentence, FigureOptions(figure="attention", head=4), "no head 4: there are 4"),
+        (
+            made.sentence,
+            FigureOptions(figure="attention", head=4),
+            "no head 4 in encoder attention; there are 0, 1",
+        ),
     ],
 )
 def test_what_is_not_there_is_said(make, options, said: str):

@@ -52,7 +52,7 @@ def test_a_budget_is_kept_by_leaving_out_the_least():
     found = []
     for budget in (10**6, 20_000, 8_000):
         (packed,), least = pack_attention([stack], budget)
-        texts = [text for layer in packed.heads for text in layer]
+        texts = [text for layer in packed.matrices for text in layer]
         assert sum(map(len, [*texts, packed.thumbnails])) * 3 / 4 <= budget
         shown = np.stack([unpack(text, (64, 64)) for text in texts]).reshape(stack.weights.shape)
         exact = stack.weights.astype(float)
@@ -78,4 +78,4 @@ def test_a_stack_that_does_not_fit_at_all_is_still_shown():
     certain = replace(stack, weights=np.broadcast_to(np.eye(16, dtype=np.float16), stack.weights.shape))
     (packed,), least = pack_attention([certain], 1)
     assert least > 0
-    assert np.array_equal(unpack(packed.heads[0][0], (16, 16)), np.eye(16))
+    assert np.array_equal(unpack(packed.matrices[0][0], (16, 16)), np.eye(16))

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from explanations import made
-from qkv.explanations.explanation import Relevance
+from qkv.explanations.explanation import Guess, Relevance
 from qkv.explanations.figures import heat
 from qkv.explanations.packing import BUDGET, quantise, thumbnails
 from qkv.explanations.page import compare_page, frame, page
@@ -116,6 +116,32 @@ def test_only_what_is_there_is_shown(opened: Open):
     expect(tab.locator("h2")).to_have_text(["The answer"])
 
 
+def test_heads_are_called_by_their_own_numbers(opened: Open):
+    """Of a few layers and heads, and the one to begin with is the one that the answer needs most."""
+    whole = made.sentence()
+    (stack,) = whole.attention
+    few = replace(stack, weights=stack.weights[1:, [1, 3]], layers=(1, 2), heads=(1, 3))
+    needed = np.zeros((3, 4), np.float32)
+    needed[0, 0], needed[2, 3] = 2, 1
+    choice = replace(whole.choices[0], head_importance={"encoder": needed})
+    tab = opened(page(replace(whole, attention=(few,), choices=(choice,))))
+    expect(detail(tab).locator("h3")).to_have_text("Layer 2, head 3")
+    tab.get_by_role("button", name="layer 1, head 3", exact=True).click()
+    expect(detail(tab).locator("h3")).to_have_text("Layer 1, head 3")
+    shown = weights_of(detail(tab).locator(".key .unit"))
+    assert shown == pytest.approx(stack.weights[1, 3, 0].astype(float), abs=ROUNDED)
+    labels = tab.get_by_role("group", name="importance of heads").get_by_role("button")
+    expect(labels).to_have_text(["·", "·", "·", "1.00"])
+
+
+def test_a_value_is_not_called_a_probability(opened: Open):
+    whole = made.sentence()
+    choice = replace(whole.choices[0], answer="stars", probability=4.25, alternatives=(Guess("stars", 4.25),))
+    tab = opened(page(replace(whole, choices=(choice,))))
+    expect(tab.locator("header p")).to_contain_text("answered “stars”: 4.25.")
+    expect(tab.locator(".guesses")).to_have_text("stars+4.25")
+
+
 def test_a_token_that_is_come_to_lights_what_it_looks_at(opened: Open):
     explanation = made.translated()
     tab = opened(page(explanation))
@@ -129,7 +155,7 @@ def test_a_token_that_is_come_to_lights_what_it_looks_at(opened: Open):
     card.locator(".query .unit").nth(2).hover()
     assert weights_of(card.locator(".key .unit")) == pytest.approx(truth[2], abs=ROUNDED)
     best = units[0][truth[2].argmax()].strip()
-    said = re.match(f"“Hunde” looks at “{re.escape(best)}” (\d+) %", card.locator(".readout").text_content())
+    said = re.match(rf"“Hunde” looks at “{re.escape(best)}” (\d+) %", card.locator(".readout").text_content())
     assert float(said[1]) / 100 == pytest.approx(truth[2].max(), abs=0.005 + ROUNDED)
 
     card.locator(".key .unit").nth(1).hover()

@@ -19,6 +19,8 @@ Method = Literal[
     "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
 ]
 
+Stack = Literal["encoder", "decoder", "cross"]
+
 
 class Guess(NamedTuple):
     """One possible answer and how probable the model finds it."""
@@ -46,7 +48,7 @@ class Sequence:
 class Attention:
     """The attention probabilities of one stack."""
 
-    stack: Literal["encoder", "decoder", "cross"]
+    stack: Stack
     queries: str
     """Name of the sequence that looks."""
     keys: str
@@ -55,6 +57,8 @@ class Attention:
     """(L, H, Uq, Uk); each row sums to 1."""
     layers: tuple[int, ...]
     """Which of the stack's layers these are."""
+    heads: tuple[int, ...] = ()
+    """Which of each layer's heads these are; none named: all."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,44 @@ class Faithfulness:
     random_insertion: Floats
     """(O, K)."""
 
+    @cached_property
+    def deletion_area(self) -> float:
+        """Area under the deletion curve: the answer's mean probability while units go."""
+        return float(np.trapezoid(self.deletion, self.shares))
+
+    @cached_property
+    def insertion_area(self) -> float:
+        """Area under the insertion curve: the answer's mean probability while units come."""
+        return float(np.trapezoid(self.insertion, self.shares))
+
+    @cached_property
+    def random_gains(self) -> Floats:
+        """Of each random order, its insertion area less its deletion area (O,)."""
+        gains = np.trapezoid(self.random_insertion - self.random_deletion, self.shares, axis=1)
+        return np.asarray(gains, dtype=np.float32)
+
+    @cached_property
+    def beaten(self) -> int:
+        """How many random orders gain less than this one, by insertion area less deletion area."""
+        return int((self.random_gains < self.insertion_area - self.deletion_area - 1e-6).sum())
+
+    @cached_property
+    def verdict(self) -> str:
+        """In words, whether the ranking says anything on this input.
+
+        It does if at most a tenth of the random orders does as well: nobody would find that by guessing.
+        """
+        orders = len(self.random_gains)
+        if len(self.shares) < 3:
+            return "too few units to tell"
+        if self.beaten == orders:
+            return f"better than all {orders} random orders"
+        if self.beaten >= 0.9 * orders:
+            return f"better than {self.beaten} of {orders} random orders"
+        if (self.random_gains > self.insertion_area - self.deletion_area + 1e-6).all():
+            return f"worse than all {orders} random orders on this input"
+        return f"no better than random on this input: better than {self.beaten} of {orders} random orders"
+
 
 @dataclass(frozen=True)
 class Relevance:
@@ -96,6 +138,7 @@ class Choice:
 
     answer: str
     probability: float
+    """Where the answer is a value, a regression's or a similarity, that value; so in `Guess` too."""
     alternatives: tuple[Guess, ...]
     """The likeliest answers, best first, with the chosen one wherever it stands."""
     sequence: str

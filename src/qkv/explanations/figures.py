@@ -26,7 +26,7 @@ from qkv.explanations.drawing import (
 )
 from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance
 from qkv.explanations.explanation import Sequence as Units
-from qkv.explanations.words import strongest, visible, words_of
+from qkv.explanations.words import leading, strongest, visible, words_of
 
 _MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
 _CELL = 18.0
@@ -76,10 +76,14 @@ def _choice(explanation: Explanation, number: int) -> Choice:
 
 
 def _relevance(choice: Choice, method: str) -> Relevance:
-    known = [relevance.method for relevance in choice.relevances]
-    for relevance in choice.relevances:
-        if method in ("", relevance.method):
-            return relevance
+    known = {relevance.method: relevance for relevance in choice.relevances}
+    found = (
+        leading(choice)
+        if method == ""
+        else next((one for name, one in known.items() if name == method), None)
+    )
+    if found is not None:
+        return found
     raise InputError(
         f"the explanation has no map by {method or 'any method'}; it has {', '.join(known) or 'none'}"
     )
@@ -136,16 +140,17 @@ def _head(explanation: Explanation, options: FigureOptions) -> Drawing:
         raise InputError(
             f"there is no layer {options.layer} in {name} attention; there are {_listed(stack.layers)}"
         )
-    heads = stack.weights.shape[1]
-    if not 0 <= options.head < heads:
-        raise InputError(f"there is no head {options.head}: there are {heads}, counted from 0")
-    weights = stack.weights[stack.layers.index(options.layer), options.head].astype(np.float32)
+    heads = stack.heads or tuple(range(stack.weights.shape[1]))
+    if options.head not in heads:
+        raise InputError(f"there is no head {options.head} in {name} attention; there are {_listed(heads)}")
+    place = stack.layers.index(options.layer), heads.index(options.head)
+    weights = stack.weights[place].astype(np.float32)
     names = {str(sequence.name): sequence.units for sequence in explanation.sequences}
     return _matrix(names[stack.queries], names[stack.keys], weights, ("looks", "is looked at"))
 
 
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _alignment(explanation: Explanation) -> Drawing:

@@ -32,7 +32,7 @@ _SIDE = 32
 class PackedAttention:
     """A stack's weights in base64."""
 
-    heads: tuple[tuple[str, ...], ...]
+    matrices: tuple[tuple[str, ...], ...]
     """By layer and head, (Uq, Uk) bytes."""
     thumbnails: str
     """The largest weight of each of S x S regions, (L, H, S, S) bytes."""

@@ -20,7 +20,18 @@ import numpy as np
 from qkv.explanations.explanation import Explanation, Floats, Relevance, Sequence
 from qkv.explanations.packing import BUDGET, pack, pack_attention, quantise
 from qkv.explanations.plain import to_plain
-from qkv.explanations.words import METHODS, answered, asked, generates, given, shortened, strongest, words_of
+from qkv.explanations.words import (
+    METHODS,
+    answered,
+    asked,
+    generates,
+    given,
+    is_value,
+    leading,
+    shortened,
+    strongest,
+    words_of,
+)
 from qkv.report import document, png, style
 
 _SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "faithfulness", "relevance",
@@ -49,7 +60,9 @@ def frame(explanation: Explanation, height: int = 720) -> str:
 def _page(title: str, *shown: Explanation) -> str:
     script = "\n".join(_asset(f"{name}.js") for name in _SCRIPTS)
     look = style() + _asset("page.css")
+    first = leading(shown[0].choices[0])
     values: dict[str, Any] = {
+        "method": first and first.method,
         "explanations": [_values(one, BUDGET // len(shown)) for one in shown],
         "methods": {name: words._asdict() for name, words in METHODS.items()},
     }
@@ -96,9 +109,11 @@ def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
     values["generates"] = generates(explanation)
     values["least"] = least
     for stack, packed in zip(explanation.attention, stacks, strict=True):
-        about = to_plain(replace(stack, weights=np.empty(0, np.float16)))
+        heads = stack.heads or tuple(range(stack.weights.shape[1]))
+        about = to_plain(replace(stack, weights=np.empty(0, np.float16), heads=heads))
         values["attention"].append(about | {"weights": None} | to_plain(packed))
     for shown, choice in zip(values["choices"], explanation.choices, strict=True):
+        shown["value"] = is_value(choice)
         for one, relevance in zip(shown["relevances"], choice.relevances, strict=True):
             del one["matrix"]
             one["strongest"] = strongest(explanation, choice, relevance)

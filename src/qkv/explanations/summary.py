@@ -9,25 +9,26 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.explanations.explanation import Choice, Explanation, Relevance
-from qkv.explanations.words import METHODS, asked, percent, visible
+from qkv.explanations.words import METHODS, asked, is_value, leading, percent, visible
 
 _TOP = 4
 
 
 def summary(explanation: Explanation) -> Iterator[Text | Table]:
-    """What was answered and what it rests on: of one choice by every method, of several by the first."""
+    """What was answered and what it rests on: of one choice by every method, of several by one."""
     yield Text(asked(explanation))
     first, *more = explanation.choices
     if more:
-        method = METHODS[first.relevances[0].method].name.lower() if first.relevances else ""
+        best = leading(first)
+        method = METHODS[best.method].name.lower() if best else "not asked for"
         rows = [
-            (visible(one.answer), percent(one.probability), _instead(one), *_found(explanation, relevance))
+            (visible(one.answer), percent(one.probability), _instead(one), *_found(explanation, leading(one)))
             for one in explanation.choices
-            for relevance in one.relevances[:1] or [None]
         ]
         yield _table(("answer", "likelihood", "instead", f"rests on ({method})", "does that hold up?"), rows)
     else:
-        yield Text(f"Instead: {_instead(first) or 'nothing'}")
+        if not is_value(first):
+            yield Text(f"Instead: {_instead(first)}")
         found = [(METHODS[one.method].name, *_found(explanation, one)) for one in first.relevances]
         yield _table(("method", "it rests on", "does that hold up?"), found)
     if explanation.alignment is not None:

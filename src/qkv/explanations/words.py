@@ -101,9 +101,12 @@ def asked(explanation: Explanation) -> str:
         given(explanation) if explanation.picture is not None else f"“{shortened(given(explanation), 160)}”"
     )
     said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
-    if len(explanation.choices) == 1:
-        said += f", {percent(explanation.choices[0].probability)} sure"
-    return said + "."
+    first, *more = explanation.choices
+    if more:
+        return f"{said}."
+    if is_value(first):
+        return f"{said}: {first.probability:.4g}."
+    return f"{said}, {percent(first.probability)} sure."
 
 
 def words_of(sequence: Sequence) -> list[str]:
@@ -127,6 +130,17 @@ _SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200c": "\u2
 
 def _seen(letter: str) -> str:
     return f"⟨{ord(letter):x}⟩" if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") else letter
+
+
+def is_value(choice: Choice) -> bool:
+    """Whether a choice is no answer among others, but a value: of a regression or a similarity."""
+    return len(choice.alternatives) == 1
+
+
+def leading(choice: Choice) -> Relevance | None:
+    """The map to show first: by attention and gradients together if there is one."""
+    found = {one.method: one for one in choice.relevances}
+    return found.get("relevance") or next(iter(found.values()), None)
 
 
 def percent(probability: float) -> str:

@@ -10,12 +10,14 @@ function answerColumn(explanation, state) {
   const alternatives = element("div");
   state.watch(["choice"], () => {
     const choice = chosen(explanation, state);
-    alternatives.replaceChildren(guesses(choice.alternatives, choice.answer));
+    alternatives.replaceChildren(guesses(choice));
   });
   const what = explanation.generates
     ? "The answer was made token by token."
     : "The model chose one answer for each of these.";
-  const caption = several
+  const caption = explanation.choices[0].value
+    ? "The value that the model gave."
+    : several
     ? `${what} Each has the model's probability below it; choose one to see what else it might have been.`
     : "The likeliest answers, and how probable the model finds each.";
   return card("", caption, several ? choiceStrip(explanation, state) : null, alternatives);
@@ -51,32 +53,38 @@ function prompt({ sequences: [sequence], choices: [first] }) {
 }
 
 /** Answers with bars of their probabilities; the one that was given stands out. */
-function guesses(list, answer) {
-  const items = list.map(({ name, probability }) =>
+function guesses({ alternatives, answer, value }) {
+  const items = alternatives.map(({ name, probability }) =>
     element(
       "li",
       { class: name === answer ? "ours" : "" },
-      element("span", { class: "bar", style: { width: `${100 * probability}%` } }),
+      element("span", { class: "bar", style: { width: value ? 0 : `${100 * probability}%` } }),
       element("bdi", {}, visible(name)),
-      element("span", {}, percent(probability)),
+      element("span", {}, amount(value, probability)),
     ),
   );
   return element("ol", { class: "guesses" }, ...items);
 }
 
+/** How probable an answer is, or where it is a value, that. */
+function amount(value, probability) {
+  return value ? signed(probability) : percent(probability);
+}
+
 /** Layer by layer, what the model would have answered had it ended there. */
-function lensTable({ lens, answer }) {
+function lensTable({ lens, answer, value }) {
   const places = Array.from({ length: Math.max(...lens.map((layer) => layer.length)) }, (_, i) => i);
   const names = ["after layer", ...places.map((i) => (i ? `${i + 1}.` : "likeliest"))];
   const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
   const rows = lens.map((layer, i) =>
-    element("tr", {}, element("th", { scope: "row" }, i), ...layer.map((guess) => lensCell(guess, answer))),
+    element("tr", {}, element("th", { scope: "row" }, i), ...layer.map((guess) => lensCell(guess, answer, value))),
   );
   const body = element("tbody", {}, ...rows);
   return element("div", { class: "scroll" }, element("table", { class: "lens" }, element("thead", {}, head), body));
 }
 
-function lensCell({ name, probability }, answer) {
-  const look = { class: name === answer ? "ours" : "", style: { "--weight": probability } };
-  return element("td", look, element("bdi", {}, visible(name)), " ", element("small", {}, percent(probability)));
+function lensCell({ name, probability }, answer, value) {
+  const look = { class: name === answer ? "ours" : "", style: { "--weight": value ? 0 : probability } };
+  const said = element("small", {}, amount(value, probability));
+  return element("td", look, element("bdi", {}, visible(name)), " ", said);
 }

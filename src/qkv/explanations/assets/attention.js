@@ -8,7 +8,7 @@ const LONG = 64;
 
 function attentionColumn(explanation, state) {
   const stacks = new Map(explanation.attention.map((packed) => [packed.stack, new Stack(packed, explanation)]));
-  const heads = Math.max(...[...stacks.values()].map((stack) => stack.heads));
+  const heads = Math.max(...[...stacks.values()].map((stack) => stack.heads.length));
   const room = { style: { "flex-basis": `${60 + 58 * Math.min(8, heads)}px` } };
   const grid = element("div", room), importance = element("div", room), detail = element("div");
   let tables = {};
@@ -31,7 +31,7 @@ function attentionColumn(explanation, state) {
   });
   state.watch(["stack", "layer", "head", "choice"], async ({ stack, layer, head }) => {
     const here = stacks.get(stack);
-    if (!here || layer >= here.layers.length || head >= here.heads) return detail.replaceChildren();
+    if (!here || layer >= here.layers.length || head >= here.heads.length) return detail.replaceChildren();
     const weights = await here.head(layer, head);
     const { values } = state;
     if (values.stack !== stack || values.layer !== layer || values.head !== head) return; // the reader has gone on
@@ -49,23 +49,23 @@ function attentionColumn(explanation, state) {
  * of it beside its name. Returns the element, the buttons, and `show`, which marks the head that is chosen.
  */
 function headTable(stack, state, label, cell) {
-  const look = { class: "heads", role: "group", "aria-label": label, style: { "--heads": stack.heads } };
+  const look = { class: "heads", role: "group", "aria-label": label, style: { "--heads": stack.heads.length } };
   const box = element("div", look);
   const items = [];
   stack.layers.forEach((number, layer) => {
     box.append(element("span", { class: "number" }, number));
-    for (let head = 0; head < stack.heads; head++) {
+    stack.heads.forEach((headNumber, head) => {
       const go = () => state.change({ layer, head });
-      const { content, about = "" } = cell(number, head);
-      const name = `layer ${number}, head ${head}${about}`;
+      const { content, about = "" } = cell(number, headNumber);
+      const name = `layer ${number}, head ${headNumber}${about}`;
       const named = { type: "button", class: "head", "data-item": true, "aria-label": name, title: name };
       items.push(element("button", { ...named, onclick: go, onfocus: go }, content));
       box.append(items.at(-1));
-    }
+    });
   });
-  const show = (layer, head) => setCurrent(items, layer * stack.heads + head);
+  const show = (layer, head) => setCurrent(items, layer * stack.heads.length + head);
   show(state.values.layer, state.values.head);
-  roving(box, stack.heads);
+  roving(box, stack.heads.length);
   return { element: box, items, show };
 }
 
@@ -124,7 +124,7 @@ function headDetail(stack, weights, explanation, state) {
   const { element: left, caption, fade = () => {} } = besideMatrix(view, explanation, state, show);
   const choice = chosen(explanation, state);
   show("query", choice.sequence === stack.queries.name ? choice.unit : 0);
-  const title = `Layer ${stack.layers[layer]}, head ${head}`;
+  const title = `Layer ${stack.layers[layer]}, head ${stack.heads[head]}`;
   return { card: card(title, caption, line, element("div", { class: "beside even" }, left, drawn.element)), fade };
 }
 

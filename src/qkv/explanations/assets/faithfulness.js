@@ -27,13 +27,15 @@ function area(shares, heights) {
 function curves(title, meaning, shares, ours, random) {
   const [W, H, left, right, top, bottom] = [240, 132, 34, 8, 8, 22];
   const x = (share) => left + (W - left - right) * share;
-  const y = (probability) => top + (H - top - bottom) * (1 - probability);
+  const every = [ours, ...random].flat();
+  const [low, high] = [Math.min(0, ...every), Math.max(1, ...every)]; // a value may be beyond a probability
+  const y = (height) => top + ((H - top - bottom) * (high - height)) / (high - low);
   const point = (height, i) => `${x(shares[i]).toFixed(1)},${y(height).toFixed(1)}`;
   const curve = (kind, heights) => shape("polyline", { class: kind, points: heights.map(point).join(" ") });
   const label = (at, height, anchor, text) => shape("text", { x: at, y: height, "text-anchor": anchor }, text);
-  const levels = [0, 0.5, 1].flatMap((level) => [
+  const levels = [low, (low + high) / 2, high].flatMap((level) => [
     shape("line", { class: "grid", x1: left, x2: W - right, y1: y(level), y2: y(level) }),
-    label(left - 6, y(level) + 4, "end", `${100 * level}`),
+    label(left - 6, y(level) + 4, "end", high > 1 || low < 0 ? level.toPrecision(2) : `${100 * level}`),
   ]);
   const mean = random.reduce((sum, heights) => sum + area(shares, heights), 0) / random.length;
   const areas = `area ${area(shares, ours).toFixed(2)}; random orders ${mean.toFixed(2)}`;

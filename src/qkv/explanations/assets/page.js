@@ -6,11 +6,11 @@ function start() {
     main.append(element("p", {}, "This browser is too old to unpack the page: any of 2023 or later will do."));
     return;
   }
-  const { explanations, methods, matches } = JSON.parse(document.getElementById("values").textContent);
+  const { explanations, method, methods, matches } = JSON.parse(document.getElementById("values").textContent);
   const [first] = explanations;
   const state = new State({
     choice: 0,
-    method: methodsOf(explanations)[0],
+    method,
     stack: first.attention[0]?.stack,
     ...neediest(first),
     opacity: 0.75,
@@ -30,7 +30,7 @@ function start() {
 function neediest({ attention: [stack], choices: [choice] }) {
   const values = stack && choice.head_importance[stack.stack];
   if (!values) return { layer: Math.max(0, (stack?.layers.length ?? 0) - 1), head: 0 };
-  const here = stack.layers.map((layer) => values[layer]);
+  const here = stack.layers.map((layer) => stack.heads.map((head) => values[layer][head]));
   const most = Math.max(...here.flat());
   const layer = here.findIndex((heads) => heads.includes(most));
   return { layer, head: here[layer].indexOf(most) };

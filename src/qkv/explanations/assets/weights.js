@@ -41,16 +41,16 @@ class Stack {
     this.queries = explanation.sequences.find((one) => one.name === packed.queries);
     this.keys = explanation.sequences.find((one) => one.name === packed.keys);
     this.layers = packed.layers;
-    this.heads = packed.heads[0].length;
+    this.heads = packed.heads;
     this.made = new Map();
   }
 
-  /** The weights of a head; layer: counted from 0 among those that are here. */
+  /** The weights of a head; both are counted from 0 among those that are here. */
   async head(layer, head) {
     const key = `${layer} ${head}`;
     if (!this.made.has(key)) {
       const { units: rows } = this.queries, { units: columns } = this.keys;
-      this.made.set(key, Weights.unpack(this.packed.heads[layer][head], rows.length, columns.length));
+      this.made.set(key, Weights.unpack(this.packed.matrices[layer][head], rows.length, columns.length));
     }
     return this.made.get(key);
   }
