@@ -230,7 +230,7 @@ def seen(height=48, width=60, rows=6, columns=6) -> Explanation:
     disc = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 3) ** 2
     ground = np.stack([90 + y, 130 + x, 170 - y], -1)
     pixels = np.where(disc[..., None], np.array([235, 180, 60]), ground).astype(np.uint8)
-    units = ("class token", *(f"{r},{c}" for r in range(rows) for c in range(columns)))
+    units = ("class", *(f"{r},{c}" for r in range(rows) for c in range(columns)))
     read = Sequence("image", units, (True, *[False] * (rows * columns)))
     centre = (np.mgrid[:rows, :columns] - np.array([rows - 1, columns - 1])[:, None, None] / 2) ** 2
     bump = np.exp(-centre.sum(0) / 3).astype(np.float32).reshape(-1)

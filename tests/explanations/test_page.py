@@ -309,7 +309,7 @@ def test_a_patch_shows_where_it_looks(opened: Open):
     expect(card.locator(".readout")).to_contain_text(
         f"patch in row 1, column 0 looks at patch in row {best[0]}, column {best[1]} {percent(weights.max())}"
         if len(best) == 2
-        else f"looks at class token {percent(weights.max())}"
+        else f"looks at the class token {percent(weights.max())}"
     )
 
 

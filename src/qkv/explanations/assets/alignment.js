@@ -2,7 +2,7 @@
 
 function alignmentColumn({ alignment }) {
   const { source, target } = alignment.words;
-  const line = readout();
+  const line = readout("Come to a cell to see its share.");
   const drawn = matrix({
     rows: target,
     columns: source,

@@ -85,7 +85,7 @@ function headGrid(stack, explanation, state) {
 }
 
 function importanceTable(stack, values, state) {
-  const most = Math.max(...values.flat().map(Math.abs), 1e-9);
+  const most = Math.max(...values.flat().map(Math.abs), 0.1); // what is next to nothing has next to no colour
   const cell = (layer, head) => {
     const value = values[layer][head];
     const look = { class: value < 0 ? "heat against" : "heat", style: { "--weight": Math.abs(value) / most } };
@@ -240,9 +240,9 @@ function paintLines(canvas, box, { weights, focus }) {
 }
 
 /** The image under the attention of one patch, or of the class token. */
-function attendedImage({ stack, weights, marks }, picture, state, show) {
+function attendedImage({ weights, marks }, picture, state, show) {
   const map = stage(picture, state, "attention over the image", (unit) => show("query", unit));
-  const only = { units: [stack.queries.units[0]], special: [true], segments: [] };
+  const only = { units: ["class token"], special: [true], segments: [] };
   const first = strip(only, "class token", { attend: () => show("query", 0) });
   marks.push((side, unit) => {
     const values = side === "query" ? weights.row(unit) : weights.column(unit);

@@ -64,10 +64,10 @@ function relevanceMap(explanation, sequence, relevance, state, say) {
 }
 
 /** A unit in words: a token in quotation marks, a patch by its row and column. */
-function place({ name, units }, i) {
+function place({ name, units, special }, i) {
   if (name !== "image") return quoted(units[i]);
   const [row, column] = units[i].split(",");
-  return column === undefined ? units[i] : `patch in row ${row}, column ${column}`;
+  return special[i] ? "the class token" : `patch in row ${row}, column ${column}`;
 }
 
 function legend({ values }) {
@@ -90,7 +90,7 @@ function acrossCard(sequence, { units, scale, blocks }) {
   const sides = [[0, 1], [1, 0]].map(([from, to]) => {
     const holder = element("div");
     Weights.unpack(blocks[from], names[from].length, names[to].length, scale).then((weights) => {
-      const line = readout();
+      const line = readout("Come to a cell to see its number.");
       const drawn = matrix({
         rows: names[from],
         columns: names[to],

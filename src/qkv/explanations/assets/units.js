@@ -24,7 +24,8 @@ function strip({ units, special, segments }, label, { attend, about = () => unde
   const box = element("div", { class: "strip", dir: "auto", role: "group", "aria-label": label });
   const items = units.map((unit, i) => {
     const go = () => attend(i);
-    const look = { type: "button", class: special[i] ? "unit special" : "unit", "data-item": true, title: about(i) };
+    const kind = special[i] ? "unit special" : unit.trim() ? "unit" : "unit blank";
+    const look = { type: "button", class: kind, "data-item": true, title: about(i) };
     const shown = element("bdi", {}, visible(unit));
     return element("button", { ...look, onpointerenter: go, onfocus: go, onclick: go }, shown);
   });
