@@ -291,9 +291,9 @@ def test_the_map_lies_on_the_image_to_the_pixel(opened: Open):
         expected = heat(explanation.picture, values, opacity).astype(int).repeat(6, 0).repeat(6, 1)
         assert np.abs(seen - expected).max() <= 2
     stage.click(position={"x": 60, "y": 48})  # the first pixels of row 1, column 1
-    expect(tab.locator("#relevance .readout")).to_contain_text("patch in row 1, column 1: 0")
+    expect(tab.locator("#relevance .readout")).to_contain_text("Patch in row 1, column 1: 0")
     tab.keyboard.press("ArrowRight")
-    expect(tab.locator("#relevance .readout")).to_contain_text("patch in row 1, column 2: +0.5")
+    expect(tab.locator("#relevance .readout")).to_contain_text("Patch in row 1, column 2: +0.5")
 
 
 def test_a_patch_shows_where_it_looks(opened: Open):
@@ -307,7 +307,7 @@ def test_a_patch_shows_where_it_looks(opened: Open):
     weights = explanation.attention[0].weights[1, 3, 7].astype(float)
     best = explanation.sequences[0].units[weights.argmax()].split(",")
     expect(card.locator(".readout")).to_contain_text(
-        f"patch in row 1, column 0 looks at patch in row {best[0]}, column {best[1]} {percent(weights.max())}"
+        f"Patch in row 1, column 0 looks at patch in row {best[0]}, column {best[1]} {percent(weights.max())}"
         if len(best) == 2
         else f"looks at the class token {percent(weights.max())}"
     )

@@ -76,17 +76,12 @@ def _choice(explanation: Explanation, number: int) -> Choice:
 
 
 def _relevance(choice: Choice, method: str) -> Relevance:
-    known = {relevance.method: relevance for relevance in choice.relevances}
-    found = (
-        leading(choice)
-        if method == ""
-        else next((one for name, one in known.items() if name == method), None)
-    )
+    asked = (one for one in choice.relevances if one.method == method)
+    found = next(asked, None) if method else leading(choice)
     if found is not None:
         return found
-    raise InputError(
-        f"the explanation has no map by {method or 'any method'}; it has {', '.join(known) or 'none'}"
-    )
+    known = ", ".join(relevance.method for relevance in choice.relevances) or "none"
+    raise InputError(f"the explanation has no map by {method or 'any method'}; it has {known}")
 
 
 def _over_image(picture: Picture, values: Floats) -> Drawing:
@@ -102,29 +97,27 @@ def _strips(sequences: Sequence[Units], relevance: Relevance, most: float) -> Dr
     drawing = Drawing(_WIDTH, _MARGIN)
     for sequence in sequences:
         if (values := relevance.values.get(sequence.name)) is not None:
-            drawing.add(_strip(sequence, np.clip(values / most, -1, 1), drawing))
-            drawing.height += _LINE
-    drawing.height = max(shape.y + _LINE for shape in drawing.shapes if isinstance(shape, Box)) + _MARGIN / 2
+            tokens = list(_strip(sequence, np.clip(values / most, -1, 1), drawing.height))
+            drawing.add(tokens)
+            drawing.height = tokens[-1].y + _LINE / 2 + _MARGIN
     return drawing
 
 
-def _strip(sequence: Units, shares: Floats, drawing: Drawing) -> Iterator[Box | Label]:
-    """Its tokens from the drawing's end on, which they move down."""
-    x, space = _MARGIN, width_of(" ")
+def _strip(sequence: Units, shares: Floats, top: float) -> Iterator[Box | Label]:
+    """Its tokens, from a height down, in as many lines as they need."""
+    x, y, space = _MARGIN, top + _LINE / 2, width_of(" ")
     segments = sequence.segments or (0,) * len(sequence.units)
     for i, (unit, share) in enumerate(zip(sequence.units, shares, strict=True)):
         text = visible(unit)
         width = width_of(text)
         x += space if unit.startswith(" ") and x > _MARGIN else 0
-        if x > _MARGIN and (x + width > _WIDTH - _MARGIN or segments[i] != segments[i - 1]):
-            x, drawing.height = _MARGIN, drawing.height + _LINE
-        middle = drawing.height + _LINE / 2
+        ended = i > 0 and ("\n" in sequence.units[i - 1] or segments[i] != segments[i - 1])
+        if ended or (x > _MARGIN and x + width > _WIDTH - _MARGIN):
+            x, y = _MARGIN, y + _LINE
         colour = tinted(WARM if share >= 0 else COOL, _STRENGTH * abs(float(share)))
-        yield Box(x, middle - SIZE * 0.8, width, SIZE * 1.6, colour)
-        yield Label(x, middle, text, colour=SOFT if sequence.special[i] else INK)
+        yield Box(x, y - SIZE * 0.8, width, SIZE * 1.6, colour)
+        yield Label(x, y, text, colour=SOFT if sequence.special[i] else INK)
         x += width + (space if sequence.special[i] else 0)
-        if "\n" in unit:
-            x, drawing.height = _MARGIN, drawing.height + _LINE
 
 
 def _head(explanation: Explanation, options: FigureOptions) -> Drawing:
@@ -160,18 +153,13 @@ def _alignment(explanation: Explanation) -> Drawing:
     names = {sequence.name: words_of(sequence) for sequence in explanation.sequences}
     matrix, links = explanation.alignment.matrix, explanation.alignment.links
     drawing = _matrix(names["target"], names["source"], matrix, ("translation", "source"))
-    right, bottom = drawing.width - _MARGIN, drawing.height - _MARGIN  # where the cells end
     rows, columns = matrix.shape
+    left = drawing.width - _MARGIN - columns * _CELL  # where the cells begin
+    top = drawing.height - _MARGIN - rows * _CELL
+    side = _CELL - 2
     drawing.add(
-        Box(
-            right - (columns - s) * _CELL + 1,
-            bottom - (rows - t) * _CELL + 1,
-            _CELL - 2,
-            _CELL - 2,
-            WARM,
-            True,
-        )
-        for s, t in links
+        Box(left + source * _CELL + 1, top + target * _CELL + 1, side, side, WARM, outlined=True)
+        for source, target in links
     )
     return drawing
 

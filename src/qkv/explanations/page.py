@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from difflib import SequenceMatcher
 from html import escape
@@ -34,8 +35,21 @@ from qkv.explanations.words import (
 )
 from qkv.report import document, png, style
 
-_SCRIPTS = ("dom", "state", "units", "weights", "matrix", "image", "answer", "faithfulness", "relevance",
-            "attention", "alignment", "page")  # fmt: skip
+_SCRIPTS = (
+    "dom",
+    "state",
+    "units",
+    "weights",
+    "matrix",
+    "image",
+    "answer",
+    "faithfulness",
+    "relevance",
+    "attention",
+    "alignment",
+    "page",
+)
+"""Files of the script, the one that starts it last."""
 
 
 def page(explanation: Explanation) -> str:
@@ -152,15 +166,16 @@ def _across(relevance: Relevance, sequence: Sequence) -> dict[str, Any] | None:
 
 def _matches(first: Explanation, second: Explanation) -> dict[str, list[tuple[int, int]]]:
     """By sequence that both have: pairs of units that stand for each other."""
-    theirs = {sequence.name: sequence for sequence in second.sequences}
+    theirs = {sequence.name: sequence.units for sequence in second.sequences}
     return {
-        sequence.name: [
-            (block.a + i, block.b + i)
-            for block in SequenceMatcher(
-                None, sequence.units, theirs[sequence.name].units, autojunk=False
-            ).get_matching_blocks()
-            for i in range(block.size)
-        ]
+        sequence.name: list(_common(sequence.units, theirs[sequence.name]))
         for sequence in first.sequences
         if sequence.name in theirs
     }
+
+
+def _common(first: tuple[str, ...], second: tuple[str, ...]) -> Iterator[tuple[int, int]]:
+    for block in SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks():
+        yield from zip(
+            range(block.a, block.a + block.size), range(block.b, block.b + block.size), strict=True
+        )

@@ -1,4 +1,4 @@
-"""What is said of explanations, in words that need no background: shared by page, terminal and figures."""
+"""What page, terminal and figures say alike of an explanation, in words that need no background."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def generates(explanation: Explanation) -> bool:
 
 
 def given(explanation: Explanation) -> str:
-    """The input as one text: an image has none."""
+    """The input as one text."""
     sequence = explanation.sequences[0]
     if explanation.picture is not None:
         return "an image"
@@ -97,9 +97,8 @@ def given(explanation: Explanation) -> str:
 
 def asked(explanation: Explanation) -> str:
     """Which model read what, and what it answered, in a sentence."""
-    read = (
-        given(explanation) if explanation.picture is not None else f"“{shortened(given(explanation), 160)}”"
-    )
+    text = shortened(given(explanation), 160)
+    read = text if explanation.picture is not None else f"“{text}”"
     said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
     first, *more = explanation.choices
     if more:
@@ -144,15 +143,11 @@ def leading(choice: Choice) -> Relevance | None:
 
 
 def percent(probability: float) -> str:
-    """As in 93 %, or 0.4 % where two digits would say 0."""
+    """As in 93 %, or 0.4 % where no digits would say 0."""
     share = 100 * probability
-    return (
-        f"{share:.0f} %"
-        if share >= 9.95 or share == 0
-        else f"{share:.1f} %"
-        if share >= 0.1
-        else "under 0.1 %"
-    )
+    if 0 < share < 0.1:
+        return "under 0.1 %"
+    return f"{share:.1f} %" if 0 < share < 9.95 else f"{share:.0f} %"
 
 
 def shortened(text: str, most: int) -> str:

@@ -152,7 +152,8 @@ function looked({ stack, weights, focus: { side, unit } }, other, least) {
   const order = [...values.keys()].filter((i) => values[i] > 0).sort((a, b) => values[b] - values[a]);
   const first = other >= 0 ? [other, ...order.filter((i) => i !== other)] : order;
   const named = first.slice(0, 4).map((i) => `${place(there, i)} ${percent(values[i])}`);
-  const said = `${place(here, unit)} ${query ? "looks at" : "is looked at by"} ${named.join(", ") || "nothing"}.`;
+  const list = named.join(" · ") || "nothing";
+  const said = sentence(`${place(here, unit)} ${query ? "looks at" : "is looked at by"} ${list}.`);
   const rest = 1 - values.reduce((sum, value) => sum + value, 0);
   if (!query || !least || rest < 0.005) return said;
   return `${said} ${percent(rest)} of its attention is on weights under ${percent(least)}, which are not shown.`;

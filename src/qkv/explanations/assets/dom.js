@@ -75,6 +75,11 @@ function clamp(value, count) {
   return Math.max(0, Math.min(count - 1, value));
 }
 
+/** Words with a capital letter at their start. */
+function sentence(words) {
+  return words[0].toUpperCase() + words.slice(1);
+}
+
 /** 0.934 as 93 %, 0.004 as 0.4 %. */
 function percent(share) {
   const value = 100 * share;

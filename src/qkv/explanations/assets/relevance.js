@@ -40,7 +40,8 @@ function relevanceMap(explanation, sequence, relevance, state, say) {
   const values = relevance.values[sequence.name];
   const order = [...values.keys()].sort((a, b) => values[b] - values[a]);
   const rank = new Map(order.map((unit, i) => [unit, i + 1]));
-  const about = (i) => `${place(sequence, i)}: ${signed(values[i])}, number ${rank.get(i)} of ${values.length}`;
+  const about = (i) =>
+    sentence(`${place(sequence, i)}: ${signed(values[i])}, number ${rank.get(i)} of ${values.length}`);
   if (sequence.name === "image") {
     const map = stage(explanation.picture, state, `${relevance.method} over the image`, (unit) => {
       map.mark(unit);
