@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from qkv.decode import Decoding
     from qkv.engine import Engine
     from qkv.errors import InputError
+    from qkv.explanations.explainer import explain
+    from qkv.explanations.explanation import Explanation
     from qkv.models import PRESETS, build
     from qkv.pipelines import Encoder, ImageClassifier, TextGenerator, Translator, from_pretrained
     from qkv.ragged import Layout, Ragged, pack
@@ -26,6 +28,8 @@ _HOMES = {
     "qkv.decode": ("Decoding",),
     "qkv.engine": ("Engine",),
     "qkv.errors": ("InputError",),
+    "qkv.explanations.explainer": ("explain",),
+    "qkv.explanations.explanation": ("Explanation",),
     "qkv.models": ("PRESETS", "build"),
     "qkv.pipelines": ("Encoder", "ImageClassifier", "TextGenerator", "Translator", "from_pretrained"),
     "qkv.ragged": ("Layout", "Ragged", "pack"),
@@ -38,6 +42,7 @@ __all__ = [
     "Decoding",
     "Encoder",
     "Engine",
+    "Explanation",
     "GPTConfig",
     "ImageClassifier",
     "InputError",
@@ -49,6 +54,7 @@ __all__ = [
     "Translator",
     "ViTConfig",
     "build",
+    "explain",
     "from_pretrained",
     "pack",
     "record",

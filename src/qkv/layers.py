@@ -7,7 +7,7 @@ the feed-forward network, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -162,6 +162,24 @@ class Stack(nn.ModuleList):
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
         """x (T, D) -> (T, D). caches and memory have an item for each block, the latter from `read`."""
+        states = self.states(
+            x, pattern, rotation=rotation, caches=caches, memory=memory, memory_pattern=memory_pattern
+        )
+        for state in states:
+            x = state
+        return x
+
+    def states(
+        self,
+        x: Tensor,
+        pattern: Pattern,
+        *,
+        rotation: KeyValue | None = None,
+        caches: Sequence[Past] | None = None,
+        memory: Sequence[KeyValue] = (),
+        memory_pattern: Pattern | None = None,
+    ) -> Iterator[Tensor]:
+        """What each block makes of x (T, D), first to last: (T, D) each; arguments as for `forward`."""
         for i, block in enumerate(self):
             x = block(
                 x,
@@ -171,7 +189,7 @@ class Stack(nn.ModuleList):
                 memory=memory[i] if memory else None,
                 memory_pattern=memory_pattern,
             )
-        return x
+            yield x
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """Each block's keys and values of memory (S, D), for its cross-attention."""

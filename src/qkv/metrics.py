@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,6 +134,25 @@ def entity_scores(labels: Sequence[Sequence[str]], predictions: Sequence[Sequenc
 
 
 # ---------------------------------------------------------------- translations
+
+Links = Collection[tuple[int, int]]
+"""Of a sentence and its translation, pairs of source word and target word."""
+
+
+def alignment_error_rate(
+    found: Sequence[Links], sure: Sequence[Links], possible: Sequence[Links] | None = None
+) -> float:
+    """AER of all sentences' links (Och and Ney 2003, 4.1): 1 - (|A & S| + |A & P|) / (|A| + |S|).
+
+    possible: links that are no mistake; sure ones are among them, and None means no others. 0 without any
+    link.
+    """
+    hits = total = 0
+    for number, (links, certain) in enumerate(zip(found, sure, strict=True)):
+        A, S = set(links), set(certain)
+        P = S if possible is None else S | set(possible[number])
+        hits, total = hits + len(A & S) + len(A & P), total + len(A) + len(S)
+    return 1 - hits / total if total else 0.0
 
 
 def translation_scores(

@@ -157,6 +157,11 @@ class Tokenizer:
         found = self.backend.encode_batch_fast(both, is_pretokenized=self._presplit)
         return [Encoding(e.ids, e.type_ids) for e in found]
 
+    def located(self, text: str, pair: str | None = None) -> tokenizers.Encoding:
+        """As `encode`, with where in its text each token stands. Raises InputError for broken Unicode."""
+        both = (self._split(text), None if pair is None else self._split(pair))
+        return self.backend.encode(*both, is_pretokenized=self._presplit)
+
     def plain(self, text: str) -> list[int]:
         """The text itself: no template, and special tokens written in it are text like any other."""
         return self.plain_batch([text])[0]

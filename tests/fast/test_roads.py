@@ -129,12 +129,13 @@ def test_attention_is_recorded_as_the_kernel_computed_it(name: str, precision: s
 
 @native_code
 @pytest.mark.parametrize("name", DECODERS)
-def test_attention_is_recorded_over_a_cache(name: str):
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"num_beams": 3}])
+def test_attention_is_recorded_over_a_cache(name: str, options: dict):
     prompt = ids(6, 1).tolist()
     seen = []
     for model in (wide(name), native(name, "fp32")):
         with record(model) as maps:
-            generate(model, [prompt], Decoding(max_new_tokens=4, temperature=0.0), [])
+            generate(model, [prompt], Decoding(max_new_tokens=4, **options), [])
         seen.append([m for key in sorted(maps.taps) for call in maps.taps[key].calls for m in call])
     for a, b in zip(*seen, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

@@ -59,10 +59,9 @@ class PaddedBert(Padded):
         """(N, L) each -> (N, L, .) of tokens, (N, .) of sequences, as `outputs` names them."""
         N, L = input_ids.shape
         positions = torch.arange(L).expand(N, L)
-        x = self.model.run(
-            input_ids.flatten(), token_type_ids.flatten(), positions.flatten(), _attended(attention_mask)
-        )
-        return self._answers(x.view(N, L, -1), attention_mask)
+        x = self.model.embed(input_ids.flatten(), token_type_ids.flatten(), positions.flatten())
+        hidden = self.model.run(x, _attended(attention_mask))
+        return self._answers(hidden.view(N, L, -1), attention_mask)
 
     def _answers(self, hidden: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """What the head says of hidden (N, L, D), with the mask (N, L)."""
@@ -129,8 +128,10 @@ class PaddedGPT(Padded):
         new = torch.arange(L)[:, None] + past[0].shape[2]  # (L, 1)
         slots = torch.arange(attention_mask.shape[1])  # (K,)
         pattern = Masked.by((slots < new) & text | (slots == new))
-        x = self.model.run(input_ids.flatten(), position_ids.flatten(), pattern, layers)
-        return self.model.head(x).view(N, L, -1), *_presents(layers)
+        positions = position_ids.flatten()
+        x = self.model.embed(input_ids.flatten(), positions)
+        hidden = self.model.run(x, positions, pattern, layers)
+        return self.model.head(hidden).view(N, L, -1), *_presents(layers)
 
 
 class PaddedEncoder(Padded):
@@ -146,8 +147,8 @@ class PaddedEncoder(Padded):
         """(N, S) each -> (N, S, D)."""
         N, S = input_ids.shape
         positions = torch.arange(S).expand(N, S)
-        x = self.model.run_encoder(input_ids.flatten(), positions.flatten(), _attended(attention_mask))
-        return (x.view(N, S, -1),)
+        x = self.model.embed(input_ids.flatten(), positions.flatten())
+        return (self.model.run_encoder(x, _attended(attention_mask)).view(N, S, -1),)
 
 
 class PaddedDecoder(Padded):
@@ -241,15 +242,14 @@ def _decoded(
     P = layers[0].length
     positions = P + torch.arange(L)  # (L,)
     causal = torch.arange(P + L) <= positions[:, None]  # (L, K)
-    x = model.run_decoder(
-        input_ids.flatten(),
-        positions.expand(N, L).flatten(),
+    hidden = model.run_decoder(
+        model.embed(input_ids.flatten(), positions.expand(N, L).flatten()),
         Masked.by(causal.expand(N, 1, L, P + L)),
         memory,
         _attended(encoder_attention_mask),
         layers,
     )
-    return model.head(x).view(N, L, -1)
+    return model.head(hidden).view(N, L, -1)
 
 
 class _Kept:

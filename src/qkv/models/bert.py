@@ -130,12 +130,15 @@ class Bert(nn.Module):
         if segments is None:
             segments = torch.zeros_like(batch.values)
         pattern = Pattern(batch.layout, batch.layout)
-        return batch.like(self.run(batch.values, segments, batch.layout.positions, pattern))
+        return batch.like(self.run(self.embed(batch.values, segments, batch.layout.positions), pattern))
 
-    def run(self, ids: Tensor, segments: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
-        """ids, segments and positions (T,) of tokens that attend as the pattern says -> hidden (T, D)."""
+    def embed(self, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
+        """ids, segments and positions (T,) -> the norm of their embeddings' sum (T, D)."""
         x = self.tokens(ids) + self.positions(positions)
-        x = self.dropout(self.norm(x + self.segments(segments)))  # (T, D)
+        return self.dropout(self.norm(x + self.segments(segments)))  # type: ignore[no-any-return]
+
+    def run(self, x: Tensor, pattern: Pattern) -> Tensor:
+        """x (T, D), embedded tokens that attend as the pattern says -> hidden (T, D)."""
         return self.blocks(x, pattern)  # type: ignore[no-any-return]
 
     def pool(self, hidden: Ragged) -> Tensor:

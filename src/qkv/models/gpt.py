@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkv.attention import Branches, Cache, Past, Pattern, Tappable
+from qkv.attention import Branches, Cache, KeyValue, Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
@@ -63,22 +63,30 @@ class GPT(nn.Module):
         else:
             pattern, positions = cache.extend(batch.layout, branches)
         caches = None if cache is None else cache.layers
-        return batch.like(self.run(batch.values, positions, pattern, caches))
+        return batch.like(self.run(self.embed(batch.values, positions), positions, pattern, caches))
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions (T,) -> their embeddings (T, D); rotary positions are not in them."""
+        x = self.tokens(ids)  # (T, D)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        return self.dropout(x)  # type: ignore[no-any-return]
 
     def run(
-        self, ids: Tensor, positions: Tensor, pattern: Pattern, caches: Sequence[Past] | None = None
+        self, x: Tensor, positions: Tensor, pattern: Pattern, caches: Sequence[Past] | None = None
     ) -> Tensor:
-        """ids and positions (T,) of tokens that attend as the pattern says -> hidden (T, D).
+        """x (T, D), embedded tokens at positions (T,) that attend as the pattern says -> hidden (T, D).
 
         caches: where each layer keeps keys and values of earlier tokens.
         """
-        x, rotation = self.tokens(ids), None  # (T, D)
-        if self.positions is None:
-            rotation = rotary(positions, self.config.dim // self.config.heads)
-        else:
-            x = x + self.positions(positions)
-        x = self.blocks(self.dropout(x), pattern, rotation=rotation, caches=caches)
+        x = self.blocks(x, pattern, rotation=self.rotation(positions), caches=caches)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def rotation(self, positions: Tensor) -> KeyValue | None:
+        """What turns queries and keys at positions (T,), (T, 1, E) each; None: positions are learned."""
+        if self.positions is not None:
+            return None
+        return rotary(positions, self.config.dim // self.config.heads)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""

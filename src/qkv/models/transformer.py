@@ -74,11 +74,11 @@ class Transformer(nn.Module):
         """source ids (S,) -> memory (S, D)."""
         check_lengths(source.layout, self.config.context)
         pattern = Pattern(source.layout, source.layout)
-        return source.like(self.run_encoder(source.values, source.layout.positions, pattern))
+        return source.like(self.run_encoder(self.embed(source.values, source.layout.positions), pattern))
 
-    def run_encoder(self, ids: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
-        """ids and positions (S,) of tokens that attend as the pattern says -> memory (S, D)."""
-        return self.encoder_norm(self.encoder(self.embed(ids, positions), pattern))  # type: ignore[no-any-return]
+    def run_encoder(self, x: Tensor, pattern: Pattern) -> Tensor:
+        """x (S, D), embedded tokens that attend as the pattern says -> memory (S, D)."""
+        return self.encoder_norm(self.encoder(x, pattern))  # type: ignore[no-any-return]
 
     def read(self, memory: Ragged) -> list[KeyValue]:
         """Each decoder layer's keys and values of memory (S, D)."""
@@ -99,24 +99,21 @@ class Transformer(nn.Module):
         else:
             pattern, positions = cache.extend(target.layout, branches)
         caches = None if cache is None else cache.layers
-        return target.like(
-            self.run_decoder(target.values, positions, pattern, memory, memory_pattern, caches)
-        )
+        x = self.embed(target.values, positions)
+        return target.like(self.run_decoder(x, pattern, memory, memory_pattern, caches))
 
     def run_decoder(
         self,
-        ids: Tensor,
-        positions: Tensor,
+        x: Tensor,
         pattern: Pattern,
         memory: Sequence[KeyValue],
         memory_pattern: Pattern,
         caches: Sequence[Past] | None = None,
     ) -> Tensor:
-        """ids and positions (T,) of tokens that attend as the patterns say -> hidden (T, D).
+        """x (T, D), embedded tokens that attend as the patterns say -> hidden (T, D).
 
         memory: each layer's keys and values of the sources. caches: where each keeps those of earlier tokens.
         """
-        x = self.embed(ids, positions)
         x = self.decoder(x, pattern, caches=caches, memory=memory, memory_pattern=memory_pattern)
         return self.decoder_norm(x)  # type: ignore[no-any-return]
 

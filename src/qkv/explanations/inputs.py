@@ -1,0 +1,298 @@
+"""From what people give, a pipeline with a text or an image, to the subject of an explanation.
+
+Legend: U units, N variants of the input, D model width, C choices, K possible answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.config import Decoding
+from qkv.decode import generate
+from qkv.errors import InputError
+from qkv.explanations import units
+from qkv.explanations.explanation import Picture
+from qkv.explanations.subjects import (
+    BertSubject,
+    GPTSubject,
+    Outcome,
+    Question,
+    Subject,
+    TransformerSubject,
+    ViTSubject,
+)
+from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
+from qkv.ragged import Layout, Ragged
+
+Input = ImageLike | tuple[str, str]
+"""A text, two texts, or an image."""
+
+
+def subject_of(pipeline: AnyPipeline, input: Input, target: str | None, max_new_tokens: int) -> Subject:
+    """What is to be explained. Raises InputError for what the model cannot be asked, or its answer not be."""
+    if isinstance(pipeline, ImageClassifier):
+        if isinstance(input, tuple):
+            raise InputError("this model classifies one image: give an image or its path")
+        return _image(pipeline, input, target)
+    if isinstance(pipeline, Encoder):
+        texts = (input,) if isinstance(input, str) else input
+        if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+            raise InputError("this model reads text: give a text, or two in a tuple")
+        return _encoded(pipeline, texts, target)
+    if not isinstance(input, str):
+        raise InputError("this model reads one text: give a text")
+    if isinstance(pipeline, TextGenerator):
+        return _continued(pipeline, input, target, max_new_tokens)
+    return _translated(pipeline, input, target)
+
+
+# ---------------------------------------------------------------- BERT
+
+
+def _encoded(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
+    head, mask_id = encoder.model.config.head, encoder.tokenizer.mask_id
+    if mask_id is None:
+        raise InputError("this tokenizer has no mask token, which stands for what is taken away")
+    if head == "tagging":
+        return _tagged(encoder, texts, target, mask_id)
+    if head in ("classification", "multi_label", "regression"):
+        return _classified(encoder, texts, target, mask_id)
+    if encoder.model.words is not None:
+        return _filled(encoder, texts, target, mask_id)
+    return _compared(encoder, texts, target, mask_id)
+
+
+def _classified(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+    """The class, label or value of a text or pair."""
+    model, labels = encoder.model, encoder.model.config.labels
+    encoding = _encoding(encoder, texts)
+    outcomes: dict[str, Outcome] = {"multi_label": "label", "regression": "value"}
+
+    def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
+        hidden = Ragged(state.flatten(0, 1), Layout((state.shape[1],) * len(state), state.device))
+        return model.class_logits(hidden)[:, None].expand(-1, len(questions), -1)
+
+    subject = BertSubject(
+        model,
+        units.of_encoding("text", texts, encoding),
+        *_tensors(encoder, encoding.ids, encoding.type_ids),
+        (len(encoding.ids),),
+        mask_id,
+        head,
+        len(labels),
+        labels.__getitem__,
+        outcomes.get(model.config.head, "class"),
+    )
+    subject.ask([subject.question("text", 0)], [_label(labels, target)])
+    return subject
+
+
+def _filled(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+    """The words that were hidden."""
+    tokenizer, model = encoder.tokenizer, encoder.model
+    encoding = _encoding(encoder, texts)
+    masks = [unit for unit, id in enumerate(encoding.ids) if id == mask_id]
+    if not masks:
+        said = f"this model fills masks: write {tokenizer.token(mask_id)} where a word is to be explained"
+        raise InputError(said)
+    if target is not None and len(masks) > 1:
+        raise InputError(f"a target is for one mask, but the text has {len(masks)}")
+    wanted = None if target is None else tokenizer.backend.token_to_id(target)
+    if target is not None and wanted is None:
+        raise InputError(f"{target!r} is no single token of this model; a mask is filled by one")
+
+    def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
+        return model.word_logits(state[:, [question.unit for question in questions]])
+
+    subject = BertSubject(
+        model,
+        units.of_encoding("text", texts, encoding),
+        *_tensors(encoder, encoding.ids, encoding.type_ids),
+        (len(encoding.ids),),
+        mask_id,
+        head,
+        model.config.vocab_size,
+        tokenizer.token,
+    )
+    subject.ask([subject.question("text", unit) for unit in masks], [wanted] * len(masks))
+    return subject
+
+
+def _tagged(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+    """The tags of words; target: those of this word alone, or the words that have this tag."""
+    if len(texts) > 1:
+        raise InputError("a tagger reads one text")
+    model, (text,), labels = encoder.model, texts, encoder.model.config.labels
+    spans = encoder.tokenizer.word_spans(text)
+    words = [text[start:end] for start, end in spans]
+    encoding = encoder.tokenizer.backend.encode(words, is_pretokenized=True)
+    _check_length(encoder, len(encoding.ids))
+    first = {word: unit for unit, word in reversed(list(enumerate(encoding.word_ids))) if word is not None}
+    if not first:
+        raise InputError("the text has no words to tag")
+
+    def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
+        return model.tag_logits(state[:, [question.unit for question in questions]])
+
+    subject = BertSubject(
+        model,
+        units.of_words("text", text, spans, encoding),
+        *_tensors(encoder, encoding.ids, encoding.type_ids),
+        (len(encoding.ids),),
+        mask_id,
+        head,
+        len(labels),
+        labels.__getitem__,
+    )
+    asked = {word: subject.question("text", unit) for word, unit in sorted(first.items())}
+    subject.ask(list(asked.values()), [None] * len(asked))
+    if target is not None:
+        named = zip(asked, subject.questions, strict=True)
+        chosen = [q for word, q in named if target in (words[word], labels[q.answer])]
+        if not chosen:
+            raise InputError(f"no word of the text is {target!r}, and none is tagged so")
+        subject.questions = chosen
+    return subject
+
+
+def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+    """How similar the vectors of two texts are, each read by itself: their cosine."""
+    if len(texts) != 2:
+        raise InputError("this model makes vectors of texts: give two, whose similarity is explained")
+    if target is not None:
+        raise InputError("a similarity has no target")
+    model, first = encoder.model, encoder.checkpoint.pooling == "cls"
+    encodings = [_encoding(encoder, (text,)) for text in texts]
+    sizes = [len(encoding.ids) for encoding in encodings]
+
+    def pooled(x: Tensor) -> Tensor:
+        """(., units of a text, D) -> (., D), as `Encoder.embed` does."""
+        return x[:, 0] if first else x.mean(1)
+
+    def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
+        one, other = map(pooled, torch.split(state, sizes, dim=1))
+        return F.cosine_similarity(one, other)[:, None, None].expand(-1, len(questions), 1)
+
+    both = [units.of_encoding("text", (text,), e) for text, e in zip(texts, encodings, strict=True)]
+    ids = [id for encoding in encodings for id in encoding.ids]
+    subject = BertSubject(
+        model,
+        units.joined(*both),
+        *_tensors(encoder, ids, [0] * len(ids)),
+        tuple(sizes),
+        mask_id,
+        head,
+        1,
+        lambda _: "similarity",
+        "value",
+    )
+    reads = subject.question("text", 0).reads.clone()
+    for text in torch.split(reads, sizes):
+        text[:] = 0
+        text[0 : 1 if first else None] = 0.5 / (1 if first else len(text))
+    subject.ask([replace(subject.question("text", 0), reads=reads)], [0])
+    return subject
+
+
+def _encoding(encoder: Encoder, texts: tuple[str, ...]) -> tokenizers.Encoding:
+    encoding = encoder.tokenizer.located(*texts)
+    _check_length(encoder, len(encoding.ids))
+    return encoding
+
+
+def _check_length(pipeline: AnyPipeline, tokens: int, kind: str = "text") -> None:
+    if tokens > (context := cast(int, pipeline.model.config.context)):  # type: ignore[union-attr]
+        raise InputError(f"the {kind} has {tokens} tokens; this model reads at most {context}: shorten it")
+
+
+def _tensors(encoder: Encoder, ids: list[int], segments: list[int]) -> tuple[Tensor, Tensor]:
+    return torch.tensor(ids, device=encoder.device), torch.tensor(segments, device=encoder.device)
+
+
+def _label(labels: tuple[str, ...], target: str | None) -> int | None:
+    if target is None:
+        return None
+    if target not in labels:
+        raise InputError(f"this model has no label {target!r}; it has {', '.join(labels)}")
+    return labels.index(target)
+
+
+# ---------------------------------------------------------------- GPT and Transformer
+
+
+def _continued(generator: TextGenerator, text: str, target: str | None, max_new_tokens: int) -> Subject:
+    """The tokens behind a text: those that the model finds likeliest, or the target's."""
+    tokenizer, model = generator.tokenizer, generator.model
+    prompt = tokenizer.encode(text).ids
+    special = [False] * len(prompt)
+    if not prompt:
+        if tokenizer.bos_id is None:
+            raise InputError("an empty text has nothing to continue, and this tokenizer has no begin token")
+        prompt, special = [tokenizer.bos_id], [True]
+    if target is None:
+        eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        greedy = Decoding(max_new_tokens=max_new_tokens, temperature=0.0)
+        written = generate(model, [prompt], greedy, eos)[0][0].ids
+    else:
+        written = tokenizer.plain(target)
+        if not written:
+            raise InputError("the target is empty: give the text that follows")
+    read = [*prompt, *written[:-1]]
+    _check_length(generator, len(read))
+    special += [False] * (len(read) - len(prompt))
+    sequence = units.of_ids("text", tokenizer, read, special)
+    ids = torch.tensor(read, device=generator.device)
+    subject = GPTSubject(model, sequence, ids, partial(units.written, tokenizer))
+    places = range(len(prompt) - 1, len(read))
+    subject.ask([subject.question("text", unit, causal=True) for unit in places], written)
+    return subject
+
+
+def _translated(translator: Translator, text: str, target: str | None) -> Subject:
+    """Each token of the model's own translation, or of the target."""
+    tokenizer, model, config = translator.tokenizer, translator.model, translator.model.config
+    source = tokenizer.encode(text).ids
+    _check_length(translator, len(source), "source")
+    if target is None:
+        best = Decoding(num_beams=4, temperature=0.0, max_new_tokens=config.context)
+        written = generate(model, [source], best, [config.eos_id])[0][0].ids
+    else:
+        written = [*tokenizer.target.plain(target), config.eos_id]
+    read = [config.pad_id, *written[:-1]]
+    _check_length(translator, len(read), "target")
+    marks = {config.pad_id, config.eos_id}
+    sequences = [
+        units.of_ids("source", tokenizer, source, [id in marks for id in source]),
+        units.of_ids("target", tokenizer.target, read, [id in marks for id in read]),
+    ]
+    ids = [torch.tensor(one, device=translator.device) for one in (source, read)]
+    subject = TransformerSubject(model, sequences, ids, partial(units.written, tokenizer.target))
+    subject.ask([subject.question("target", unit, causal=True) for unit in range(len(read))], written)
+    return subject
+
+
+# ---------------------------------------------------------------- ViT
+
+
+def _image(classifier: ImageClassifier, image: ImageLike, target: str | None) -> Subject:
+    """The class of an image."""
+    model, labels = classifier.model, classifier.model.config.labels
+    if not labels:
+        raise InputError("this model has no classification head: fine-tune it first")
+    pixels = classifier.images.pixels(image)  # (channels, height, width)
+    rows, columns = (side // model.config.patch_size for side in pixels.shape[1:])
+    normalised = classifier.images.normalize(pixels).to(model.class_token)
+    subject = ViTSubject(model, units.of_patches(rows, columns), normalised, labels.__getitem__)
+    shown = pixels.expand(3, -1, -1).permute(1, 2, 0)
+    subject.picture = Picture(np.ascontiguousarray(shown.numpy()), (rows, columns))
+    subject.ask([subject.question("image", 0)], [_label(labels, target)])
+    return subject

@@ -1,0 +1,311 @@
+"""What is explained: one input, the choices that a model makes about it, and the way from one to the other.
+
+The four families differ here and in no other part of an explanation: in what they read, in what stands for
+nothing (the baseline), and in how answers come out of embeddings.
+
+The baseline, one for all methods, is what a unit is replaced by to take it away. Positions and segments
+stay, and so do the model's markers, such as [CLS]. BERT: its own mask token, which was trained to mean that
+something is hidden. GPT and the Transformer have no such token, and an unknown or end token would say
+something: theirs is the mean of all tokens' embeddings, which is nobody's. ViT: the patches of a blank
+image, in the mean colour by which pixels are normalised.
+
+Legend: U units of all sequences end to end (S of a source, T of a target), N variants of the input, D model
+width, C choices, K possible answers, P patches.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.attention import Pattern
+from qkv.config import Family
+from qkv.explanations.explanation import Picture, Stack
+from qkv.explanations.explanation import Sequence as Units
+from qkv.models import GPT, Bert, Transformer, ViT
+from qkv.ragged import Layout
+
+Outcome = Literal["class", "label", "value"]
+"""What a model's outputs are: logits of classes or of independent labels, or values."""
+
+TOKENS = 4096
+"""Units that are computed at a time, of all variants in a batch."""
+OUTPUTS = 1 << 24
+"""Outputs that are computed at a time: 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One choice of the model, to be explained."""
+
+    sequence: str
+    unit: int
+    """Where it was made: name of the sequence, and unit in it."""
+    reads: Tensor
+    """How much of each unit's last state the answer is read from, (U,); sums to 1."""
+    sees: Tensor
+    """The units that the answer may depend on, bool (U,)."""
+    answer: int = -1
+    """Which of the K possible answers was chosen; -1: it is not known yet."""
+
+
+class Subject(ABC):
+    """One input, cut into units, and a model in evaluation mode.
+
+    Embeddings are what the first blocks read. Variants of the input have as many units as the input itself.
+    """
+
+    family: Family
+    model: Bert | GPT | Transformer | ViT
+
+    def __init__(
+        self,
+        sequences: Sequence[Units],
+        stacks: dict[Stack, tuple[str, str]],
+        embedded: Tensor,
+        baseline: Tensor,
+        answers: int,
+        name: Callable[[int], str],
+        outcome: Outcome = "class",
+    ) -> None:
+        """stacks: the sequences that the queries and keys of each are of. embedded, baseline: (U, D).
+
+        answers: K. name: what the answer of a number is called.
+        """
+        self.sequences = tuple(sequences)
+        self.stacks = stacks
+        self.embedded, self.baseline = embedded.detach(), baseline.detach()
+        self.answers, self.name, self.outcome = answers, name, outcome
+        self.questions: list[Question] = []
+        self.picture: Picture | None = None
+
+    # ------------------------------------------------------------ units
+
+    def place(self, sequence: str) -> slice:
+        """Where a sequence's units are among all."""
+        start = 0
+        for one in self.sequences:
+            if one.name == sequence:
+                return slice(start, start + len(one.units))
+            start += len(one.units)
+        raise KeyError(sequence)
+
+    def free(self, question: Question) -> Tensor:
+        """The units that can be taken away from a choice, bool (U,): they are seen, and no baseline."""
+        return question.sees & (self.embedded != self.baseline).any(-1)
+
+    def without(self, gone: Tensor) -> Tensor:
+        """gone: the units that are taken away in each variant, bool (N, U) -> embeddings (N, U, D)."""
+        return torch.where(gone[..., None], self.baseline, self.embedded)
+
+    def ask(self, questions: Sequence[Question], answers: Sequence[int | None]) -> None:
+        """Set the choices to be explained: the answers given, or where there is none the likeliest."""
+        with torch.no_grad():
+            likeliest = self.outputs(self.embedded[None], questions)[0].argmax(-1).tolist()  # (C,)
+        given = zip(questions, answers, likeliest, strict=True)
+        self.questions = [replace(q, answer=best if own is None else own) for q, own, best in given]
+
+    def question(self, sequence: str, unit: int, causal: bool = False) -> Question:
+        """What is chosen at a unit, from its own state. causal: it sees nothing behind it in its sequence."""
+        at, count = self.place(sequence).start + unit, len(self.embedded)
+        units = torch.arange(count, device=self.embedded.device)  # (U,)
+        return Question(sequence, unit, (units == at).to(self.embedded), (units <= at) | (not causal))
+
+    # ------------------------------------------------------------ answers
+
+    def outputs(self, x: Tensor, questions: Sequence[Question]) -> Tensor:
+        """x (N, U, D) -> the model's outputs for each choice (N, C, K)."""
+        state = x
+        for layer in self.states(x):
+            state = layer
+        return self.read(state, questions)
+
+    @abstractmethod
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """x (N, U, D) -> what each layer of the stack that answers makes of its units (N, ., D)."""
+
+    @abstractmethod
+    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
+        """A state as `states` gives them -> outputs (N, C, K), by the model's own last norm and head."""
+
+    def batch(self, questions: int = 1) -> int:
+        """How many variants are computed at a time."""
+        return max(1, min(TOKENS // len(self.embedded), OUTPUTS // (self.answers * questions)))
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Outputs (..., K) -> the probability of each; values stay what they are."""
+        if self.outcome == "class":
+            return outputs.float().softmax(-1)
+        return outputs.float().sigmoid() if self.outcome == "label" else outputs.float()
+
+    def log_probability(self, outputs: Tensor, answer: int) -> Tensor:
+        """Outputs (..., K) -> the answer's log-probability in nats (...), or its value."""
+        own = outputs[..., answer]
+        if self.outcome == "class":
+            return own - outputs.logsumexp(-1)
+        return F.logsigmoid(own) if self.outcome == "label" else own
+
+    def score(self, outputs: Tensor, answer: int) -> Tensor:
+        """Outputs (..., K) -> the answer's log-odds (...), log p / (1 - p), or its value.
+
+        What is attributed to units: unlike a logit it changes only if the probability does, and unlike the
+        probability it does not saturate.
+        """
+        if self.outcome != "class":
+            return outputs[..., answer]
+        own = F.one_hot(torch.tensor(answer), self.answers).bool().to(outputs.device)  # (K,)
+        return outputs[..., answer] - outputs.masked_fill(own, float("-inf")).logsumexp(-1)
+
+
+def _flat(x: Tensor, lengths: tuple[int, ...], *, causal: bool = False) -> tuple[Tensor, Pattern]:
+    """Variants x (N, U, D), each of sequences of these lengths, as tokens (N U, D) and who attends whom."""
+    layout = Layout(lengths * len(x), x.device)
+    return x.flatten(0, 1), Pattern(layout, layout, causal)
+
+
+# ---------------------------------------------------------------- the families
+
+
+class BertSubject(Subject):
+    """A text or two, whose states are read by `head`."""
+
+    family = "bert"
+    model: Bert
+
+    def __init__(
+        self,
+        model: Bert,
+        sequence: Units,
+        ids: Tensor,
+        segments: Tensor,
+        lengths: tuple[int, ...],
+        mask_id: int,
+        head: Callable[[Tensor, Sequence[Question]], Tensor],
+        answers: int,
+        name: Callable[[int], str],
+        outcome: Outcome = "class",
+    ) -> None:
+        """ids, segments (U,) of texts of these lengths, each of which is read by itself; head: as `read`."""
+        self.model, self.lengths, self.head = model, lengths, head
+        positions = Layout(lengths, ids.device).positions
+        special = torch.tensor(sequence.special, device=ids.device)
+        hidden = torch.where(special, ids, mask_id)
+        with torch.no_grad():
+            embedded, baseline = (model.embed(one, segments, positions) for one in (ids, hidden))
+        stacks: dict[Stack, tuple[str, str]] = {"encoder": ("text", "text")}
+        super().__init__([sequence], stacks, embedded, baseline, answers, name, outcome)
+
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """As of `Subject`."""
+        for state in self.model.blocks.states(*_flat(x, self.lengths)):
+            yield state.view_as(x)
+
+    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
+        """As of `Subject`."""
+        return self.head(state, questions)
+
+
+class GPTSubject(Subject):
+    """A text, each of whose tokens tells the next."""
+
+    family = "gpt"
+    model: GPT
+
+    def __init__(self, model: GPT, sequence: Units, ids: Tensor, name: Callable[[int], str]) -> None:
+        """ids (U,)."""
+        self.model, self.positions = model, torch.arange(len(ids), device=ids.device)
+        with torch.no_grad():
+            embedded = model.embed(ids, self.positions)
+            gone = model.tokens.weight.mean(0) - model.tokens(ids)
+            gone[torch.tensor(sequence.special, device=ids.device)] = 0
+        stacks: dict[Stack, tuple[str, str]] = {"decoder": ("text", "text")}
+        super().__init__([sequence], stacks, embedded, embedded + gone, model.config.vocab_size, name)
+
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """As of `Subject`."""
+        tokens, pattern = _flat(x, (x.shape[1],), causal=True)
+        rotation = self.model.rotation(self.positions.repeat(len(x)))
+        for state in self.model.blocks.states(tokens, pattern, rotation=rotation):
+            yield state.view_as(x)
+
+    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
+        """As of `Subject`."""
+        rows = state[:, [question.unit for question in questions]]  # (N, C, D)
+        return self.model.head(self.model.norm(rows))
+
+
+class TransformerSubject(Subject):
+    """A source and the target so far, each of whose tokens tells the next."""
+
+    family = "transformer"
+    model: Transformer
+
+    def __init__(
+        self,
+        model: Transformer,
+        sequences: Sequence[Units],
+        ids: Sequence[Tensor],
+        name: Callable[[int], str],
+    ) -> None:
+        """sequences and ids (S,), (T,): of source and target."""
+        self.model, self.sizes = model, [len(one) for one in ids]
+        device, every = ids[0].device, torch.cat(list(ids))
+        special = torch.tensor([marker for one in sequences for marker in one.special], device=device)
+        with torch.no_grad():
+            embedded = model.embed(every, Layout(tuple(self.sizes), device).positions)
+            gone = math.sqrt(model.config.dim) * (model.tokens.weight.mean(0) - model.tokens(every))
+            gone[special] = 0
+        stacks: dict[Stack, tuple[str, str]] = {
+            "encoder": ("source", "source"),
+            "decoder": ("target", "target"),
+            "cross": ("target", "source"),
+        }
+        super().__init__(sequences, stacks, embedded, embedded + gone, model.config.vocab_size, name)
+
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """As of `Subject`; the states are the target's."""
+        source, target = torch.split(x, self.sizes, dim=1)  # (N, S, D), (N, T, D)
+        tokens, sources = _flat(source, (self.sizes[0],))
+        memory = self.model.decoder.read(self.model.run_encoder(tokens, sources))
+        tokens, targets = _flat(target, (self.sizes[1],), causal=True)
+        across = Pattern(targets.queries, sources.keys)
+        for state in self.model.decoder.states(tokens, targets, memory=memory, memory_pattern=across):
+            yield state.view_as(target)
+
+    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
+        """As of `Subject`."""
+        rows = state[:, [question.unit for question in questions]]  # (N, C, D)
+        return self.model.head(self.model.decoder_norm(rows))
+
+
+class ViTSubject(Subject):
+    """An image, whose class token tells the class."""
+
+    family = "vit"
+    model: ViT
+
+    def __init__(self, model: ViT, sequence: Units, image: Tensor, name: Callable[[int], str]) -> None:
+        """image (channels, height, width), normalised."""
+        self.model = model
+        with torch.no_grad():
+            embedded, baseline = model.embed(torch.stack([image, torch.zeros_like(image)]))  # (1 + P, D)
+        stacks: dict[Stack, tuple[str, str]] = {"encoder": ("image", "image")}
+        super().__init__([sequence], stacks, embedded, baseline, len(model.config.labels), name)
+
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """As of `Subject`."""
+        for state in self.model.blocks.states(*_flat(x, (x.shape[1],))):
+            yield state.view_as(x)
+
+    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
+        """As of `Subject`."""
+        assert self.model.classifier is not None
+        logits: Tensor = self.model.classifier(self.model.norm(state[:, 0]))  # (N, K)
+        return logits[:, None].expand(-1, len(questions), -1)
