@@ -26,6 +26,7 @@ from qkv.config import (
     AnyModelConfig,
     BleuTokenizer,
     Decoding,
+    ExplanationMethod,
     Family,
     FigureOptions,
     InferencePrecision,
@@ -462,9 +463,7 @@ def explain(
         Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="(a summary)")
     ] = None,
     target: Annotated[str | None, arg(metavar="ANSWER", help_behavior_hint="(the model's own)")] = None,
-    methods: Annotated[
-        tuple[str, ...], arg(metavar="METHOD", help_behavior_hint="(all that are quick)")
-    ] = (),
+    methods: Annotated[tuple[ExplanationMethod, ...], arg(help_behavior_hint="(all but flow)")] = (),
     max_new_tokens: int = 16,
     seed: int = 0,
     compare: Annotated[str | None, arg(metavar="RUN_OR_HUB_ID", help_behavior_hint="(none)")] = None,
@@ -481,7 +480,7 @@ def explain(
         pair: Second text, for a model of text pairs.
         output: .html for a page to look around in, offline; .png or .svg for a figure; .json for all values.
         target: The answer to explain: a class, a tag, or for GPT and translations a text.
-        methods: attention, rollout, flow, relevance, gradient_x_input, integrated_gradients or occlusion.
+        methods: How to tell what matters; flow is slow.
         max_new_tokens: At most so many tokens of a text are generated and explained.
         seed: Draws the random orders that maps are compared with.
         compare: Another model on the same input, side by side: before and after fine-tuning.
@@ -492,8 +491,9 @@ def explain(
     from rich.console import Console
 
     from qkv import explain as explanation_of  # as a public name it comes faster
+    from qkv.explanations.explainer import METHODS
     from qkv.explanations.plain import to_json
-    from qkv.explanations.save import check_ending, save
+    from qkv.explanations.save import FIGURES, check_ending, save
     from qkv.explanations.summary import summary
 
     if compare is not None and compare_input is not None:
@@ -505,9 +505,19 @@ def explain(
         asked.append((compare or model, compare_input or asked[0][1]))
     if output is not None:
         check_ending(output, comparing=len(asked) > 1)
-    chosen = {"methods": methods} if methods else {}
+        if as_json:
+            raise InputError("answers go to a file or, with --json, to standard output: leave one out")
+        if options != FigureOptions() and output.suffix not in FIGURES:
+            raise InputError(f"--figure and what belongs to it are of figures; {output} is none")
     made = [
-        explanation_of(source, given, target, max_new_tokens=max_new_tokens, seed=seed, **chosen)
+        explanation_of(
+            source,
+            given,
+            target,
+            methods=methods or METHODS,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
         for source, given in asked
     ]
     if output is not None:

@@ -29,6 +29,9 @@ BertHead = Literal[
 Task = Literal["classification", "multi_label", "regression", "tagging", "contrastive"]
 BleuTokenizer = Literal["13a", "intl", "char", "none"]
 InferencePrecision = Literal["fp32", "bf16", "int8"]
+ExplanationMethod = Literal[
+    "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
+]
 """How sacreBLEU splits texts into words; none: at spaces only, for texts that are tokenised already."""
 
 T = TypeVar("T")
@@ -475,14 +478,14 @@ class FigureOptions:
     """A map of relevance over the input, the attention of one head, or a translation's alignment."""
     choice: int = 0
     """Which choice a map of relevance is of: a token generated, a tag, a word hidden."""
-    method: str = ""
+    method: Literal["", ExplanationMethod] = ""
     """By which method; "": relevance, or the first that the explanation has."""
     stack: Literal["", "encoder", "decoder", "cross"] = ""
     """Whose attention; "": the first that the explanation has."""
     layer: int = 0
-    """Attention of this layer,"""
+    """In which layer of the stack,"""
     head: int = 0
-    """and of this head."""
+    """and of which head of the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from test_cli import fail, succeed
 import qkv
 from explanations import made
 from qkv.errors import InputError
+from qkv.explanations.explainer import METHODS
 from qkv.explanations.plain import to_json
 
 
@@ -25,7 +26,7 @@ def asked(monkeypatch) -> list[tuple]:
         return made.generated() if model == "gpt" else made.sentence(model=model)
 
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(qkv, "explain", explain, raising=False)
+    monkeypatch.setattr(qkv, "explain", explain)
     return asked
 
 
@@ -35,7 +36,7 @@ def test_a_terminal_gets_a_summary(asked):
     assert "Instead: negative 8.1 % · neutral 4.1 %" in said
     for relevance in made.sentence().choices[0].relevances:
         assert relevance.faithfulness.verdict in said
-    assert asked == [("bert", "a film", None, {"max_new_tokens": 16, "seed": 0})]
+    assert asked == [("bert", "a film", None, {"max_new_tokens": 16, "seed": 0, "methods": METHODS})]
 
 
 def test_each_step_of_a_text_is_a_line(asked):
@@ -76,6 +77,9 @@ def test_mistakes_are_a_line_and_found_before_any_work(asked, tmp_path):
     assert "side by side" in fail("explain", "bert", "a", "--compare", "b", "-o", tmp_path / "a.png")
     assert "not both" in fail("explain", "bert", "a", "--compare", "b", "--compare-input", "c")
     assert "leave out the second text" in fail("explain", "bert", "a", "b", "--compare-input", "c")
+    assert "leave one out" in fail("explain", "bert", "a", "--json", "-o", tmp_path / "a.html")
+    assert "a.html is none" in fail("explain", "bert", "a", "--layer", "1", "-o", tmp_path / "a.html")
+    assert "invalid choice" in fail("explain", "bert", "a", "--methods", "guessing")
     assert asked == []
     assert "neither a folder nor on the hub" in fail("explain", "missing", "a")
     figure = ["-o", tmp_path / "a.svg", "--figure", "attention", "--head", "9"]

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qkv.config import ExplanationMethod
+
 Floats = NDArray[np.float32]
-Method = Literal[
-    "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
-]
+Method = ExplanationMethod
 
 Stack = Literal["encoder", "decoder", "cross"]
 

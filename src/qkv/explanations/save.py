@@ -12,7 +12,8 @@ from qkv.explanations.page import compare_page, page
 from qkv.explanations.plain import to_json
 from qkv.files import replace_file
 
-ENDINGS = (".html", ".png", ".svg", ".json")
+FIGURES = (".png", ".svg")
+ENDINGS = (".html", *FIGURES, ".json")
 
 
 def save(
