@@ -62,19 +62,24 @@ def answered(explanation: Explanation) -> str:
     return "".join(choice.answer for choice in explanation.choices if choice.answer not in markers).strip()
 
 
-def strongest(explanation: Explanation, choice: Choice, relevance: Relevance) -> float:
-    """The largest value without its sign, which has the full colour.
+def read_values(explanation: Explanation, choice: Choice, relevance: Relevance) -> list[float]:
+    """The values of what was read, without their signs.
 
-    Of what was read: the model's markers and the unit that made the choice are often far above all others.
+    Those of the model's markers and of the unit that made the choice are left out: they are often far above all
+    others, which would all look alike beside them.
     """
-    values = [
+    return [
         abs(float(value))
         for sequence in explanation.sequences
         if sequence.name in relevance.values
         for i, value in enumerate(relevance.values[sequence.name])
         if not sequence.special[i] and (sequence.name, i) != (choice.sequence, choice.unit)
     ]
-    return max(values, default=0.0) or 1.0
+
+
+def strongest(explanation: Explanation, choice: Choice, relevance: Relevance) -> float:
+    """The value that has the full colour: the largest of what was read."""
+    return max(read_values(explanation, choice, relevance), default=0.0) or 1.0
 
 
 def generates(explanation: Explanation) -> bool:

@@ -129,7 +129,7 @@ function differenceColumn([first, second], matches, state) {
     });
     if (!parts.length) return box.replaceChildren();
     const caption =
-      "The share of each token in its whole map, in the second compared with the first. " +
+      "The share of each token in all that was read, in the second compared with the first. " +
       "Dotted: the first has no such token.";
     const colours = key("matters more in the second", "matters less");
     box.replaceChildren(card("Difference", caption, ...parts, line, colours));
@@ -146,8 +146,8 @@ function matched(values, pairs, count) {
 
 function differenceStrip(sequence, was, is, say) {
   const change = is.map((value, i) => value - was[i]);
-  const known = change.filter((value) => !Number.isNaN(value));
-  const most = Math.max(...known.map(Math.abs), 1e-9);
+  const read = change.filter((value, i) => !Number.isNaN(value) && !sequence.special[i]);
+  const most = Math.max(...read.map(Math.abs), 1e-9);
   const about = (i) => {
     if (Number.isNaN(was[i])) return `${quoted(sequence.units[i])} is in the second only.`;
     const points = signed(100 * change[i]);
@@ -162,8 +162,7 @@ function differenceStrip(sequence, was, is, say) {
   return text;
 }
 
-/** Values divided by the sum of their sizes, so that maps of two models can be compared. */
-function inShares({ values }) {
-  const sum = Object.values(values).flat().reduce((total, value) => total + Math.abs(value), 0) || 1;
-  return Object.fromEntries(Object.entries(values).map(([name, list]) => [name, list.map((value) => value / sum)]));
+/** Values by their share of all that was read, so that maps of two models can be compared. */
+function inShares({ values, total }) {
+  return Object.fromEntries(Object.entries(values).map(([name, list]) => [name, list.map((value) => value / total)]));
 }
