@@ -14,8 +14,10 @@ from hypothesis.extra.numpy import arrays
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from qkv.metrics import (
+    alignment_error_rate,
     entities,
     entity_scores,
+    f1,
     is_bio,
     label_scores,
     macro_f1,
@@ -120,3 +122,23 @@ def test_entities_by_hand():
     assert list(entities(sentence)) == [(0, 2, "A"), (2, 3, "A"), (4, 5, "B"), (5, 7, "A")]
     assert is_bio(("O", "B-A", "I-A")) and is_bio(("I-A",))
     assert not is_bio(("NOUN", "O")) and not is_bio(("O",)) and not is_bio(("B-A", "S-A"))
+
+
+links = st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+
+
+@given(st.lists(st.tuples(links, links), max_size=4))
+def test_an_alignment_error_rate_with_sure_links_alone_is_one_less_f1(pairs):
+    found, gold = [a for a, _ in pairs], [b for _, b in pairs]
+    shared, said = (sum(map(len, sets)) for sets in ([a & b for a, b in pairs], found))
+    true = sum(map(len, gold))
+    expected = 1 - f1(shared, said, true) if said + true else 0.0
+    assert alignment_error_rate(found, gold) == pytest.approx(expected)
+
+
+def test_possible_links_are_no_mistake_and_need_not_be_found():
+    sure, possible = [{(0, 0), (1, 1)}], [{(1, 2), (2, 2)}]
+    assert alignment_error_rate([{(0, 0), (1, 1)}], sure, possible) == 0
+    assert alignment_error_rate([{(0, 0), (1, 1), (1, 2), (2, 2)}], sure, possible) == 0
+    # 1 of 2 sure links, 2 of 3 links possible: 1 - (1 + 2) / (3 + 2).
+    assert alignment_error_rate([{(0, 0), (2, 2), (3, 3)}], sure, possible) == pytest.approx(0.4)

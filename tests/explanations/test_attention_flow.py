@@ -16,7 +16,6 @@ from explanations.subjects import ALONE, CASES, explicit_attention, subject
 from qkv.errors import InputError
 from qkv.explanations import attention_flow
 from qkv.explanations.attention_flow import Look, flow, last, looks, rollout, steps
-from qkv.ragged import pack
 
 
 def layer(number: int, *heads: list[list[float]]) -> Look:
@@ -146,13 +145,3 @@ def test_attention_of_chosen_layers_and_heads():
         np.testing.assert_array_equal(part.weights, every.weights[1:, 1:])
     with pytest.raises(InputError, match="has 2"):
         qkv.explain(pipeline, given, target, **options, layers=[2])
-
-
-def test_nothing_is_left_of_a_recording():
-    pipeline, given, target = CASES["gpt"]()
-    before = pipeline(pack([[3, 1, 4]])).logits.values
-    qkv.explain(pipeline, given, target, random_orders=2)
-    assert torch.equal(pipeline(pack([[3, 1, 4]])).logits.values, before)
-    modules = [m for stack in pipeline.attentions().values() for m in stack]
-    assert all(module.tap is None for module in modules)
-    assert all(p.requires_grad and p.grad is None for p in pipeline.model.parameters())
