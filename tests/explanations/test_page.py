@@ -15,6 +15,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from explanations import made
+from explanations.subjects import CASES
+from qkv.explanations.explainer import explain
 from qkv.explanations.explanation import Guess, Relevance
 from qkv.explanations.figures import heat
 from qkv.explanations.packing import BUDGET, quantise, thumbnails
@@ -90,6 +92,34 @@ FAMILIES = {
     "transformer": made.translated,
     "vit": made.seen,
 }
+
+
+REAL = [
+    "gpt",
+    "transformer",
+    "bert-pair",
+    "bert-regression",
+    "bert-masked",
+    "bert-tagging",
+    "bert-similarity",
+    "vit",
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_what_explain_finds_is_shown(opened: Open, name: str):
+    """Of models of every family, untrained, and each step and method of it."""
+    pipeline, given, target = CASES[name]()
+    explanation = explain(pipeline, given, target, max_new_tokens=3, random_orders=2)
+    tab = opened(page(explanation))
+    detail(tab)
+    for relevance in explanation.choices[0].relevances:
+        choose(tab, relevance.method.replace("_", " ").capitalize())
+        assert relevance.faithfulness is not None
+        expect(tab.locator(".verdict")).to_have_text(relevance.faithfulness.verdict)
+    expect(tab.locator(".choice")).to_have_count(len(explanation.choices[1:] and explanation.choices))
+    units = sum(len(sequence.units) for sequence in explanation.sequences if sequence.name != "image")
+    expect(tab.locator("#relevance .unit")).to_have_count(units)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

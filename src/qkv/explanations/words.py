@@ -65,8 +65,8 @@ def answered(explanation: Explanation) -> str:
 def read_values(explanation: Explanation, choice: Choice, relevance: Relevance) -> list[float]:
     """The values of what was read, without their signs.
 
-    Those of the model's markers and of the unit that made the choice are left out: they are often far above all
-    others, which would all look alike beside them.
+    Those of the model's markers and of the unit that made the choice are left out: often they are far above
+    all others, which would look alike beside them.
     """
     return [
         abs(float(value))
