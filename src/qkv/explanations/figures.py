@@ -152,29 +152,34 @@ def _alignment(explanation: Explanation) -> Drawing:
         raise InputError(f"a {explanation.family} model aligns nothing: alignments are of translations")
     names = {sequence.name: words_of(sequence) for sequence in explanation.sequences}
     matrix, links = explanation.alignment.matrix, explanation.alignment.links
-    drawing = _matrix(names["target"], names["source"], matrix, ("translation", "source"))
-    rows, columns = matrix.shape
-    left = drawing.width - _MARGIN - columns * _CELL  # where the cells begin
-    top = drawing.height - _MARGIN - rows * _CELL
-    side = _CELL - 2
-    drawing.add(
-        Box(left + source * _CELL + 1, top + target * _CELL + 1, side, side, WARM, outlined=True)
-        for source, target in links
-    )
-    return drawing
+    marks = [(target, source) for source, target in links]
+    return _matrix(names["target"], names["source"], matrix, ("translation", "source"), marks)
 
 
-def _matrix(rows: Sequence[str], columns: Sequence[str], weights: Floats, axes: tuple[str, str]) -> Drawing:
-    """A square for each weight, stronger by its square root, as on the page."""
+def _matrix(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    weights: Floats,
+    axes: tuple[str, str],
+    marks: Sequence[tuple[int, int]] = (),
+) -> Drawing:
+    """A square for each weight, stronger by its square root, as on the page; marks: cells to outline."""
+    across, down = f"{axes[1]} →", f"← {axes[0]}"
     left = 2 * _LINE + max(width_of(visible(name)) for name in rows)
     top = 2 * _LINE + max(width_of(visible(name)) for name in columns)
     R, C = weights.shape
-    drawing = Drawing(left + C * _CELL + _MARGIN, top + R * _CELL + _MARGIN)
-    drawing.add([Label(left, _MARGIN, f"{axes[1]} →", colour=SOFT)])
-    drawing.add([Label(_MARGIN, top, f"← {axes[0]}", "end", upward=True, colour=SOFT)])
+    drawing = Drawing(
+        left + max(C * _CELL, width_of(across)) + _MARGIN, top + max(R * _CELL, width_of(down)) + _MARGIN
+    )
+    drawing.add([Label(left, _MARGIN, across, colour=SOFT)])
+    drawing.add([Label(_MARGIN, top, down, "end", upward=True, colour=SOFT)])
     drawing.add(
         Box(left + c * _CELL, top + r * _CELL, _CELL, _CELL, tinted(COOL, 0.04 + 0.96 * float(weight) ** 0.5))
         for (r, c), weight in np.ndenumerate(weights)
+    )
+    drawing.add(
+        Box(left + c * _CELL + 1, top + r * _CELL + 1, _CELL - 2, _CELL - 2, WARM, outlined=True)
+        for r, c in marks
     )
     drawing.add(Label(left - 6, top + (r + 0.5) * _CELL, visible(name), "end") for r, name in enumerate(rows))
     drawing.add(

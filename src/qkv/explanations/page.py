@@ -158,7 +158,9 @@ def _across(relevance: Relevance, sequence: Sequence) -> dict[str, Any] | None:
     segments, special = np.array(sequence.segments), np.array(sequence.special)
     first, second = (np.flatnonzero((segments == s) & ~special) for s in (0, 1))
     blocks: list[Floats] = [matrix[np.ix_(first, second)], matrix[np.ix_(second, first)]]
-    scale = max(float(block.max(initial=0.0)) for block in blocks) or 1.0
+    scale = max(float(block.max(initial=0.0)) for block in blocks)
+    if scale == 0:  # each was read by itself
+        return None
     return {
         "units": [first.tolist(), second.tolist()],
         "scale": scale,

@@ -1,8 +1,9 @@
 // Whether a map says anything: what becomes of the answer as units go and come, most relevant first.
 
-function faithfulnessColumn({ shares, deletion, insertion, random_deletion, random_insertion, verdict }) {
-  const gone = "Taken away, most relevant first: the sooner the answer's probability falls, the better.";
-  const back = "Put back, most relevant first: the sooner the answer's probability rises, the better.";
+/** followed: what the curves show, the answer's probability or its value. */
+function faithfulnessColumn({ shares, deletion, insertion, random_deletion, random_insertion, verdict }, followed) {
+  const gone = `Taken away, most relevant first: the sooner the answer's ${followed} falls, the better.`;
+  const back = `Put back, most relevant first: the sooner the answer's ${followed} rises, the better.`;
   const drawn = [
     curves("Deletion", gone, shares, deletion, random_deletion),
     curves("Insertion", back, shares, insertion, random_insertion),

@@ -15,7 +15,7 @@ function matrix({ rows, columns, shade, pick, labels = true, marks = [], axes, l
   let place = null;
 
   const draw = () => {
-    place = layout(canvas, box.clientWidth, rows, columns, labels);
+    place = layout(canvas, box.clientWidth, { rows, columns, labels, axes });
     paintMatrix(canvas, place, { rows, columns, shade, marks, axes, at });
   };
   const cell = (event) => {
@@ -34,11 +34,15 @@ function matrix({ rows, columns, shade, pick, labels = true, marks = [], axes, l
     pick(...to);
   });
   new ResizeObserver(draw).observe(box);
-  return { element: box, mark: (row, column) => ((at = [row, column]), place && draw()) };
+  const mark = (row, column) => {
+    at = [row, column];
+    if (place) draw(); // else it is not on the page yet
+  };
+  return { element: box, mark };
 }
 
 /** Sizes in CSS pixels, and the canvas made as large as they need. */
-function layout(canvas, width, rows, columns, labels) {
+function layout(canvas, width, { rows, columns, labels, axes }) {
   const context = canvas.getContext("2d");
   context.font = LABEL;
   const length = (name) => Math.min(LONGEST, context.measureText(visible(name)).width);
@@ -49,7 +53,11 @@ function layout(canvas, width, rows, columns, labels) {
   const [least, most] = named ? [12, 22] : [2, 10];
   const side = Math.max(least, Math.min(most, Math.floor((width - left - 2) / columns.length)));
   const place = { left: Math.ceil(left), top: Math.ceil(top), side, named };
-  const size = [place.left + side * columns.length + 2, place.top + side * rows.length + 2];
+  const [down, across] = axes.map((name) => context.measureText(`${name} →`).width);
+  const size = [
+    place.left + Math.max(side * columns.length, across) + 2,
+    place.top + Math.max(side * rows.length, down) + 2,
+  ];
   const dots = window.devicePixelRatio;
   [canvas.width, canvas.height] = size.map((pixels) => Math.round(pixels * dots));
   canvas.style.width = `${size[0]}px`;
