@@ -210,9 +210,10 @@ def test_the_matrix_is_walked_through_with_arrows(opened: Open):
 def test_thumbnails_are_the_weights(opened: Open):
     explanation = made.sentence()
     tab = opened(page(explanation))
-    detail(tab)
+    grid = tab.get_by_role("group", name="all heads")
+    expect(grid).to_have_attribute("aria-busy", "false")
     small = thumbnails(quantise(explanation.attention[0].weights))
-    shown = tab.locator(".heads").first.locator("canvas")
+    shown = grid.locator("canvas")
     opacities = shown.evaluate_all(
         "all => all.map(one => Array.from("
         "one.getContext('2d').getImageData(0, 0, one.width, one.height).data.filter((_, i) => i % 4 === 3)))"
@@ -407,6 +408,18 @@ def test_the_page_is_as_light_as_its_surroundings(opened: Open, scheme: str):
         for name in ("backgroundColor", "color")
     )
     assert (ground > 600 > 200 > ink) if scheme == "light" else (ground < 200 < 600 < ink)
+
+
+def test_what_is_drawn_changes_with_the_colours(opened: Open):
+    tab = opened(page(made.sentence()), color_scheme="light")
+    grid = tab.get_by_role("group", name="all heads")
+    before = grid.locator("canvas").first.element_handle()
+    tab.emulate_media(color_scheme="dark")
+    before.wait_for_element_state("hidden")  # it has been drawn anew
+    expect(grid).to_have_attribute("aria-busy", "false")
+    pixel = "one => Array.from(one.getContext('2d').getImageData(0, 0, 1, 1).data)"
+    *drawn, opacity = grid.locator("canvas").first.evaluate(pixel)
+    assert drawn == pytest.approx([144, 168, 255], abs=2) and opacity > 100  # --accent of the dark
 
 
 @pytest.mark.parametrize("name", FAMILIES)

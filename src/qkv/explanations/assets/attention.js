@@ -73,9 +73,11 @@ function headGrid(stack, explanation, state) {
   const [height, width] = stack.packed.thumbnail;
   const cell = () => ({ content: element("canvas", { width, height }) });
   const { element: box, items, show } = headTable(stack, state, "all heads", cell);
+  box.setAttribute("aria-busy", true);
   stack.thumbnails().then((bytes) => {
     const ink = colour("--accent");
     items.forEach((item, i) => paintBytes(item.firstChild, bytes(i), ink));
+    box.setAttribute("aria-busy", false);
   });
   const shown = explanation.picture
     ? "Over the image, how much the class token looks at each patch: the more colour, the more."
