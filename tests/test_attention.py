@@ -537,3 +537,7 @@ def test_the_varlen_kernel_is_called_as_its_signature_and_contract_say(causal, m
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     monkeypatch.setattr("qkv.attention._varlen_kernel_takes", lambda *_: True)
     torch.testing.assert_close(attend(query, key, value, pattern), dense)
+    attention, own = Attention(16, 2), Pattern(layout((2, 1, 4)), layout((2, 1, 4)), causal)
+    with record(_Model([attention])) as maps:
+        attention(torch.randn(7, 16), own)
+    assert maps.residual < 1e-5

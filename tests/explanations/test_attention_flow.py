@@ -68,7 +68,7 @@ def test_rollout_tells_where_all_of_a_state_comes_from(name: str):
     torch.testing.assert_close(total.sum(-1), torch.ones(len(total)))
     for question in one.questions:
         values = question.reads.float() @ total
-        assert (values[~question.sees] == 0).all()
+        assert (values[~question.candidates] == 0).all()
 
 
 @pytest.mark.parametrize("name", ALONE)

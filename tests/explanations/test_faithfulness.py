@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from explanations.subjects import CASES, subject
+from explanations.subjects import ALONE, CASES, subject
 from qkv.explanations import subjects
 from qkv.explanations.explanation import Faithfulness, Relevance
 from qkv.explanations.explanation import Sequence as Units
 from qkv.explanations.faithfulness import faithfulness, occlusion
-from qkv.explanations.subjects import Question, Subject
+from qkv.explanations.subjects import Question, Reading, Subject
 
 
 class Planted(Subject):
@@ -29,7 +29,7 @@ class Planted(Subject):
         names = tuple(map(str, range(len(weights))))
         ones, zeros = torch.ones(len(weights), 1), torch.zeros(len(weights), 1)
         sequence = Units("text", names, (False,) * len(weights))
-        super().__init__([sequence], {}, ones, zeros, 2, str)
+        super().__init__([sequence], {}, ones, zeros, Reading(self.read, 2, str))
         self.ask([self.question("text", 0)], [0])
 
     def states(self, x: Tensor) -> Iterator[Tensor]:
@@ -65,17 +65,17 @@ def test_a_map_that_ranks_all_units_rightly_beats_every_random_order():
     one = Planted(weights)
     assert curves(one, weights).verdict == "better than all 10 random orders"
     assert curves(one, -np.array(weights)).verdict == "worse than all 10 random orders on this input"
-    assert curves(Planted([0.0] * 12), weights).verdict.startswith("no better than random")
+    assert curves(Planted([0.0] * 12), weights).verdict.startswith("no better than random on this input")
     assert curves(Planted([1.0]), [1.0]).verdict == "too few units to tell"
 
 
 @given(st.integers(0, 200))
 def test_a_random_map_is_seldom_said_to_be_better(seed: int):
-    """Of all random maps, a tenth beats nine or more of ten random orders by chance, and so many may pass."""
+    """Of eleven random maps one beats ten others by chance, and so many may pass."""
     rng = np.random.default_rng(seed)
     one = Planted(list(rng.normal(size=15)))
     passed = [curves(one, rng.normal(size=15), seed=i).verdict.startswith("better") for i in range(30)]
-    assert sum(passed) <= 15
+    assert sum(passed) <= 12
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -126,13 +126,13 @@ def test_occlusion_takes_one_unit_away_at_a_time(name: str):
             torch.testing.assert_close(found[unit], expected.to(found))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_markers_stay_and_what_is_not_seen_cannot_matter(name: str):
+@pytest.mark.parametrize("name", ALONE)
+def test_markers_stay_and_what_is_no_candidate_cannot_matter(name: str):
     one = subject(name)
     special = torch.tensor([marker for s in one.sequences for marker in s.special])
     assert (one.embedded == one.baseline).all(-1)[special].all()
     for question in one.questions:
-        hidden = ~question.sees
+        hidden = ~question.candidates
         x = torch.where(hidden[:, None], torch.randn_like(one.embedded), one.embedded)
         with torch.no_grad():
             ours, theirs = one.outputs(torch.stack([one.embedded, x]), [question])

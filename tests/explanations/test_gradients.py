@@ -98,15 +98,16 @@ def test_attributions_are_captum_s(name: str):
     one = subject(name)
     question = one.questions[-1]
     found = list(gradients(one, looks(one)[0]))[-1]
-    difference = (one.embedded - one.baseline)[None]
+    baseline = one.without(question.candidates[None])
+    difference = one.embedded - baseline
 
     def from_baseline(x: Tensor) -> Tensor:
-        return log_odds(one, one.baseline + x, question)
+        return log_odds(one, baseline + x, question)
 
     theirs = InputXGradient(from_baseline).attribute(difference)[0].sum(-1)
-    torch.testing.assert_close(gradient_x_input(one, found.embedded), theirs, atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(gradient_x_input(one, question, found.embedded), theirs, atol=1e-8, rtol=1e-6)
     method = IntegratedGradients(lambda x: log_odds(one, x, question))
-    theirs = method.attribute(one.embedded[None], one.baseline[None], n_steps=20)[0].sum(-1)
+    theirs = method.attribute(one.embedded[None], baseline, n_steps=20)[0].sum(-1)
     ours = integrated_gradients(one, question, points=20)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     assert (ours[~one.free(question)].abs() < 1e-12).all()
@@ -117,7 +118,7 @@ def test_integrated_gradients_are_complete(name: str):
     one = subject(name)
     question = one.questions[0]
     with torch.no_grad():
-        ends = log_odds(one, torch.stack([one.baseline, one.embedded]), question)
+        ends = log_odds(one, torch.stack([one.without(question.candidates), one.embedded]), question)
     found = integrated_gradients(one, question, points=300).sum()
     # A ReLU has kinks, at which a quadrature converges slowly.
     torch.testing.assert_close(found, ends[1] - ends[0], atol=1e-2, rtol=1e-3)

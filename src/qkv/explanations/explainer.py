@@ -40,7 +40,7 @@ METHODS: tuple[Method, ...] = (
     "integrated_gradients",
     "occlusion",
 )
-"""All but flow, which is slow."""
+"""All but flow, which is for short inputs and needs scipy."""
 
 
 def explain(
@@ -72,15 +72,16 @@ def explain(
     pipeline = from_pretrained(model) if isinstance(model, str | Path) else model
     if pipeline.road is not None:
         raise InputError("a model with a precision has no gradients: open the checkpoint without one")
-    with _evaluating(pipeline.model):
+    with torch.inference_mode(False), _evaluating(pipeline.model):
         subject = subject_of(pipeline, input, target, max_new_tokens)
         seen, residual = looks(subject)
+        attention = tuple(_attention(subject, seen, layers, heads))
         return Explanation(
             family=subject.family,
             model=str(model) if isinstance(model, str | Path) else type(pipeline).__name__,
             sequences=subject.sequences,
             choices=tuple(_choices(subject, seen, methods, alternatives, random_orders, seed)),
-            attention=tuple(_attention(subject, seen, layers, heads)),
+            attention=attention,
             residual=residual,
             picture=subject.picture,
             alignment=alignment.align(subject, seen) if subject.family == "transformer" else None,
@@ -183,7 +184,7 @@ class _Maps:
         if method == "flow":
             return attention_flow.flow(self.steps, question.reads)
         if method == "gradient_x_input":
-            return gradient_x_input(self.subject, found.embedded)
+            return gradient_x_input(self.subject, question, found.embedded)
         if method == "integrated_gradients":
             return integrated_gradients(self.subject, question)
         return occlusion(self.subject, question)

@@ -98,26 +98,38 @@ class Faithfulness:
         return np.asarray(gains, dtype=np.float32)
 
     @cached_property
+    def gain(self) -> float:
+        """The insertion area less the deletion area: higher is better."""
+        return self.insertion_area - self.deletion_area
+
+    @cached_property
     def beaten(self) -> int:
-        """How many random orders gain less than this one, by insertion area less deletion area."""
-        return int((self.random_gains < self.insertion_area - self.deletion_area - 1e-6).sum())
+        """How many random orders gain less than this one."""
+        return int((self.random_gains < self.gain - _SAME).sum())
 
     @cached_property
     def verdict(self) -> str:
         """In words, whether the ranking says anything on this input.
 
-        It does if at most a tenth of the random orders does as well: nobody would find that by guessing.
+        That it beats so many random orders by chance has the probability (O - beaten + 1) / (O + 1) at most
+        (Phipson and Smyth 2010); if that is over a tenth, there is nothing to be sure of.
         """
         orders = len(self.random_gains)
         if len(self.shares) < 3:
             return "too few units to tell"
         if self.beaten == orders:
             return f"better than all {orders} random orders"
-        if self.beaten >= 0.9 * orders:
-            return f"better than {self.beaten} of {orders} random orders"
-        if (self.random_gains > self.insertion_area - self.deletion_area + 1e-6).all():
+        if (self.random_gains > self.gain + _SAME).all():
             return f"worse than all {orders} random orders on this input"
-        return f"no better than random on this input: better than {self.beaten} of {orders} random orders"
+        said = f"better than {self.beaten} of {orders} random orders"
+        if (orders - self.beaten + 1) / (orders + 1) <= 0.1:
+            return said
+        clearly = "not clearly" if self.beaten > orders / 2 else "no"
+        return f"{clearly} better than random on this input: {said}"
+
+
+_SAME = 1e-6
+"""Gains that differ by less are the same."""
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,12 @@ def _normalised(R: Tensor) -> Tensor:
     return rest / sums.where(sums > 0, 1.0) + identity
 
 
-def gradient_x_input(subject: Subject, gradient: Tensor) -> Tensor:
+def gradient_x_input(subject: Subject, question: Question, gradient: Tensor) -> Tensor:
     """Gradient (U, D) times the input (Shrikumar et al. 2017), measured from the baseline: (U,).
 
     Their sum is how far the score would be from the baseline's if it were linear.
     """
-    return (gradient * (subject.embedded - subject.baseline)).sum(-1)
+    return (gradient * _difference(subject, question)).sum(-1)
 
 
 def integrated_gradients(subject: Subject, question: Question, points: int = 50) -> Tensor:
@@ -108,15 +108,20 @@ def integrated_gradients(subject: Subject, question: Question, points: int = 50)
     ends (completeness, 3), as far as the quadrature goes.
     """
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    difference = subject.embedded - subject.baseline  # (U, D)
+    difference = _difference(subject, question)
     total = torch.zeros_like(difference)
     size = max(1, subject.batch() // 4)  # gradients keep all layers' states
-    along = torch.tensor((nodes + 1) / 2).to(total)
+    missing = torch.tensor((1 - nodes) / 2).to(total)
     share = torch.tensor(weights / 2).to(total)
-    for part, weight in zip(torch.split(along, size), torch.split(share, size), strict=True):
-        x = (subject.baseline + part[:, None, None] * difference).requires_grad_()  # (N, U, D)
+    for part, weight in zip(torch.split(missing, size), torch.split(share, size), strict=True):
+        x = (subject.embedded - part[:, None, None] * difference).requires_grad_()  # (N, U, D)
         with torch.enable_grad():
             scores = subject.score(subject.outputs(x, [question])[:, 0], question.answer)  # (N,)
         (gradient,) = torch.autograd.grad(scores.sum(), x)
         total += torch.einsum("n,nud->ud", weight, gradient)
     return (difference * total).sum(-1)
+
+
+def _difference(subject: Subject, question: Question) -> Tensor:
+    """What is taken away with each unit of the candidates, (U, D)."""
+    return question.candidates[:, None] * (subject.embedded - subject.baseline)

@@ -2,7 +2,8 @@
 
 Michel et al. 2019, "Are Sixteen Heads Really Better than One?", 3.2, for one input instead of a test set.
 
-Legend: N variants of the input, Uq units of the queries, H heads, E head width, L layers, C choices.
+Legend: N variants of the input, U units of all sequences, Uq of the queries, D model width, H heads,
+E head width, L layers, C choices, K possible answers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from qkv.attention import Pattern, tapped
 from qkv.explanations.explanation import Floats
 from qkv.explanations.subjects import Subject
 
+Head = tuple[str, int, int]
+"""Stack, layer and number."""
+
 
 @dataclass
 class Ablation:
@@ -28,7 +32,8 @@ class Ablation:
     def see(self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, answer: Tensor) -> Tensor:
         """One call, on variants of as many units each."""
         N, H = self.keep.shape
-        return (answer.view(N, -1, *answer.shape[1:]) * self.keep.view(N, 1, H, 1)).view_as(answer)
+        variants = answer.reshape(N, -1, *answer.shape[1:])  # (N, Uq, H, E)
+        return (variants * self.keep.view(N, 1, H, 1)).view_as(answer)
 
 
 @torch.no_grad()
@@ -39,7 +44,7 @@ def head_importance(subject: Subject) -> list[dict[str, Floats]]:
     size = subject.batch(len(subject.questions))
     batches = (heads[start : start + size] for start in range(0, len(heads), size))
     without = torch.cat([_log_probabilities(subject, silent) for silent in batches])  # (all heads, C)
-    falls = (_log_probabilities(subject, [()]) - without).float().T.cpu().numpy()  # (C, all heads)
+    falls = (_log_probabilities(subject, [None]) - without).float().T.cpu().numpy()  # (C, all heads)
     ends = np.cumsum([L * H for L, H in shapes.values()])[:-1]
     return [
         {stack: part.reshape(shapes[stack]) for stack, part in zip(shapes, np.split(fall, ends), strict=True)}
@@ -47,18 +52,17 @@ def head_importance(subject: Subject) -> list[dict[str, Floats]]:
     ]
 
 
-def _log_probabilities(subject: Subject, silent: Sequence[tuple[str, int, int] | tuple[()]]) -> Tensor:
+def _log_probabilities(subject: Subject, silent: Sequence[Head | None]) -> Tensor:
     """Of each choice, in variants of the input with one head silent each, or none: (N, C)."""
     taps: dict[tuple[str, int], Ablation] = {}
     modules = subject.model.attentions()
     for number, place in enumerate(silent):
-        if place:
+        if place is not None:
             stack, layer, head = place
             fresh = Ablation(subject.embedded.new_ones(len(silent), modules[stack][layer].heads))
             taps.setdefault((stack, layer), fresh).keep[number, head] = 0
     with tapped(subject.model, taps):
-        outputs = subject.outputs(
-            subject.embedded.expand(len(silent), -1, -1), subject.questions
-        )  # (N, C, K)
+        x = subject.embedded.expand(len(silent), -1, -1)  # (N, U, D)
+        outputs = subject.outputs(x, subject.questions)  # (N, C, K)
     answers = [question.answer for question in subject.questions]
     return torch.stack([subject.log_probability(outputs[:, c], a) for c, a in enumerate(answers)], dim=1)

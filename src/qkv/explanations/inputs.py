@@ -16,20 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.config import Decoding
+from qkv.config import BertHead, Decoding
 from qkv.decode import generate
 from qkv.errors import InputError
 from qkv.explanations import units
 from qkv.explanations.explanation import Picture
+from qkv.explanations.explanation import Sequence as Units
 from qkv.explanations.subjects import (
     BertSubject,
     GPTSubject,
     Outcome,
     Question,
+    Reading,
     Subject,
     TransformerSubject,
     ViTSubject,
+    at_units,
 )
+from qkv.models.bert import SEQUENCE
 from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
 from qkv.ragged import Layout, Ragged
 
@@ -45,7 +49,7 @@ def subject_of(pipeline: AnyPipeline, input: Input, target: str | None, max_new_
         return _image(pipeline, input, target)
     if isinstance(pipeline, Encoder):
         texts = (input,) if isinstance(input, str) else input
-        if not isinstance(texts, tuple) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, tuple) or [type(text) for text in texts] not in ([str], [str, str]):
             raise InputError("this model reads text: give a text, or two in a tuple")
         return _encoded(pipeline, texts, target)
     if not isinstance(input, str):
@@ -59,75 +63,56 @@ def subject_of(pipeline: AnyPipeline, input: Input, target: str | None, max_new_
 
 
 def _encoded(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
-    head, mask_id = encoder.model.config.head, encoder.tokenizer.mask_id
-    if mask_id is None:
-        raise InputError("this tokenizer has no mask token, which stands for what is taken away")
+    head = encoder.model.config.head
     if head == "tagging":
-        return _tagged(encoder, texts, target, mask_id)
-    if head in ("classification", "multi_label", "regression"):
-        return _classified(encoder, texts, target, mask_id)
+        return _tagged(encoder, texts, target)
+    if head in SEQUENCE:
+        return _classified(encoder, texts, target)
     if encoder.model.words is not None:
-        return _filled(encoder, texts, target, mask_id)
-    return _compared(encoder, texts, target, mask_id)
+        return _filled(encoder, texts, target)
+    return _compared(encoder, texts, target)
 
 
-def _classified(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+def _classified(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
     """The class, label or value of a text or pair."""
     model, labels = encoder.model, encoder.model.config.labels
-    encoding = _encoding(encoder, texts)
-    outcomes: dict[str, Outcome] = {"multi_label": "label", "regression": "value"}
+    outcomes: dict[BertHead, Outcome] = {"multi_label": "label", "regression": "value"}
 
     def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
         hidden = Ragged(state.flatten(0, 1), Layout((state.shape[1],) * len(state), state.device))
         return model.class_logits(hidden)[:, None].expand(-1, len(questions), -1)
 
-    subject = BertSubject(
-        model,
-        units.of_encoding("text", texts, encoding),
-        *_tensors(encoder, encoding.ids, encoding.type_ids),
-        (len(encoding.ids),),
-        mask_id,
-        head,
-        len(labels),
-        labels.__getitem__,
-        outcomes.get(model.config.head, "class"),
-    )
+    reading = Reading(head, len(labels), labels.__getitem__, outcomes.get(model.config.head, "class"))
+    encoding = _encoding(encoder, texts)
+    subject = _bert(encoder, units.of_encoding("text", texts, encoding), [encoding], reading)
     subject.ask([subject.question("text", 0)], [_label(labels, target)])
     return subject
 
 
-def _filled(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+def _filled(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
     """The words that were hidden."""
     tokenizer, model = encoder.tokenizer, encoder.model
     encoding = _encoding(encoder, texts)
-    masks = [unit for unit, id in enumerate(encoding.ids) if id == mask_id]
+    masks = [unit for unit, id in enumerate(encoding.ids) if id == tokenizer.mask_id]
     if not masks:
-        said = f"this model fills masks: write {tokenizer.token(mask_id)} where a word is to be explained"
-        raise InputError(said)
+        mask = tokenizer.special.get("mask")
+        raise InputError(f"this model fills masks: write {mask} where a word is to be explained")
     if target is not None and len(masks) > 1:
         raise InputError(f"a target is for one mask, but the text has {len(masks)}")
     wanted = None if target is None else tokenizer.backend.token_to_id(target)
     if target is not None and wanted is None:
         raise InputError(f"{target!r} is no single token of this model; a mask is filled by one")
-
-    def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
-        return model.word_logits(state[:, [question.unit for question in questions]])
-
-    subject = BertSubject(
-        model,
-        units.of_encoding("text", texts, encoding),
-        *_tensors(encoder, encoding.ids, encoding.type_ids),
-        (len(encoding.ids),),
-        mask_id,
-        head,
+    reading = Reading(
+        lambda state, questions: model.word_logits(at_units(state, questions)),
         model.config.vocab_size,
         tokenizer.token,
     )
+    subject = _bert(encoder, units.of_encoding("text", texts, encoding), [encoding], reading)
     subject.ask([subject.question("text", unit) for unit in masks], [wanted] * len(masks))
     return subject
 
 
-def _tagged(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
+def _tagged(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
     """The tags of words; target: those of this word alone, or the words that have this tag."""
     if len(texts) > 1:
         raise InputError("a tagger reads one text")
@@ -139,68 +124,65 @@ def _tagged(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_i
     first = {word: unit for unit, word in reversed(list(enumerate(encoding.word_ids))) if word is not None}
     if not first:
         raise InputError("the text has no words to tag")
-
-    def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
-        return model.tag_logits(state[:, [question.unit for question in questions]])
-
-    subject = BertSubject(
-        model,
-        units.of_words("text", text, spans, encoding),
-        *_tensors(encoder, encoding.ids, encoding.type_ids),
-        (len(encoding.ids),),
-        mask_id,
-        head,
+    reading = Reading(
+        lambda state, questions: model.tag_logits(at_units(state, questions)),
         len(labels),
         labels.__getitem__,
     )
+    subject = _bert(encoder, units.of_words("text", text, spans, encoding), [encoding], reading)
     asked = {word: subject.question("text", unit) for word, unit in sorted(first.items())}
     subject.ask(list(asked.values()), [None] * len(asked))
     if target is not None:
         named = zip(asked, subject.questions, strict=True)
-        chosen = [q for word, q in named if target in (words[word], labels[q.answer])]
-        if not chosen:
+        subject.questions = [q for word, q in named if target in (words[word], labels[q.answer])]
+        if not subject.questions:
             raise InputError(f"no word of the text is {target!r}, and none is tagged so")
-        subject.questions = chosen
     return subject
 
 
-def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None, mask_id: int) -> Subject:
-    """How similar the vectors of two texts are, each read by itself: their cosine."""
+def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> Subject:
+    """How similar the vectors of two texts are, each read by itself: their cosine, asked of each text.
+
+    The other one stays as it is: two texts of which nothing is left are alike.
+    """
     if len(texts) != 2:
         raise InputError("this model makes vectors of texts: give two, whose similarity is explained")
     if target is not None:
         raise InputError("a similarity has no target")
-    model, first = encoder.model, encoder.checkpoint.pooling == "cls"
+    first = encoder.checkpoint.pooling == "cls"
     encodings = [_encoding(encoder, (text,)) for text in texts]
     sizes = [len(encoding.ids) for encoding in encodings]
 
-    def pooled(x: Tensor) -> Tensor:
-        """(., units of a text, D) -> (., D), as `Encoder.embed` does."""
-        return x[:, 0] if first else x.mean(1)
-
     def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
-        one, other = map(pooled, torch.split(state, sizes, dim=1))
+        parts = torch.split(state, sizes, dim=1)  # (N, units of a text, D)
+        one, other = (part[:, 0] if first else part.mean(1) for part in parts)  # as `Encoder.embed`
         return F.cosine_similarity(one, other)[:, None, None].expand(-1, len(questions), 1)
 
     both = [units.of_encoding("text", (text,), e) for text, e in zip(texts, encodings, strict=True)]
-    ids = [id for encoding in encodings for id in encoding.ids]
-    subject = BertSubject(
-        model,
-        units.joined(*both),
-        *_tensors(encoder, ids, [0] * len(ids)),
-        tuple(sizes),
-        mask_id,
-        head,
-        1,
-        lambda _: "similarity",
-        "value",
-    )
-    reads = subject.question("text", 0).reads.clone()
-    for text in torch.split(reads, sizes):
-        text[:] = 0
-        text[0 : 1 if first else None] = 0.5 / (1 if first else len(text))
-    subject.ask([replace(subject.question("text", 0), reads=reads)], [0])
+    reading = Reading(head, 1, lambda _: "similarity", "value")
+    subject = _bert(encoder, units.joined(*both), encodings, reading)
+    questions = []
+    text = Layout(tuple(sizes), encoder.device).owner  # (U,)
+    for number, start in enumerate((0, sizes[0])):
+        question, own = subject.question("text", start), text == number
+        reads = question.reads if first else own.to(question.reads) / own.sum()
+        questions.append(replace(question, reads=reads, candidates=own))
+    subject.ask(questions, [0, 0])
     return subject
+
+
+def _bert(
+    encoder: Encoder, sequence: Units, encodings: Sequence[tokenizers.Encoding], reading: Reading
+) -> BertSubject:
+    """Texts, each of which is read by itself; the sequence has the units of all."""
+    if encoder.tokenizer.mask_id is None:
+        raise InputError("this tokenizer has no mask token, which stands for what is taken away")
+    ids, segments = (
+        torch.tensor([x for one in parts for x in one], device=encoder.device)
+        for parts in zip(*((e.ids, e.type_ids) for e in encodings), strict=True)
+    )
+    lengths = tuple(len(encoding.ids) for encoding in encodings)
+    return BertSubject(encoder.model, sequence, ids, segments, lengths, encoder.tokenizer.mask_id, reading)
 
 
 def _encoding(encoder: Encoder, texts: tuple[str, ...]) -> tokenizers.Encoding:
@@ -212,10 +194,6 @@ def _encoding(encoder: Encoder, texts: tuple[str, ...]) -> tokenizers.Encoding:
 def _check_length(pipeline: AnyPipeline, tokens: int, kind: str = "text") -> None:
     if tokens > (context := cast(int, pipeline.model.config.context)):  # type: ignore[union-attr]
         raise InputError(f"the {kind} has {tokens} tokens; this model reads at most {context}: shorten it")
-
-
-def _tensors(encoder: Encoder, ids: list[int], segments: list[int]) -> tuple[Tensor, Tensor]:
-    return torch.tensor(ids, device=encoder.device), torch.tensor(segments, device=encoder.device)
 
 
 def _label(labels: tuple[str, ...], target: str | None) -> int | None:
@@ -263,6 +241,7 @@ def _translated(translator: Translator, text: str, target: str | None) -> Subjec
     source = tokenizer.encode(text).ids
     _check_length(translator, len(source), "source")
     if target is None:
+        # As `Translator.translate` does it if nothing else is said.
         best = Decoding(num_beams=4, temperature=0.0, max_new_tokens=config.context)
         written = generate(model, [source], best, [config.eos_id])[0][0].ids
     else:

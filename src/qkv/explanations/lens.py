@@ -19,7 +19,7 @@ def lens(subject: Subject, count: int) -> list[tuple[tuple[Guess, ...], ...]]:
     """Of each choice, the likeliest answers, so many, of each layer from first to last."""
     layers = []
     for state in subject.states(subject.embedded[None]):
-        chances = subject.probabilities(subject.read(state, subject.questions)[0])  # (C, K)
+        chances = subject.probabilities(subject.reading.outputs(state, subject.questions)[0])  # (C, K)
         layers.append([guesses(subject, row, count) for row in chances])
     return list(zip(*layers, strict=True))
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qkv.attention import Pattern
 from qkv.config import Family
+from qkv.errors import InputError
 from qkv.explanations.explanation import Picture, Stack
 from qkv.explanations.explanation import Sequence as Units
 from qkv.models import GPT, Bert, Transformer, ViT
@@ -50,10 +51,28 @@ class Question:
     """Where it was made: name of the sequence, and unit in it."""
     reads: Tensor
     """How much of each unit's last state the answer is read from, (U,); sums to 1."""
-    sees: Tensor
-    """The units that the answer may depend on, bool (U,)."""
+    candidates: Tensor
+    """The units that are looked at for reasons, bool (U,); the others stay as they are in all variants."""
     answer: int = -1
     """Which of the K possible answers was chosen; -1: it is not known yet."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How answers are read from the last layer's state: by the model's own norm and head."""
+
+    outputs: Callable[[Tensor, Sequence[Question]], Tensor]
+    """A state of all units (N, ., D) -> the model's outputs for each choice (N, C, K)."""
+    answers: int
+    """K."""
+    name: Callable[[int], str]
+    """What the answer of a number is called."""
+    outcome: Outcome = "class"
+
+
+def at_units(state: Tensor, questions: Sequence[Question]) -> Tensor:
+    """The states of the units where choices are made: (N, ., D) -> (N, C, D)."""
+    return state[:, [question.unit for question in questions]]
 
 
 class Subject(ABC):
@@ -71,18 +90,13 @@ class Subject(ABC):
         stacks: dict[Stack, tuple[str, str]],
         embedded: Tensor,
         baseline: Tensor,
-        answers: int,
-        name: Callable[[int], str],
-        outcome: Outcome = "class",
+        reading: Reading,
     ) -> None:
-        """stacks: the sequences that the queries and keys of each are of. embedded, baseline: (U, D).
-
-        answers: K. name: what the answer of a number is called.
-        """
+        """stacks: the sequences that the queries and keys of each are of. embedded, baseline: (U, D)."""
         self.sequences = tuple(sequences)
         self.stacks = stacks
         self.embedded, self.baseline = embedded.detach(), baseline.detach()
-        self.answers, self.name, self.outcome = answers, name, outcome
+        self.reading, self.outcome, self.name = reading, reading.outcome, reading.name
         self.questions: list[Question] = []
         self.picture: Picture | None = None
 
@@ -98,22 +112,27 @@ class Subject(ABC):
         raise KeyError(sequence)
 
     def free(self, question: Question) -> Tensor:
-        """The units that can be taken away from a choice, bool (U,): they are seen, and no baseline."""
-        return question.sees & (self.embedded != self.baseline).any(-1)
+        """The candidates that can be taken away, bool (U,): they are not the baseline already."""
+        return question.candidates & (self.embedded != self.baseline).any(-1)
 
     def without(self, gone: Tensor) -> Tensor:
         """gone: the units that are taken away in each variant, bool (N, U) -> embeddings (N, U, D)."""
         return torch.where(gone[..., None], self.baseline, self.embedded)
 
     def ask(self, questions: Sequence[Question], answers: Sequence[int | None]) -> None:
-        """Set the choices to be explained: the answers given, or where there is none the likeliest."""
+        """Set the choices to be explained: the answers given, or where there is none the likeliest.
+
+        Raises InputError if there is but one class.
+        """
+        if self.outcome == "class" and self.reading.answers < 2:
+            raise InputError("this model knows a single class: it chooses nothing that could be explained")
         with torch.no_grad():
             likeliest = self.outputs(self.embedded[None], questions)[0].argmax(-1).tolist()  # (C,)
         given = zip(questions, answers, likeliest, strict=True)
         self.questions = [replace(q, answer=best if own is None else own) for q, own, best in given]
 
     def question(self, sequence: str, unit: int, causal: bool = False) -> Question:
-        """What is chosen at a unit, from its own state. causal: it sees nothing behind it in its sequence."""
+        """What is chosen at a unit, from its own state. causal: by nothing that comes behind it."""
         at, count = self.place(sequence).start + unit, len(self.embedded)
         units = torch.arange(count, device=self.embedded.device)  # (U,)
         return Question(sequence, unit, (units == at).to(self.embedded), (units <= at) | (not causal))
@@ -125,19 +144,15 @@ class Subject(ABC):
         state = x
         for layer in self.states(x):
             state = layer
-        return self.read(state, questions)
+        return self.reading.outputs(state, questions)
 
     @abstractmethod
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """x (N, U, D) -> what each layer of the stack that answers makes of its units (N, ., D)."""
 
-    @abstractmethod
-    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
-        """A state as `states` gives them -> outputs (N, C, K), by the model's own last norm and head."""
-
     def batch(self, questions: int = 1) -> int:
         """How many variants are computed at a time."""
-        return max(1, min(TOKENS // len(self.embedded), OUTPUTS // (self.answers * questions)))
+        return max(1, min(TOKENS // len(self.embedded), OUTPUTS // (self.reading.answers * questions)))
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Outputs (..., K) -> the probability of each; values stay what they are."""
@@ -160,7 +175,7 @@ class Subject(ABC):
         """
         if self.outcome != "class":
             return outputs[..., answer]
-        own = F.one_hot(torch.tensor(answer), self.answers).bool().to(outputs.device)  # (K,)
+        own = F.one_hot(torch.tensor(answer), self.reading.answers).bool().to(outputs.device)  # (K,)
         return outputs[..., answer] - outputs.masked_fill(own, float("-inf")).logsumexp(-1)
 
 
@@ -174,7 +189,7 @@ def _flat(x: Tensor, lengths: tuple[int, ...], *, causal: bool = False) -> tuple
 
 
 class BertSubject(Subject):
-    """A text or two, whose states are read by `head`."""
+    """A text, or two that are read together or each by itself."""
 
     family = "bert"
     model: Bert
@@ -187,29 +202,22 @@ class BertSubject(Subject):
         segments: Tensor,
         lengths: tuple[int, ...],
         mask_id: int,
-        head: Callable[[Tensor, Sequence[Question]], Tensor],
-        answers: int,
-        name: Callable[[int], str],
-        outcome: Outcome = "class",
+        reading: Reading,
     ) -> None:
-        """ids, segments (U,) of texts of these lengths, each of which is read by itself; head: as `read`."""
-        self.model, self.lengths, self.head = model, lengths, head
+        """ids, segments (U,) of what is read by itself, which has these lengths."""
+        self.model, self.lengths = model, lengths
         positions = Layout(lengths, ids.device).positions
         special = torch.tensor(sequence.special, device=ids.device)
         hidden = torch.where(special, ids, mask_id)
         with torch.no_grad():
             embedded, baseline = (model.embed(one, segments, positions) for one in (ids, hidden))
         stacks: dict[Stack, tuple[str, str]] = {"encoder": ("text", "text")}
-        super().__init__([sequence], stacks, embedded, baseline, answers, name, outcome)
+        super().__init__([sequence], stacks, embedded, baseline, reading)
 
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """As of `Subject`."""
         for state in self.model.blocks.states(*_flat(x, self.lengths)):
             yield state.view_as(x)
-
-    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
-        """As of `Subject`."""
-        return self.head(state, questions)
 
 
 class GPTSubject(Subject):
@@ -226,7 +234,12 @@ class GPTSubject(Subject):
             gone = model.tokens.weight.mean(0) - model.tokens(ids)
             gone[torch.tensor(sequence.special, device=ids.device)] = 0
         stacks: dict[Stack, tuple[str, str]] = {"decoder": ("text", "text")}
-        super().__init__([sequence], stacks, embedded, embedded + gone, model.config.vocab_size, name)
+        reading = Reading(
+            lambda state, questions: model.head(model.norm(at_units(state, questions))),
+            model.config.vocab_size,
+            name,
+        )
+        super().__init__([sequence], stacks, embedded, embedded + gone, reading)
 
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """As of `Subject`."""
@@ -234,11 +247,6 @@ class GPTSubject(Subject):
         rotation = self.model.rotation(self.positions.repeat(len(x)))
         for state in self.model.blocks.states(tokens, pattern, rotation=rotation):
             yield state.view_as(x)
-
-    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
-        """As of `Subject`."""
-        rows = state[:, [question.unit for question in questions]]  # (N, C, D)
-        return self.model.head(self.model.norm(rows))
 
 
 class TransformerSubject(Subject):
@@ -267,7 +275,12 @@ class TransformerSubject(Subject):
             "decoder": ("target", "target"),
             "cross": ("target", "source"),
         }
-        super().__init__(sequences, stacks, embedded, embedded + gone, model.config.vocab_size, name)
+        reading = Reading(
+            lambda state, questions: model.head(model.decoder_norm(at_units(state, questions))),
+            model.config.vocab_size,
+            name,
+        )
+        super().__init__(sequences, stacks, embedded, embedded + gone, reading)
 
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """As of `Subject`; the states are the target's."""
@@ -278,11 +291,6 @@ class TransformerSubject(Subject):
         across = Pattern(targets.queries, sources.keys)
         for state in self.model.decoder.states(tokens, targets, memory=memory, memory_pattern=across):
             yield state.view_as(target)
-
-    def read(self, state: Tensor, questions: Sequence[Question]) -> Tensor:
-        """As of `Subject`."""
-        rows = state[:, [question.unit for question in questions]]  # (N, C, D)
-        return self.model.head(self.model.decoder_norm(rows))
 
 
 class ViTSubject(Subject):
@@ -297,7 +305,14 @@ class ViTSubject(Subject):
         with torch.no_grad():
             embedded, baseline = model.embed(torch.stack([image, torch.zeros_like(image)]))  # (1 + P, D)
         stacks: dict[Stack, tuple[str, str]] = {"encoder": ("image", "image")}
-        super().__init__([sequence], stacks, embedded, baseline, len(model.config.labels), name)
+
+        def outputs(state: Tensor, questions: Sequence[Question]) -> Tensor:
+            assert model.classifier is not None
+            logits: Tensor = model.classifier(model.norm(state[:, 0]))  # (N, K)
+            return logits[:, None].expand(-1, len(questions), -1)
+
+        reading = Reading(outputs, len(model.config.labels), name)
+        super().__init__([sequence], stacks, embedded, baseline, reading)
 
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """As of `Subject`."""
