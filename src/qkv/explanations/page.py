@@ -109,7 +109,8 @@ def _hash(text: str) -> str:
 
 def _embedded(values: dict[str, Any]) -> str:
     """JSON that no text in it can end: every < is written by its number."""
-    return json.dumps(values, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
 
 
 def _values(explanation: Explanation, budget: int) -> dict[str, Any]:

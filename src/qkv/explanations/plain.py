@@ -20,7 +20,7 @@ from qkv.explanations.explanation import Explanation
 
 def to_json(explanation: Explanation) -> str:
     """All values of an explanation as JSON."""
-    return json.dumps(to_plain(explanation), ensure_ascii=False)
+    return json.dumps(to_plain(explanation), ensure_ascii=False, allow_nan=False)
 
 
 def from_json(text: str) -> Explanation:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.explanations.explanation import Choice, Explanation, Relevance
-from qkv.explanations.words import METHODS, asked, is_value, leading, percent, visible
+from qkv.explanations.words import METHODS, amount, asked, is_value, leading, percent, visible
 
 _TOP = 4
 
@@ -22,7 +22,7 @@ def summary(explanation: Explanation) -> Iterator[Text | Table]:
         best = leading(first)
         method = METHODS[best.method].name.lower() if best else "not asked for"
         rows = [
-            (visible(one.answer), percent(one.probability), _instead(one), *_found(explanation, leading(one)))
+            (visible(one.answer), amount(one), _instead(one), *_found(explanation, leading(one)))
             for one in explanation.choices
         ]
         yield _table(("answer", "likelihood", "instead", f"rests on ({method})", "does that hold up?"), rows)

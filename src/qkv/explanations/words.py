@@ -52,7 +52,8 @@ METHODS: dict[Method, Words] = {
 def answered(explanation: Explanation) -> str:
     """All that the model answered, as one text."""
     if not generates(explanation):
-        return ", ".join(choice.answer for choice in explanation.choices)
+        answers = [choice.answer for choice in explanation.choices]
+        return answers[0] if is_value(explanation.choices[0]) else ", ".join(answers)
     markers = {
         unit
         for sequence in explanation.sequences
@@ -106,11 +107,9 @@ def asked(explanation: Explanation) -> str:
     read = text if explanation.picture is not None else f"“{text}”"
     said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
     first, *more = explanation.choices
-    if more:
-        return f"{said}."
     if is_value(first):
-        return f"{said}: {first.probability:.4g}."
-    return f"{said}, {percent(first.probability)} sure."
+        return f"{said}: {amount(first)}."
+    return f"{said}." if more else f"{said}, {amount(first)} sure."
 
 
 def words_of(sequence: Sequence) -> list[str]:
@@ -139,6 +138,11 @@ def _seen(letter: str) -> str:
 def is_value(choice: Choice) -> bool:
     """Whether a choice is no answer among others, but a value: of a regression or a similarity."""
     return len(choice.alternatives) == 1
+
+
+def amount(choice: Choice) -> str:
+    """How probable an answer is, or where it is a value, that."""
+    return f"{choice.probability:.4g}" if is_value(choice) else percent(choice.probability)
 
 
 def leading(choice: Choice) -> Relevance | None:

@@ -12,15 +12,15 @@ function answerColumn(explanation, state) {
     const choice = chosen(explanation, state);
     alternatives.replaceChildren(guesses(choice));
   });
-  const what = explanation.generates
-    ? "The answer was made token by token."
-    : "The model chose one answer for each of these.";
-  const caption = explanation.choices[0].value
-    ? "The value that the model gave."
-    : several
-    ? `${what} Each has the model's probability below it; choose one to see what else it might have been.`
-    : "The likeliest answers, and how probable the model finds each.";
-  return card("", caption, several ? choiceStrip(explanation, state) : null, alternatives);
+  return card("", answerCaption(explanation), several ? choiceStrip(explanation, state) : null, alternatives);
+}
+
+function answerCaption({ generates, choices: [{ value }, ...more] }) {
+  if (value && more.length) return "The model gave one value; it is explained for each of these.";
+  if (value) return "The value that the model gave.";
+  if (!more.length) return "The likeliest answers, and how probable the model finds each.";
+  const what = generates ? "The answer was made token by token." : "The model chose one answer for each of these.";
+  return `${what} Each has the model's probability below it; choose one to see what else it might have been.`;
 }
 
 /** All choices in a row, each with its probability; arrows step through them. */
@@ -29,21 +29,28 @@ function choiceStrip(explanation, state) {
   if (explanation.family === "gpt") box.append(element("span", { class: "prompt" }, prompt(explanation)));
   const items = explanation.choices.map((choice, i) => {
     const go = () => state.change({ choice: i });
-    const about = `${quoted(choice.answer)}, ${percent(choice.probability)}`;
+    const said = amount(choice.value, choice.probability);
+    const about = `${quoted(choice.answer)}, ${said}`;
     const look = { type: "button", class: "choice", "data-item": true, "aria-label": about };
-    const { units } = explanation.sequences.find(({ name }) => name === choice.sequence);
+    const sequence = explanation.sequences.find(({ name }) => name === choice.sequence);
     return element(
       "button",
       { ...look, onclick: go, onfocus: go },
-      explanation.generates ? null : element("small", {}, visible(units[choice.unit])),
+      explanation.generates ? null : element("small", {}, reader(sequence, choice.unit)),
       element("bdi", {}, visible(choice.answer)),
-      element("small", {}, percent(choice.probability)),
+      element("small", {}, said),
     );
   });
   box.append(...items);
   state.watch(["choice"], ({ choice }) => setCurrent(items, choice));
   roving(box);
   return box;
+}
+
+/** Where a choice was made: at a token, or by the marker of one of two texts for all of it. */
+function reader({ units, special, segments }, unit) {
+  if (special[unit] && segments.includes(1)) return segments[unit] ? "second text" : "first text";
+  return visible(units[unit]);
 }
 
 /** What a text generator was given: all up to its first choice. */
