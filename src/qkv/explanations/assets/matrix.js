@@ -50,7 +50,7 @@ function layout(canvas, width, { rows, columns, labels, axes }) {
   const named = labels && rows.length <= 80 && columns.length <= 80;
   const left = named ? widest(rows) + 26 : 20;
   const top = named ? widest(columns) + 26 : 20;
-  const [least, most] = named ? [12, 22] : [2, 10];
+  const [least, most] = named ? [12, 22] : [2, 16];
   const side = Math.max(least, Math.min(most, Math.floor((width - left - 2) / columns.length)));
   const place = { left: Math.ceil(left), top: Math.ceil(top), side, named };
   const [down, across] = axes.map((name) => context.measureText(`${name} →`).width);
