@@ -105,7 +105,7 @@ def test_help_needs_no_torch():
     code += " assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = "demo train plan eval generate translate fill classify tag embed export"
+    commands = "demo train plan eval generate translate fill classify tag embed explain export"
     for command in commands.split():
         assert command in done.stdout
 

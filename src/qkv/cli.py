@@ -26,7 +26,9 @@ from qkv.config import (
     AnyModelConfig,
     BleuTokenizer,
     Decoding,
+    ExplanationMethod,
     Family,
+    FigureOptions,
     InferencePrecision,
     RunConfig,
     read_toml,
@@ -453,6 +455,84 @@ def embed(
     )
 
 
+def explain(
+    model: Positional[Model],
+    text: Positional[Annotated[str, arg(metavar="INPUT")]],
+    pair: Positional[Annotated[str | None, arg(metavar="SECOND", help_behavior_hint="(none)")]] = None,
+    output: Annotated[
+        Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="(a summary)")
+    ] = None,
+    target: Annotated[str | None, arg(metavar="ANSWER", help_behavior_hint="(the model's own)")] = None,
+    methods: Annotated[tuple[ExplanationMethod, ...], arg(help_behavior_hint="(all but flow)")] = (),
+    max_new_tokens: int = 16,
+    seed: int = 0,
+    compare: Annotated[str | None, arg(metavar="RUN_OR_HUB_ID", help_behavior_hint="(none)")] = None,
+    compare_input: Annotated[str | None, arg(metavar="INPUT", help_behavior_hint="(none)")] = None,
+    options: Annotated[FigureOptions, arg(name="")] = FigureOptions(),  # noqa: B008 - frozen
+    as_json: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Show why a model answers as it does, and whether the explanation holds up:
+    `qkv explain runs/bert "a fine film" -o film.html`.
+
+    Args:
+        model: Run folder, checkpoint folder or hub id.
+        text: A text, or an image file.
+        pair: Second text, for a model of text pairs.
+        output: .html for a page to look around in, offline; .png or .svg for a figure; .json for all values.
+        target: The answer to explain: a class, a tag, or for GPT and translations a text.
+        methods: How to tell what matters; flow is slow.
+        max_new_tokens: At most so many tokens of a text are generated and explained.
+        seed: Draws the random orders that maps are compared with.
+        compare: Another model on the same input, side by side: before and after fine-tuning.
+        compare_input: Another input of the same model, side by side.
+        options: What a .png or .svg shows.
+        as_json: Print all values as JSON, a line an explanation.
+    """
+    from rich.console import Console
+
+    from qkv import explain as explanation_of  # as a public name it comes faster
+    from qkv.explanations.explainer import METHODS
+    from qkv.explanations.plain import to_json
+    from qkv.explanations.save import FIGURES, check_ending, save
+    from qkv.explanations.summary import summary
+
+    if compare is not None and compare_input is not None:
+        raise InputError("two explanations are compared: give --compare or --compare-input, not both")
+    if compare_input is not None and pair is not None:
+        raise InputError("--compare-input is of single inputs: leave out the second text")
+    asked = [(model, text if pair is None else (text, pair))]
+    if compare is not None or compare_input is not None:
+        asked.append((compare or model, compare_input or asked[0][1]))
+    if output is not None:
+        check_ending(output, comparing=len(asked) > 1)
+        if as_json:
+            raise InputError("answers go to a file or, with --json, to standard output: leave one out")
+        if options != FigureOptions() and output.suffix not in FIGURES:
+            raise InputError(f"--figure and what belongs to it are of figures; {output} is none")
+    made = [
+        explanation_of(
+            source,
+            given,
+            target,
+            methods=methods or METHODS,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+        )
+        for source, given in asked
+    ]
+    if output is not None:
+        save(made[0], output, made[1] if len(made) > 1 else None, options)
+        print(json.dumps({"file": str(output)}))
+        return
+    console = Console(highlight=False)
+    for one in made:
+        if as_json:
+            print(to_json(one))
+            continue
+        for part in summary(one):
+            console.print(part)
+
+
 def export(model: Positional[Model], out: Positional[Path], format: Literal["hf", "onnx"] = "hf") -> None:
     """Write a model for other programs: as a plain Hugging Face folder, an adapter as the whole model that it
     makes, or as ONNX files, which ONNX Runtime must answer with as qkv does.
@@ -625,6 +705,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "classify": classify,
     "tag": tag,
     "embed": embed,
+    "explain": explain,
     "export": export,
 }
 

@@ -29,6 +29,9 @@ BertHead = Literal[
 Task = Literal["classification", "multi_label", "regression", "tagging", "contrastive"]
 BleuTokenizer = Literal["13a", "intl", "char", "none"]
 InferencePrecision = Literal["fp32", "bf16", "int8"]
+ExplanationMethod = Literal[
+    "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
+]
 """How sacreBLEU splits texts into words; none: at spaces only, for texts that are tokenised already."""
 
 T = TypeVar("T")
@@ -468,6 +471,24 @@ class RunConfig:
     def of_task(self, name: str) -> RunConfig:
         """One of several tasks as a run of its own."""
         return replace(self, data=self.tasks[name], tasks={})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """What of an explanation a figure shows. Choices, layers and heads count from 0."""
+
+    figure: Literal["relevance", "attention", "alignment"] = "relevance"
+    """A map of relevance over the input, the attention of one head, or a translation's alignment."""
+    choice: int = 0
+    """Which choice a map of relevance is of: a token generated, a tag, a word hidden."""
+    method: Literal["", ExplanationMethod] = ""
+    """By which method; "": relevance, or the first that the explanation has."""
+    stack: Literal["", "encoder", "decoder", "cross"] = ""
+    """Whose attention; "": the first that the explanation has."""
+    layer: int = 0
+    """In which layer of the stack,"""
+    head: int = 0
+    """and of which head of the layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from qkv.config import ExplanationMethod
+
 Floats = NDArray[np.float32]
-Method = Literal[
-    "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
-]
+Method = ExplanationMethod
 
 Stack = Literal["encoder", "decoder", "cross"]
 
@@ -206,3 +206,9 @@ class Explanation:
     """Largest difference between A·V from these probabilities and what the kernel computed."""
     picture: Picture | None = None
     alignment: Alignment | None = None
+
+    def _repr_html_(self) -> str:
+        """The page, for notebooks."""
+        from qkv.explanations.page import frame
+
+        return frame(self)

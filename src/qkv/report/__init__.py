@@ -11,10 +11,12 @@ from qkv.report.page import (
     Scores,
     Section,
     continuation,
+    document,
     filled,
     page,
     score_table,
     shares,
+    style,
     table,
 )
 from qkv.report.pictures import Matrix, gallery, heatmap, overlay, png
@@ -30,6 +32,7 @@ __all__ = [
     "Section",
     "continuation",
     "curve",
+    "document",
     "filled",
     "gallery",
     "heatmap",
@@ -39,5 +42,6 @@ __all__ = [
     "png",
     "score_table",
     "shares",
+    "style",
     "table",
 ]

@@ -85,16 +85,28 @@ class Card:
 
 def page(title: str, lead: str, cards: Iterable[Card], sections: Iterable[Section]) -> str:
     """A whole document in HTML."""
-    style = resources.files("qkv.report").joinpath("style.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+    body = (
         f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p>"
         f'<nav class="cards" aria-label="Overview">{"".join(map(_card, cards))}</nav></header>\n'
-        f"<main>\n{''.join(map(_section, sections))}</main>\n</body>\n</html>\n"
+        f"<main>\n{''.join(map(_section, sections))}</main>\n"
     )
+    return document(title, body, style())
+
+
+def document(title: str, body: str, look: str, head: str = "") -> str:
+    """A document of this body in HTML; look: its CSS; head: what stands before the title."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'{head}<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n<style>{look}</style>\n</head>\n<body>\n"
+        f"{body}</body>\n</html>\n"
+    )
+
+
+def style() -> str:
+    """The look that all pages share, as CSS."""
+    return resources.files("qkv.report").joinpath("style.css").read_text(encoding="utf-8")
 
 
 def _card(card: Card) -> str:
@@ -189,5 +201,5 @@ def filled(before: str, after: str, answers: Sequence[tuple[str, float]], truth:
     return (
         f'<div class="gap"><p>{escape(before)}<ins title="what the text says">{escape(truth)}</ins>'
         f"{escape(after)}</p>"
-        f"<ol>{items}</ol></div>"
+        f'<ol class="guesses">{items}</ol></div>'
     )

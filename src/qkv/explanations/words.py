@@ -1,0 +1,165 @@
+"""What page, terminal and figures say alike of an explanation, in words that need no background."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import NamedTuple
+
+from qkv.explanations.explanation import Choice, Explanation, Method, Relevance, Sequence
+
+
+class Words(NamedTuple):
+    """A method's name and, in a sentence, what its numbers mean."""
+
+    name: str
+    meaning: str
+
+
+METHODS: dict[Method, Words] = {
+    "attention": Words(
+        "Attention",
+        "How much the last layer looked at each part when it answered, as a mean over its heads.",
+    ),
+    "rollout": Words(
+        "Rollout",
+        "How much of each part can have flowed to the answer, following attention through all layers.",
+    ),
+    "flow": Words(
+        "Flow",
+        "How much of each part fits through the layers to the answer, if attention is how wide pipes are.",
+    ),
+    "relevance": Words(
+        "Relevance",
+        "How much each part carried towards this very answer: attention in all layers, where changing "
+        "it would change the answer.",
+    ),
+    "gradient_x_input": Words(
+        "Gradient x input",
+        "How the answer would change if each part grew a little; below 0, a part speaks against it.",
+    ),
+    "integrated_gradients": Words(
+        "Integrated gradients",
+        "How much each part adds to the answer on the way from an empty input to this one; below 0, it "
+        "speaks against it.",
+    ),
+    "occlusion": Words(
+        "Occlusion",
+        "How much less sure the model is when this part alone is blanked out; below 0, it becomes surer.",
+    ),
+}
+
+
+def answered(explanation: Explanation) -> str:
+    """All that the model answered, as one text."""
+    if not generates(explanation):
+        answers = [choice.answer for choice in explanation.choices]
+        return answers[0] if is_value(explanation.choices[0]) else ", ".join(answers)
+    markers = {
+        unit
+        for sequence in explanation.sequences
+        for unit, special in zip(sequence.units, sequence.special, strict=True)
+        if special
+    }
+    return "".join(choice.answer for choice in explanation.choices if choice.answer not in markers).strip()
+
+
+def read_values(explanation: Explanation, choice: Choice, relevance: Relevance) -> list[float]:
+    """The values of what was read, without their signs.
+
+    Those of the model's markers and of the unit that made the choice are left out: often they are far above
+    all others, which would look alike beside them.
+    """
+    return [
+        abs(float(value))
+        for sequence in explanation.sequences
+        if sequence.name in relevance.values
+        for i, value in enumerate(relevance.values[sequence.name])
+        if not sequence.special[i] and (sequence.name, i) != (choice.sequence, choice.unit)
+    ]
+
+
+def strongest(explanation: Explanation, choice: Choice, relevance: Relevance) -> float:
+    """The value that has the full colour: the largest of what was read."""
+    return max(read_values(explanation, choice, relevance), default=0.0) or 1.0
+
+
+def generates(explanation: Explanation) -> bool:
+    """Whether the choices are one text, token by token."""
+    return explanation.family in ("gpt", "transformer")
+
+
+def given(explanation: Explanation) -> str:
+    """The input as one text."""
+    sequence = explanation.sequences[0]
+    if explanation.picture is not None:
+        return "an image"
+    last = explanation.choices[0].unit if explanation.family == "gpt" else len(sequence.units)
+    places = [i for i, special in enumerate(sequence.special) if not special and i <= last]
+    if not sequence.segments:
+        return "".join(sequence.units[i] for i in places).strip()
+    texts = ["".join(sequence.units[i] for i in places if sequence.segments[i] == s) for s in (0, 1)]
+    return " | ".join(text.strip() for text in texts if text)
+
+
+def asked(explanation: Explanation) -> str:
+    """Which model read what, and what it answered, in a sentence."""
+    text = shortened(given(explanation), 160)
+    read = text if explanation.picture is not None else f"“{text}”"
+    said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
+    first, *more = explanation.choices
+    if is_value(first):
+        return f"{said}: {amount(first)}."
+    return f"{said}." if more else f"{said}, {amount(first)} sure."
+
+
+def words_of(sequence: Sequence) -> list[str]:
+    """The words of a text, as its tokens spell them."""
+    made = [""] * (1 + max(sequence.words, default=-1))
+    for unit, word in zip(sequence.units, sequence.words, strict=True):
+        if word >= 0:
+            made[word] += unit
+    return [word.strip() for word in made]
+
+
+def visible(unit: str) -> str:
+    """A token as it can be seen: what has no ink by signs or by its number; spaces around it are left out."""
+    seen = "".join(_SIGNS.get(letter) or _seen(letter) for letter in unit)
+    return seen.strip(" ") or "␣" * len(seen) or "∅"
+
+
+_SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽", "\u200c": "\u200c", "\u200d": "\u200d"}
+"""Joiners stay: they make one picture of several, and shape letters."""
+
+
+def _seen(letter: str) -> str:
+    return f"⟨{ord(letter):x}⟩" if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") else letter
+
+
+def is_value(choice: Choice) -> bool:
+    """Whether a choice is no answer among others, but a value: of a regression or a similarity."""
+    return len(choice.alternatives) == 1
+
+
+def amount(choice: Choice) -> str:
+    """How probable an answer is, or where it is a value, that."""
+    return f"{choice.probability:.4g}" if is_value(choice) else percent(choice.probability)
+
+
+def leading(choice: Choice) -> Relevance | None:
+    """The map to show first: by attention and gradients together if there is one."""
+    found = {one.method: one for one in choice.relevances}
+    return found.get("relevance") or next(iter(found.values()), None)
+
+
+def percent(probability: float) -> str:
+    """As in 93 %, or 0.4 % where no digits would say 0."""
+    share = 100 * probability
+    if 0 < share < 0.1:
+        return "under 0.1 %"
+    return f"{share:.1f} %" if 0 < share < 9.95 else f"{share:.0f} %"
+
+
+def shortened(text: str, most: int) -> str:
+    """A text in one line, its end cut where it has more characters than that."""
+    line = " ".join("".join(letter if letter.isspace() else _seen(letter) for letter in text).split())
+    return line if len(line) <= most else line[: most - 1].rstrip() + "…"

@@ -1,0 +1,87 @@
+"""`qkv explain`: what it asks for, and what it prints and writes, with explanations made by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_cli import fail, succeed
+
+import qkv
+from explanations import made
+from qkv.errors import InputError
+from qkv.explanations.explainer import METHODS
+from qkv.explanations.plain import to_json
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple]:
+    """What is asked of `explain`, which answers by hand."""
+    asked = []
+
+    def explain(model, given, target=None, **options):
+        if model == "missing":
+            raise InputError("missing is neither a folder nor on the hub")
+        asked.append((model, given, target, options))
+        return made.generated() if model == "gpt" else made.sentence(model=model)
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(qkv, "explain", explain)
+    return asked
+
+
+def test_a_terminal_gets_a_summary(asked):
+    said = " ".join(succeed("explain", "bert", "a film").split())
+    assert "and answered “positive”, 82 % sure." in said
+    assert "Instead: negative 8.1 % · neutral 4.1 %" in said
+    for relevance in made.sentence().choices[0].relevances:
+        assert relevance.faithfulness.verdict in said
+    assert asked == [("bert", "a film", None, {"max_new_tokens": 16, "seed": 0, "methods": METHODS})]
+
+
+def test_each_step_of_a_text_is_a_line(asked):
+    said = succeed("explain", "gpt", "def")
+    steps = [line for line in said.splitlines() if " % · None" in line]
+    assert len(steps) == len(made.generated().choices)
+
+
+def test_options_are_handed_on(asked):
+    options = ["--target=negative", "--methods", "rollout", "attention", "--max-new-tokens=3", "--seed=7"]
+    succeed("explain", "bert", "a film", "a play", *options)
+    wanted = {"max_new_tokens": 3, "seed": 7, "methods": ("rollout", "attention")}
+    assert asked == [("bert", ("a film", "a play"), "negative", wanted)]
+
+
+def test_json_is_a_line_an_explanation(asked):
+    lines = succeed("explain", "bert", "a film", "--compare", "tuned", "--json").splitlines()
+    assert lines == [to_json(made.sentence(model=model)) for model in ("bert", "tuned")]
+
+
+def test_a_file_is_written_and_named(asked, tmp_path):
+    for name in ("a.html", "a.svg", "a.png", "a.json"):
+        file = tmp_path / name
+        assert json.loads(succeed("explain", "bert", "a", "-o", file)) == {"file": str(file)}
+    succeed("explain", "bert", "a", "-o", tmp_path / "head.svg", "--figure", "attention", "--layer", "2")
+    assert (tmp_path / "head.svg").read_text() != (tmp_path / "a.svg").read_text()
+
+
+def test_two_inputs_or_two_models_are_compared(asked, tmp_path):
+    succeed("explain", "bert", "a", "--compare-input", "b", "-o", tmp_path / "inputs.html")
+    succeed("explain", "bert", "a", "--compare", "tuned", "-o", tmp_path / "models.html")
+    inputs, models = [("bert", "a"), ("bert", "b")], [("bert", "a"), ("tuned", "a")]
+    assert [(model, given) for model, given, *_ in asked] == inputs + models
+
+
+def test_mistakes_are_a_line_and_found_before_any_work(asked, tmp_path):
+    assert "saved as .html" in fail("explain", "bert", "a", "-o", tmp_path / "a.pdf")
+    assert "side by side" in fail("explain", "bert", "a", "--compare", "b", "-o", tmp_path / "a.png")
+    assert "not both" in fail("explain", "bert", "a", "--compare", "b", "--compare-input", "c")
+    assert "leave out the second text" in fail("explain", "bert", "a", "b", "--compare-input", "c")
+    assert "leave one out" in fail("explain", "bert", "a", "--json", "-o", tmp_path / "a.html")
+    assert "a.html is none" in fail("explain", "bert", "a", "--layer", "1", "-o", tmp_path / "a.html")
+    assert "invalid choice" in fail("explain", "bert", "a", "--methods", "guessing")
+    assert asked == []
+    assert "neither a folder nor on the hub" in fail("explain", "missing", "a")
+    figure = ["-o", tmp_path / "a.svg", "--figure", "attention", "--head", "9"]
+    assert "no head 9" in fail("explain", "bert", "a", *figure)
+    assert list(tmp_path.iterdir()) == []
