@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import qkv.console
-from qkv.console import CorpusBar, PreparationBar
+from qkv.console import CorpusBar, WorkBar
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_only_work_that_takes_long_is_shown(terminal: bool, now: list[float]) -> None:
     out = io.StringIO()
-    with PreparationBar(Console(file=out, force_terminal=terminal, width=100)) as bar:
+    with WorkBar(Console(file=out, force_terminal=terminal, width=100)) as bar:
         for done in range(1, 100):
             now[0] += 0.01
             bar("texts tokenised", done, 100)

@@ -83,7 +83,7 @@ def train(
         out: Run folder to make; default runs/NAME of the recipe.
         resume: Run folder to continue; takes no other argument.
     """
-    from qkv.console import PreparationBar, TrainingBar
+    from qkv.console import TrainingBar, WorkBar
     from qkv.distributed import process_group
     from qkv.job import new_job, resumed_job
     from qkv.observe import Observer, Observers
@@ -98,7 +98,7 @@ def train(
     run = resume or out or Path("runs") / Path(recipe).stem
     with process_group() as ranks:
         console = _stderr(quiet=not ranks.first)
-        with PreparationBar(console) as watch:
+        with WorkBar(console) as watch:
             # The first rank decides what the run is; the others read it from the run folder.
             job = new_job(config, watch) if resume is None and ranks.first else None
             if job is not None:
@@ -491,6 +491,7 @@ def explain(
     from rich.console import Console
 
     from qkv import explain as explanation_of  # as a public name it comes faster
+    from qkv.console import WorkBar
     from qkv.explanations.explainer import METHODS
     from qkv.explanations.plain import to_json
     from qkv.explanations.save import FIGURES, check_ending, save
@@ -509,17 +510,19 @@ def explain(
             raise InputError("answers go to a file or, with --json, to standard output: leave one out")
         if options != FigureOptions() and output.suffix not in FIGURES:
             raise InputError(f"--figure and what belongs to it are of figures; {output} is none")
-    made = [
-        explanation_of(
-            source,
-            given,
-            target,
-            methods=methods or METHODS,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        )
-        for source, given in asked
-    ]
+    with WorkBar(_stderr()) as watch:
+        made = [
+            explanation_of(
+                source,
+                given,
+                target,
+                methods=methods or METHODS,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                watch=watch,
+            )
+            for source, given in asked
+        ]
     if output is not None:
         save(made[0], output, made[1] if len(made) > 1 else None, options)
         print(json.dumps({"file": str(output)}))

@@ -21,14 +21,14 @@ from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
 
 PATIENCE = 2.0
-"""Seconds that preparing data, or answering a corpus, may take unseen."""
+"""Seconds that work may take unseen."""
 
 _REFRESH = 0.1
 """Seconds between changes of a bar that is told of every answer."""
 
 
-class PreparationBar:
-    """What long work on data is done before a run: a `qkv.data.cache.Watch`, used as a context manager."""
+class WorkBar:
+    """How far work is that may take long: a `qkv.watch.Watch`, used as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -43,7 +43,7 @@ class PreparationBar:
         self.began: dict[str, float] = {}
         self.tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> PreparationBar:
+    def __enter__(self) -> WorkBar:
         return self
 
     def __exit__(

@@ -23,7 +23,6 @@ from qkv.data import (
     read,
     trained_tokenizer,
 )
-from qkv.data.cache import Watch, unwatched
 from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
 from qkv.files import cache_folder
@@ -33,6 +32,7 @@ from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
 from qkv.tokenizers import Tokenizer
+from qkv.watch import Watch, unwatched
 
 EXAMPLES = 12
 """How many held-out samples a job keeps to show what the model makes of them."""

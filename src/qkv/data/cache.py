@@ -22,13 +22,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from qkv.files import reason, sync
+from qkv.watch import Watch, unwatched
 
 Columns = Mapping[str, np.ndarray]
 """Arrays by name."""
 Chunks = Iterable[tuple[int, Columns]]
 """The next part of each array, to be laid end to end, and how much work making it was."""
-Watch = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is to do."""
 
 LIMIT_BYTES = 64 << 30
 """Entries that were not used for longest are dropped until the rest is no larger than this."""
@@ -43,10 +42,6 @@ def fingerprint(*parts: str | bytes) -> str:
         content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         sha.update(len(content).to_bytes(8, "little") + content)
     return sha.hexdigest()
-
-
-def unwatched(doing: str, done: int, total: int) -> None:
-    """Progress that nobody looks at."""
 
 
 class Cache:

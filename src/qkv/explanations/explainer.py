@@ -31,6 +31,7 @@ from qkv.explanations.inputs import Input, subject_of
 from qkv.explanations.lens import guesses, lens
 from qkv.explanations.subjects import Question, Subject
 from qkv.pipelines import AnyPipeline, from_pretrained
+from qkv.watch import Watch, unwatched
 
 METHODS: tuple[Method, ...] = (
     "attention",
@@ -55,6 +56,7 @@ def explain(
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     seed: int = 0,
+    watch: Watch = unwatched,
 ) -> Explanation:
     """Why a model answered as it did: what it looked at, what its answers rest on, and whether that holds up.
 
@@ -66,7 +68,7 @@ def explain(
     methods: how to say what matters. alternatives: so many of the likeliest answers are given.
     max_new_tokens: so many that GPT adds to a text. random_orders: so many that each map is compared with;
     0: faithfulness is not measured. layers, heads: those whose attention is given; None: all. seed: of the
-    random orders. Raises InputError for what cannot be explained.
+    random orders. watch: told before each choice. Raises InputError for what cannot be explained.
     """
     _check(methods, alternatives, random_orders)
     pipeline = from_pretrained(model) if isinstance(model, str | Path) else model
@@ -80,7 +82,7 @@ def explain(
             family=subject.family,
             model=str(model) if isinstance(model, str | Path) else type(pipeline).__name__,
             sequences=subject.sequences,
-            choices=tuple(_choices(subject, seen, methods, alternatives, random_orders, seed)),
+            choices=tuple(_choices(subject, seen, methods, alternatives, random_orders, seed, watch)),
             attention=attention,
             residual=residual,
             picture=subject.picture,
@@ -120,6 +122,7 @@ def _choices(
     alternatives: int,
     random_orders: int,
     seed: int,
+    watch: Watch,
 ) -> Iterator[Choice]:
     with torch.no_grad():
         outputs = subject.outputs(subject.embedded[None], subject.questions)[0]  # (C, K)
@@ -132,7 +135,8 @@ def _choices(
         head_importance(subject),
         strict=True,
     )
-    for question, chances, found, layers, importance in every:
+    for done, (question, chances, found, layers, importance) in enumerate(every):
+        watch("choices explained", done, len(subject.questions))
         relevances = [maps.relevance(method, question, found) for method in methods]
         if random_orders:
             relevances = faithfulness(subject, question, relevances, random_orders, seed)

@@ -29,7 +29,7 @@ from qkv.explanations.words import (
     given,
     is_value,
     leading,
-    read_values,
+    read,
     shortened,
     strongest,
     words_of,
@@ -133,7 +133,7 @@ def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
         for one, relevance in zip(shown["relevances"], choice.relevances, strict=True):
             del one["matrix"]
             one["strongest"] = strongest(explanation, choice, relevance)
-            one["total"] = sum(read_values(explanation, choice, relevance)) or 1.0
+            one["total"] = sum(abs(value) for _, value in read(explanation, choice, relevance)) or 1.0
             one["across"] = _across(relevance, explanation.sequences[0])
             if relevance.faithfulness is not None:
                 one["faithfulness"]["verdict"] = relevance.faithfulness.verdict

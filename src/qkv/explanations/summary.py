@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qkv.explanations.explanation import Choice, Explanation, Relevance
-from qkv.explanations.words import METHODS, amount, asked, is_value, leading, percent, visible
+from qkv.explanations.words import METHODS, amount, asked, is_value, leading, percent, read, visible
 
 _TOP = 4
 
@@ -22,14 +22,14 @@ def summary(explanation: Explanation) -> Iterator[Text | Table]:
         best = leading(first)
         method = METHODS[best.method].name.lower() if best else "not asked for"
         rows = [
-            (visible(one.answer), amount(one), _instead(one), *_found(explanation, leading(one)))
+            (visible(one.answer), amount(one), _instead(one), *_found(explanation, one, leading(one)))
             for one in explanation.choices
         ]
         yield _table(("answer", "likelihood", "instead", f"rests on ({method})", "does that hold up?"), rows)
     else:
         if not is_value(first):
             yield Text(f"Instead: {_instead(first)}")
-        found = [(METHODS[one.method].name, *_found(explanation, one)) for one in first.relevances]
+        found = [(METHODS[one.method].name, *_found(explanation, first, one)) for one in first.relevances]
         yield _table(("method", "it rests on", "does that hold up?"), found)
     if explanation.alignment is not None:
         yield Text(f"Alignment: {explanation.alignment.pharaoh}")
@@ -48,17 +48,11 @@ def _instead(choice: Choice) -> str:
     return " · ".join(f"{visible(name)} {percent(probability)}" for name, probability in others[:2])
 
 
-def _found(explanation: Explanation, relevance: Relevance | None) -> tuple[str, str]:
+def _found(explanation: Explanation, choice: Choice, relevance: Relevance | None) -> tuple[str, str]:
     """What was read that has the largest values, and whether the map holds up."""
     if relevance is None:
         return "", ""
-    values = [
-        (float(value), visible(sequence.units[i]))
-        for sequence in explanation.sequences
-        if sequence.name in relevance.values
-        for i, value in enumerate(relevance.values[sequence.name])
-        if value > 0 and not sequence.special[i]
-    ]
-    best = sorted(values, key=lambda pair: -pair[0])[:_TOP]
+    values = [(unit, value) for unit, value in read(explanation, choice, relevance) if value > 0]
+    best = sorted(values, key=lambda pair: -pair[1])[:_TOP]
     verdict = "not measured" if relevance.faithfulness is None else relevance.faithfulness.verdict
-    return " · ".join(f"{unit} {value:.2g}" for value, unit in best) or "nothing", verdict
+    return " · ".join(f"{visible(unit)} {value:.2g}" for unit, value in best) or "nothing", verdict

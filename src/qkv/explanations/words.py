@@ -63,14 +63,14 @@ def answered(explanation: Explanation) -> str:
     return "".join(choice.answer for choice in explanation.choices if choice.answer not in markers).strip()
 
 
-def read_values(explanation: Explanation, choice: Choice, relevance: Relevance) -> list[float]:
-    """The values of what was read, without their signs.
+def read(explanation: Explanation, choice: Choice, relevance: Relevance) -> list[tuple[str, float]]:
+    """What was read, each unit with its value.
 
-    Those of the model's markers and of the unit that made the choice are left out: often they are far above
-    all others, which would look alike beside them.
+    The model's markers and the unit that made the choice are left out: often their values are far above all
+    others, which would look alike beside them.
     """
     return [
-        abs(float(value))
+        (sequence.units[i], float(value))
         for sequence in explanation.sequences
         if sequence.name in relevance.values
         for i, value in enumerate(relevance.values[sequence.name])
@@ -80,7 +80,8 @@ def read_values(explanation: Explanation, choice: Choice, relevance: Relevance) 
 
 def strongest(explanation: Explanation, choice: Choice, relevance: Relevance) -> float:
     """The value that has the full colour: the largest of what was read."""
-    return max(read_values(explanation, choice, relevance), default=0.0) or 1.0
+    values = (abs(value) for _, value in read(explanation, choice, relevance))
+    return max(values, default=0.0) or 1.0
 
 
 def generates(explanation: Explanation) -> bool:
