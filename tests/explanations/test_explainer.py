@@ -161,6 +161,7 @@ def test_every_word_s_tag_is_a_choice_or_those_of_one_word_or_tag():
         (generator, "a", "", "target is empty"),
         (generator, "The quick brown fox " * 20, None, "40"),
         (generator, "a", "The quick brown fox " * 20, "at most 40"),
+        (translator, "a", "", "target is empty"),
         (translator, "The quick brown fox " * 20, None, "source has"),
         (translator, "a", "The quick brown fox " * 20, "target has"),
         (classifier, ("a", "b"), None, "one image"),
@@ -189,7 +190,13 @@ def test_what_cannot_be_explained_is_said_in_one_line(make, given, target, said)
 
 def test_options_that_mean_nothing_are_refused():
     pipeline, given, _ = CASES["bert-classification"]()
-    for options in ({"methods": ["magic"]}, {"alternatives": 0}, {"random_orders": -1}, {"heads": [7]}):
+    for options in (
+        {"methods": ["magic"]},
+        {"alternatives": 0},
+        {"random_orders": -1},
+        {"heads": [7]},
+        {"seed": -1},
+    ):
         with pytest.raises(InputError):
             quick(pipeline, given, **options)
 

@@ -166,9 +166,15 @@ def test_heads_are_called_by_their_own_numbers(opened: Open):
 
 def test_a_value_is_not_called_a_probability(opened: Open):
     whole = made.sentence()
-    choice = replace(whole.choices[0], answer="stars", probability=4.25, alternatives=(Guess("stars", 4.25),))
+    choice = replace(
+        whole.choices[0],
+        answer="stars",
+        probability=4.25,
+        alternatives=(Guess("stars", 4.25),),
+        outcome="value",
+    )
     tab = opened(page(replace(whole, choices=(choice,))))
-    expect(tab.locator("header p")).to_contain_text("answered “stars”: 4.25.")
+    expect(tab.locator("header p")).to_contain_text(": stars 4.25.")
     expect(tab.locator(".guesses")).to_have_text("stars+4.25")
 
 

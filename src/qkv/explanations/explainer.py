@@ -70,7 +70,7 @@ def explain(
     0: faithfulness is not measured. layers, heads: those whose attention is given; None: all. seed: of the
     random orders. watch: told before each choice. Raises InputError for what cannot be explained.
     """
-    _check(methods, alternatives, random_orders)
+    _check(methods, alternatives, random_orders, seed)
     pipeline = from_pretrained(model) if isinstance(model, str | Path) else model
     if pipeline.road is not None:
         raise InputError("a model with a precision has no gradients: open the checkpoint without one")
@@ -87,17 +87,18 @@ def explain(
             residual=residual,
             picture=subject.picture,
             alignment=alignment.align(subject, seen) if subject.family == "transformer" else None,
+            target=target,
         )
 
 
-def _check(methods: Sequence[Method], alternatives: int, random_orders: int) -> None:
+def _check(methods: Sequence[Method], alternatives: int, random_orders: int, seed: int) -> None:
     for method in methods:
         if method not in get_args(Method):
             raise InputError(f"no method {method!r}; there are {', '.join(get_args(Method))}")
-    if alternatives < 1 or random_orders < 0:
-        raise InputError(
-            f"alternatives is {alternatives} and random_orders {random_orders}; at least 1 and 0 are needed"
-        )
+    least = {"alternatives": (alternatives, 1), "random_orders": (random_orders, 0), "seed": (seed, 0)}
+    for name, (value, limit) in least.items():
+        if value < limit:
+            raise InputError(f"{name} is {value}; it must be at least {limit}")
 
 
 @contextmanager
@@ -149,6 +150,7 @@ def _choices(
             relevances=tuple(relevances),
             lens=layers,
             head_importance=importance,
+            outcome=subject.outcome,
         )
 
 

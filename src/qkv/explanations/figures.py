@@ -50,7 +50,10 @@ def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
 
 
 def heat(picture: Picture, values: Floats, opacity: float = 0.75) -> np.ndarray:
-    """The image's pixels (h, w, 3) under a map of its units (U,), each patch over exactly its own pixels."""
+    """The image's pixels (h, w, 3) under a map of its units (U,), each patch over exactly its own pixels.
+
+    The more opaque the map, the greyer is the image, so that the map's colours stand out.
+    """
     height, width, _ = picture.pixels.shape
     rows, columns = picture.grid
     patches = values[1:].reshape(rows, columns)  # (R, C); unit 0 is the class token
@@ -61,12 +64,16 @@ def heat(picture: Picture, values: Floats, opacity: float = 0.75) -> np.ndarray:
     shares = patches[np.ix_(row, column)] / max(float(np.abs(patches).max()), 1e-30)  # (h, w)
     alpha = opacity * np.abs(shares)[..., None]
     colours = np.where(shares[..., None] < 0, np.array(_AGAINST), np.array(_TOWARDS))
-    blended: np.ndarray = np.rint(picture.pixels * (1 - alpha) + colours * alpha).astype(np.uint8)
+    grey = picture.pixels @ np.array(_LUMINANCE)  # (h, w)
+    image = picture.pixels * (1 - opacity) + grey[..., None] * opacity
+    blended: np.ndarray = np.rint(image * (1 - alpha) + colours * alpha).astype(np.uint8)
     return blended
 
 
 _TOWARDS, _AGAINST = (255, 90, 31), (47, 107, 255)
 """Over images colours must be stronger than over paper."""
+_LUMINANCE = (0.2126, 0.7152, 0.0722)
+"""Of red, green and blue: what CSS calls grayscale."""
 
 
 def _choice(explanation: Explanation, number: int) -> Choice:
