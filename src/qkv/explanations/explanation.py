@@ -114,8 +114,8 @@ class Faithfulness:
     def beats_random(self) -> Literal["yes", "not clearly", "no", "worse", "too few units"]:
         """Whether the ranking says more than random orders do.
 
-        That it beats so many of them by chance has the probability (O - beaten + 1) / (O + 1) at most (Phipson and
-        Smyth 2010); if that is over a tenth, there is nothing to be sure of, unless it beats them all.
+        That it beats so many of them by chance has the probability (O - beaten + 1) / (O + 1) at most
+        (Phipson and Smyth 2010); if that is over a tenth, nothing is sure, unless it beats them all.
         """
         orders = len(self.random_gains)
         if len(self.shares) < 3:
@@ -177,7 +177,7 @@ class Choice:
     lens: tuple[tuple[Guess, ...], ...] = ()
     """What each layer would have answered (nostalgebraist 2020, "logit lens"), first layer first."""
     head_importance: Mapping[str, Floats] = field(default_factory=dict)
-    """By stack, (L, H): by how much the answer's log-probability in nats, or its value, falls without each head."""
+    """By stack: by how much the answer's log-probability (nats) or value falls without each head (L, H)."""
     outcome: Outcome = "class"
 
 

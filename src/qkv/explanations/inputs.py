@@ -210,6 +210,7 @@ def _continued(generator: TextGenerator, text: str, target: str | None, max_new_
     """The tokens behind a text: those that the model finds likeliest, or the target's."""
     tokenizer, model = generator.tokenizer, generator.model
     prompt = tokenizer.encode(text).ids
+    _check_length(generator, len(prompt))
     special = [False] * len(prompt)
     if not prompt:
         if tokenizer.bos_id is None:

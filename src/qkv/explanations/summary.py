@@ -18,10 +18,9 @@ from qkv.explanations.words import (
     percent,
     read,
     visible,
-    words_of,
 )
 
-_TOP = 4
+_TOP = 3
 
 
 def summary(explanation: Explanation) -> Iterator[Text | Table]:
@@ -67,12 +66,12 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
 
 
 def _where(explanation: Explanation, choice: Choice) -> str:
-    """Which word, or which of two texts, a choice is about; of a text that is written, "": its tokens say."""
+    """Which token, or which of two texts, a choice is about; of a text that is written, "": its tokens say."""
     if generates(explanation):
         return ""
     (sequence,) = explanation.sequences
-    if (word := sequence.words[choice.unit]) >= 0:
-        return visible(words_of(sequence)[word])
+    if not sequence.special[choice.unit]:
+        return visible(sequence.units[choice.unit])
     return ("first text", "second text")[sequence.segments[choice.unit]] if sequence.segments else ""
 
 
