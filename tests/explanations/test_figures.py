@@ -52,16 +52,20 @@ def test_links_of_an_alignment_are_outlined():
 def test_a_strip_has_every_token_in_its_colour_within_the_page(make):
     explanation = make()
     drawing = figure(explanation, FigureOptions(method="integrated_gradients"))
-    (relevance,) = [one for one in explanation.choices[0].relevances if one.method == "integrated_gradients"]
+    choice = explanation.choices[0]
+    (relevance,) = [one for one in choice.relevances if one.method == "integrated_gradients"]
     values = np.concatenate([relevance.values[sequence.name] for sequence in explanation.sequences])
     special = np.concatenate([sequence.special for sequence in explanation.sequences])
-    special[
-        explanation.choices[0].unit + (len(values) - len(relevance.values[explanation.sequences[-1].name]))
-    ] = True
+    special[choice.unit + len(values) - len(relevance.values[choice.sequence])] = True
     shares = np.clip(values / np.abs(values[~special]).max(), -1, 1)  # neither markers nor the choice's own
-    assert [box.colour for box in boxes(drawing)] == [
+    tokens = [box for box in boxes(drawing) if not box.outlined]
+    assert [box.colour for box in tokens] == [
         tinted(WARM if share >= 0 else COOL, 0.6 * abs(float(share))) for share in shares
     ]
+    outlined = [(box.x, box.y) for box in boxes(drawing) if box.outlined]
+    answer = len(values) - len(relevance.values[choice.sequence]) + choice.unit + 1
+    written = explanation.family in ("gpt", "transformer")
+    assert outlined == [(box.x, box.y) for box in tokens[answer : answer + 1]] * written
     for box in boxes(drawing):
         assert box.x >= 0 and box.x + box.width <= drawing.width and box.y + box.height <= drawing.height
 

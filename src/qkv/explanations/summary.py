@@ -66,7 +66,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Table:
 
 
 def _where(explanation: Explanation, choice: Choice) -> str:
-    """Which token, or which of two texts, a choice is about; of a text that is written, "": its tokens say."""
+    """Which token, or which of two texts, a choice is about; "" for one of a text that is written."""
     if generates(explanation):
         return ""
     (sequence,) = explanation.sequences
