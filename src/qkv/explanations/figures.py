@@ -133,7 +133,7 @@ def _strip(sequence: Units, shares: Floats, top: float, read: int) -> Iterator[B
         box = Box(x, y - SIZE * 0.8, width, SIZE * 1.6, colour)
         yield box
         if i == read:
-            yield replace(box, colour=INK, outlined=True)
+            yield replace(box, x=x - 2, width=width + 4, colour=INK, outlined=True)
         yield Label(x, y, text, colour=PALE if i > read else SOFT if sequence.special[i] else INK)
         x += width + (space if sequence.special[i] else 0)
 
