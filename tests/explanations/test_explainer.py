@@ -129,6 +129,26 @@ def test_a_value_and_a_similarity_stand_where_a_probability_does():
         assert (values[np.array(sequence.segments) != text] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "outcome"), [("classification", "class"), ("multi_label", "label"), ("regression", "value")]
+)
+def test_what_an_answer_is_does_not_depend_on_the_alternatives(name: str, outcome: str):
+    pipeline = encoder(name, ("a",) if outcome == "value" else LABELS)
+    for alternatives in (1, 5):
+        (choice,) = quick(pipeline, "A quick fox", alternatives=alternatives).choices
+        assert choice.outcome == outcome
+        assert len(choice.alternatives) == min(alternatives, 1 if outcome == "value" else 3)
+
+
+def test_of_a_mean_over_units_their_own_shares_are_no_relevance():
+    """Where attention has no effect on the answer, nothing is relevant."""
+    pipeline, given, _ = CASES["bert-similarity"]()
+    for attention in pipeline.model.attentions()["encoder"]:
+        attention.out.weight.data.zero_()
+    for choice in quick(pipeline, given, methods=["relevance"]).choices:
+        assert np.abs(choice.relevances[0].values["text"]).max() < 1e-6
+
+
 def test_every_mask_is_a_choice():
     pipeline = encoder()
     found = quick(pipeline, "The [MASK] brown [MASK]")
@@ -161,6 +181,7 @@ def test_every_word_s_tag_is_a_choice_or_those_of_one_word_or_tag():
         (generator, "a", "", "target is empty"),
         (generator, "The quick brown fox " * 20, None, "40"),
         (generator, "a", "The quick brown fox " * 20, "at most 40"),
+        (translator, "a", "", "target is empty"),
         (translator, "The quick brown fox " * 20, None, "source has"),
         (translator, "a", "The quick brown fox " * 20, "target has"),
         (classifier, ("a", "b"), None, "one image"),
@@ -189,7 +210,13 @@ def test_what_cannot_be_explained_is_said_in_one_line(make, given, target, said)
 
 def test_options_that_mean_nothing_are_refused():
     pipeline, given, _ = CASES["bert-classification"]()
-    for options in ({"methods": ["magic"]}, {"alternatives": 0}, {"random_orders": -1}, {"heads": [7]}):
+    for options in (
+        {"methods": ["magic"]},
+        {"alternatives": 0},
+        {"random_orders": -1},
+        {"heads": [7]},
+        {"seed": -1},
+    ):
         with pytest.raises(InputError):
             quick(pipeline, given, **options)
 

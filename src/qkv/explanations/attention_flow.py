@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -89,18 +90,26 @@ def rollout(mixed: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def check_flow(mixed: Sequence[Tensor]) -> None:
+    """Raises InputError without scipy, and for an input whose flows would take too long."""
+    if find_spec("scipy") is None:
+        raise InputError("attention flow needs scipy: pip install 'qkv[explain]'")
+    units, edges = len(mixed[0]), sum(int(step.count_nonzero()) for step in mixed)
+    if edges * units > FLOW_EDGES:
+        raise InputError(
+            f"attention flow is for short inputs: {units} units, {edges:,} edges take too long: leave it out"
+        )
+
+
 def flow(mixed: Sequence[Tensor], reads: Tensor) -> Tensor:
-    """The largest flow from the answer to each unit by itself, (U,).
+    """The largest flow from the answer to each unit by itself, (U,); as `check_flow` allows.
 
     The graph has the units once for each step and once more, and an edge wherever a step takes something, of
-    that much capacity. reads (U,): of which last states the answer is read. Raises InputError without scipy,
-    and for a graph that is too large.
+    that much capacity. reads (U,): of which last states the answer is read.
     """
-    try:
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import maximum_flow
-    except ImportError:
-        raise InputError("attention flow needs scipy: pip install 'qkv[explain]'") from None
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import maximum_flow
+
     scale = 1 << 20  # maximum_flow takes integers
     U, depth = len(reads), len(mixed)
     root = (depth + 1) * U
@@ -110,11 +119,6 @@ def flow(mixed: Sequence[Tensor], reads: Tensor) -> Tensor:
         starts.append(rows + (level + 1) * U)
         ends.append(columns + level * U)
         capacities.append(np.rint(wide[rows, columns] * scale).astype(np.int32))
-    edges = sum(map(len, starts))
-    if edges * U > FLOW_EDGES:
-        raise InputError(
-            f"attention flow is for short inputs: {U} units and {edges:,} edges take too long; leave it out"
-        )
     graph = coo_array(
         (np.concatenate(capacities), (np.concatenate(starts), np.concatenate(ends))), shape=(root + 1,) * 2
     ).tocsr()

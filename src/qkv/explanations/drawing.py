@@ -25,6 +25,7 @@ from qkv.report import png
 Colour = tuple[int, int, int]
 INK: Colour = (29, 34, 48)
 SOFT: Colour = (91, 98, 117)
+PALE: Colour = (168, 172, 184)
 COOL: Colour = (53, 82, 196)
 WARM: Colour = (194, 87, 26)
 

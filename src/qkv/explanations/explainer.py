@@ -70,7 +70,7 @@ def explain(
     0: faithfulness is not measured. layers, heads: those whose attention is given; None: all. seed: of the
     random orders. watch: told before each choice. Raises InputError for what cannot be explained.
     """
-    _check(methods, alternatives, random_orders)
+    _check(methods, alternatives, random_orders, seed)
     pipeline = from_pretrained(model) if isinstance(model, str | Path) else model
     if pipeline.road is not None:
         raise InputError("a model with a precision has no gradients: open the checkpoint without one")
@@ -87,17 +87,18 @@ def explain(
             residual=residual,
             picture=subject.picture,
             alignment=alignment.align(subject, seen) if subject.family == "transformer" else None,
+            target=target,
         )
 
 
-def _check(methods: Sequence[Method], alternatives: int, random_orders: int) -> None:
+def _check(methods: Sequence[Method], alternatives: int, random_orders: int, seed: int) -> None:
     for method in methods:
         if method not in get_args(Method):
             raise InputError(f"no method {method!r}; there are {', '.join(get_args(Method))}")
-    if alternatives < 1 or random_orders < 0:
-        raise InputError(
-            f"alternatives is {alternatives} and random_orders {random_orders}; at least 1 and 0 are needed"
-        )
+    least = {"alternatives": (alternatives, 1), "random_orders": (random_orders, 0), "seed": (seed, 0)}
+    for name, (value, limit) in least.items():
+        if value < limit:
+            raise InputError(f"{name} is {value}; it must be at least {limit}")
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def _choices(
 ) -> Iterator[Choice]:
     with torch.no_grad():
         outputs = subject.outputs(subject.embedded[None], subject.questions)[0]  # (C, K)
-    maps = _Maps(subject, seen)
+    maps = _Maps(subject, seen, methods)
     every = zip(
         subject.questions,
         subject.probabilities(outputs),
@@ -149,49 +150,59 @@ def _choices(
             relevances=tuple(relevances),
             lens=layers,
             head_importance=importance,
+            outcome=subject.outcome,
         )
 
 
 class _Maps:
     """What each method says about a choice."""
 
-    def __init__(self, subject: Subject, seen: Sequence[Look]) -> None:
+    def __init__(self, subject: Subject, seen: Sequence[Look], methods: Sequence[Method]) -> None:
+        """Raises InputError for a method that is not for such an input."""
         self.subject, self.seen = subject, seen
         self.units = len(subject.embedded)
         self.steps = attention_flow.steps(seen, self.units)
         self.attention = attention_flow.last(seen, self.units)  # (U, U)
         self.rollout = attention_flow.rollout(self.steps)  # (U, U)
+        if "flow" in methods:
+            attention_flow.check_flow(self.steps)
 
     def relevance(self, method: Method, question: Question, found: Gradients) -> Relevance:
-        """How much each unit matters; by a method that tells, and if there is one choice, to each unit.
+        """How much each unit matters."""
+        match method:
+            case "attention":
+                return self._read(method, question, self.attention)
+            case "rollout":
+                return self._read(method, question, self.rollout)
+            case "relevance":
+                R = relevance(self.seen, found.weights, self.units)
+                if question.reads[question.candidates].all():  # of a mean, each unit's own share says nothing
+                    R = R - torch.eye(self.units, device=R.device)
+                return self._read(method, question, R)
+            case "flow":
+                values = attention_flow.flow(self.steps, question.reads)
+            case "gradient_x_input":
+                values = gradient_x_input(self.subject, question, found.embedded)
+            case "integrated_gradients":
+                values = integrated_gradients(self.subject, question)
+            case "occlusion":
+                values = occlusion(self.subject, question)
+        return Relevance(method, self._by_sequence(values))
 
-        Of several choices there is a row each already, and all their matrices would fill the memory.
+    def _read(self, method: Method, question: Question, whole: Tensor) -> Relevance:
+        """What the answer has from each unit, of how much each unit has from each (U, U).
+
+        The latter is given too if there is one choice: all choices' would fill the memory.
         """
-        whole = self._between(method, found)
-        values = self._of(method, question, found) if whole is None else question.reads.float() @ whole
+        values = question.reads.float() @ whole
         matrix: dict[str, Floats] = {}
-        if whole is not None and len(self.subject.questions) == 1:
+        if len(self.subject.questions) == 1:
             matrix = {look.stack: _floats(whole[look.queries, look.keys]) for look in self.seen}
-        places = {str(one.name): self.subject.place(one.name) for one in self.subject.sequences}
-        return Relevance(method, {name: _floats(values[place]) for name, place in places.items()}, matrix)
+        return Relevance(method, self._by_sequence(values), matrix)
 
-    def _between(self, method: Method, found: Gradients) -> Tensor | None:
-        """How much each unit took from each (U, U); None: the method does not tell."""
-        if method == "attention":
-            return self.attention
-        if method == "rollout":
-            return self.rollout
-        return relevance(self.seen, found.weights, self.units) if method == "relevance" else None
-
-    def _of(self, method: Method, question: Question, found: Gradients) -> Tensor:
-        """How much each unit matters, (U,)."""
-        if method == "flow":
-            return attention_flow.flow(self.steps, question.reads)
-        if method == "gradient_x_input":
-            return gradient_x_input(self.subject, question, found.embedded)
-        if method == "integrated_gradients":
-            return integrated_gradients(self.subject, question)
-        return occlusion(self.subject, question)
+    def _by_sequence(self, values: Tensor) -> dict[str, Floats]:
+        """Values (U,) of the units of all sequences."""
+        return {one.name: _floats(values[self.subject.place(one.name)]) for one in self.subject.sequences}
 
 
 def _floats(values: Tensor) -> Floats:

@@ -20,6 +20,9 @@ Floats = NDArray[np.float32]
 Method = ExplanationMethod
 
 Stack = Literal["encoder", "decoder", "cross"]
+Outcome = Literal["class", "label", "value"]
+"""What an answer is: one of several classes, as tokens and tags are too; a label, which may stand beside
+others; or a value, a regression's or how similar two texts are."""
 
 
 class Guess(NamedTuple):
@@ -108,24 +111,37 @@ class Faithfulness:
         return int((self.random_gains < self.gain - _SAME).sum())
 
     @cached_property
-    def verdict(self) -> str:
-        """In words, whether the ranking says anything on this input.
+    def beats_random(self) -> Literal["yes", "not clearly", "no", "worse", "too few units"]:
+        """Whether the ranking says more than random orders do.
 
-        That it beats so many random orders by chance has the probability (O - beaten + 1) / (O + 1) at most
-        (Phipson and Smyth 2010); if that is over a tenth, there is nothing to be sure of.
+        That it beats so many of them by chance has the probability (O - beaten + 1) / (O + 1) at most
+        (Phipson and Smyth 2010); if that is over a tenth, nothing is sure, unless it beats them all.
         """
         orders = len(self.random_gains)
         if len(self.shares) < 3:
-            return "too few units to tell"
-        if self.beaten == orders:
-            return f"better than all {orders} random orders"
+            return "too few units"
+        if self.beaten == orders or (orders - self.beaten + 1) / (orders + 1) <= 0.1:
+            return "yes"
         if (self.random_gains > self.gain + _SAME).all():
-            return f"worse than all {orders} random orders on this input"
-        said = f"better than {self.beaten} of {orders} random orders"
-        if (orders - self.beaten + 1) / (orders + 1) <= 0.1:
-            return said
-        clearly = "not clearly" if self.beaten > orders / 2 else "no"
-        return f"{clearly} better than random on this input: {said}"
+            return "worse"
+        return "not clearly" if self.beaten > orders / 2 else "no"
+
+    @cached_property
+    def verdict(self) -> str:
+        """In words, whether the ranking says anything on this input."""
+        orders = len(self.random_gains)
+        beaten = (
+            f"better than {'all' if self.beaten == orders else f'{self.beaten} of'} {orders} random orders"
+        )
+        match self.beats_random:
+            case "too few units":
+                return "too few units to tell"
+            case "yes":
+                return beaten
+            case "worse":
+                return f"worse than all {orders} random orders on this input"
+            case unsure:
+                return f"{unsure} better than random on this input: {beaten}"
 
 
 _SAME = 1e-6
@@ -150,7 +166,7 @@ class Choice:
 
     answer: str
     probability: float
-    """Where the answer is a value, a regression's or a similarity, that value; so in `Guess` too."""
+    """Where the outcome is a value, that value; so in `Guess` too."""
     alternatives: tuple[Guess, ...]
     """The likeliest answers, best first, with the chosen one wherever it stands."""
     sequence: str
@@ -161,7 +177,8 @@ class Choice:
     lens: tuple[tuple[Guess, ...], ...] = ()
     """What each layer would have answered (nostalgebraist 2020, "logit lens"), first layer first."""
     head_importance: Mapping[str, Floats] = field(default_factory=dict)
-    """By stack: by how much the answer's log-probability falls without each head, in nats (L, H)."""
+    """By stack: by how much the answer's log-probability (nats) or value falls without each head (L, H)."""
+    outcome: Outcome = "class"
 
 
 @dataclass(frozen=True)
@@ -206,6 +223,8 @@ class Explanation:
     """Largest difference between A·V from these probabilities and what the kernel computed."""
     picture: Picture | None = None
     alignment: Alignment | None = None
+    target: str | None = None
+    """What was asked about in place of the model's own answer."""
 
     def _repr_html_(self) -> str:
         """The page, for notebooks."""

@@ -6,6 +6,7 @@ Legend: U units, R rows and C columns of a matrix or of an image's patches, h an
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from qkv.errors import InputError
 from qkv.explanations.drawing import (
     COOL,
     INK,
+    PALE,
     SIZE,
     SOFT,
     WARM,
@@ -26,7 +28,7 @@ from qkv.explanations.drawing import (
 )
 from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance
 from qkv.explanations.explanation import Sequence as Units
-from qkv.explanations.words import leading, strongest, visible, words_of
+from qkv.explanations.words import generates, leading, strongest, visible, words_of
 
 _MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
 _CELL = 18.0
@@ -42,7 +44,7 @@ def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
             relevance = _relevance(choice, options.method)
             if explanation.picture is not None:
                 return _over_image(explanation.picture, relevance.values["image"])
-            return _strips(explanation.sequences, relevance, strongest(explanation, choice, relevance))
+            return _strips(explanation, choice, relevance)
         case "attention":
             return _head(explanation, options)
         case "alignment":
@@ -50,7 +52,10 @@ def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
 
 
 def heat(picture: Picture, values: Floats, opacity: float = 0.75) -> np.ndarray:
-    """The image's pixels (h, w, 3) under a map of its units (U,), each patch over exactly its own pixels."""
+    """The image's pixels (h, w, 3) under a map of its units (U,), each patch over exactly its own pixels.
+
+    The more opaque the map, the greyer is the image, so that the map's colours stand out.
+    """
     height, width, _ = picture.pixels.shape
     rows, columns = picture.grid
     patches = values[1:].reshape(rows, columns)  # (R, C); unit 0 is the class token
@@ -61,12 +66,16 @@ def heat(picture: Picture, values: Floats, opacity: float = 0.75) -> np.ndarray:
     shares = patches[np.ix_(row, column)] / max(float(np.abs(patches).max()), 1e-30)  # (h, w)
     alpha = opacity * np.abs(shares)[..., None]
     colours = np.where(shares[..., None] < 0, np.array(_AGAINST), np.array(_TOWARDS))
-    blended: np.ndarray = np.rint(picture.pixels * (1 - alpha) + colours * alpha).astype(np.uint8)
+    grey = picture.pixels @ np.array(_LUMINANCE)  # (h, w)
+    image = picture.pixels * (1 - opacity) + grey[..., None] * opacity
+    blended: np.ndarray = np.rint(image * (1 - alpha) + colours * alpha).astype(np.uint8)
     return blended
 
 
 _TOWARDS, _AGAINST = (255, 90, 31), (47, 107, 255)
 """Over images colours must be stronger than over paper."""
+_LUMINANCE = (0.2126, 0.7152, 0.0722)
+"""Of red, green and blue: what CSS calls grayscale."""
 
 
 def _choice(explanation: Explanation, number: int) -> Choice:
@@ -92,19 +101,25 @@ def _over_image(picture: Picture, values: Floats) -> Drawing:
     return drawing
 
 
-def _strips(sequences: Sequence[Units], relevance: Relevance, most: float) -> Drawing:
+def _strips(explanation: Explanation, choice: Choice, relevance: Relevance) -> Drawing:
     """Each sequence as running text, coloured by relevance."""
     drawing = Drawing(_WIDTH, _MARGIN)
-    for sequence in sequences:
+    most = strongest(explanation, choice, relevance)
+    for sequence in explanation.sequences:
         if (values := relevance.values.get(sequence.name)) is not None:
-            tokens = list(_strip(sequence, np.clip(values / most, -1, 1), drawing.height))
+            written = generates(explanation) and sequence.name == choice.sequence
+            read = choice.unit + 1 if written else len(sequence.units)
+            tokens = list(_strip(sequence, np.clip(values / most, -1, 1), drawing.height, read))
             drawing.add(tokens)
             drawing.height = tokens[-1].y + _LINE / 2 + _MARGIN
     return drawing
 
 
-def _strip(sequence: Units, shares: Floats, top: float) -> Iterator[Box | Label]:
-    """Its tokens, from a height down, in as many lines as they need."""
+def _strip(sequence: Units, shares: Floats, top: float, read: int) -> Iterator[Box | Label]:
+    """Its tokens, from a height down, in as many lines as they need.
+
+    read: so many of a text that is written were there; the next, outlined, is the answer, and the rest pale.
+    """
     x, y, space = _MARGIN, top + _LINE / 2, width_of(" ")
     segments = sequence.segments or (0,) * len(sequence.units)
     for i, (unit, share) in enumerate(zip(sequence.units, shares, strict=True)):
@@ -115,8 +130,11 @@ def _strip(sequence: Units, shares: Floats, top: float) -> Iterator[Box | Label]
         if ended or (x > _MARGIN and x + width > _WIDTH - _MARGIN):
             x, y = _MARGIN, y + _LINE
         colour = tinted(WARM if share >= 0 else COOL, _STRENGTH * abs(float(share)))
-        yield Box(x, y - SIZE * 0.8, width, SIZE * 1.6, colour)
-        yield Label(x, y, text, colour=SOFT if sequence.special[i] else INK)
+        box = Box(x, y - SIZE * 0.8, width, SIZE * 1.6, colour)
+        yield box
+        if i == read:
+            yield replace(box, x=x - 2, width=width + 4, colour=INK, outlined=True)
+        yield Label(x, y, text, colour=PALE if i > read else SOFT if sequence.special[i] else INK)
         x += width + (space if sequence.special[i] else 0)
 
 

@@ -19,7 +19,7 @@ from qkv.explanations.subjects import Question, Subject
 
 
 @dataclass
-class Watch:
+class GradientTap:
     """A tap that keeps what the gradient of attention probabilities needs.
 
     An answer is O = A V, so dy/dA = (dy/dO) V^T for each head: no second softmax is needed for it.
@@ -49,12 +49,12 @@ class Gradients:
 
 def gradients(subject: Subject, seen: Sequence[Look]) -> Iterator[Gradients]:
     """Those of each choice, from one forward pass; seen: the layers of which they are wanted."""
-    taps: dict[LayerKey, Watch] = {(look.stack, look.layer): Watch() for look in seen}
+    taps: dict[LayerKey, GradientTap] = {(look.stack, look.layer): GradientTap() for look in seen}
     x = subject.embedded[None].clone().requires_grad_()
     with torch.enable_grad(), tapped(subject.model, taps):
         outputs = subject.outputs(x, subject.questions)[0]  # (C, K)
-    answers = [watch.answers[0] for watch in taps.values()]
-    values = [watch.values[0] for watch in taps.values()]
+    answers = [tap.answers[0] for tap in taps.values()]
+    values = [tap.values[0] for tap in taps.values()]
     for number, question in enumerate(subject.questions):
         with torch.enable_grad():
             score = subject.score(outputs[number], question.answer)

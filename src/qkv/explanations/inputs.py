@@ -20,12 +20,11 @@ from qkv.config import BertHead, Decoding
 from qkv.decode import generate
 from qkv.errors import InputError
 from qkv.explanations import units
-from qkv.explanations.explanation import Picture
+from qkv.explanations.explanation import Outcome, Picture
 from qkv.explanations.explanation import Sequence as Units
 from qkv.explanations.subjects import (
     BertSubject,
     GPTSubject,
-    Outcome,
     Question,
     Reading,
     Subject,
@@ -211,6 +210,7 @@ def _continued(generator: TextGenerator, text: str, target: str | None, max_new_
     """The tokens behind a text: those that the model finds likeliest, or the target's."""
     tokenizer, model = generator.tokenizer, generator.model
     prompt = tokenizer.encode(text).ids
+    _check_length(generator, len(prompt))
     special = [False] * len(prompt)
     if not prompt:
         if tokenizer.bos_id is None:
@@ -221,9 +221,7 @@ def _continued(generator: TextGenerator, text: str, target: str | None, max_new_
         greedy = Decoding(max_new_tokens=max_new_tokens, temperature=0.0)
         written = generate(model, [prompt], greedy, eos)[0][0].ids
     else:
-        written = tokenizer.plain(target)
-        if not written:
-            raise InputError("the target is empty: give the text that follows")
+        written = _given(tokenizer.plain(target))
     read = [*prompt, *written[:-1]]
     _check_length(generator, len(read))
     special += [False] * (len(read) - len(prompt))
@@ -233,6 +231,12 @@ def _continued(generator: TextGenerator, text: str, target: str | None, max_new_
     places = range(len(prompt) - 1, len(read))
     subject.ask([subject.question("text", unit, causal=True) for unit in places], written)
     return subject
+
+
+def _given(target: list[int]) -> list[int]:
+    if not target:
+        raise InputError("the target is empty: give the text that is to be explained")
+    return target
 
 
 def _translated(translator: Translator, text: str, target: str | None) -> Subject:
@@ -245,7 +249,7 @@ def _translated(translator: Translator, text: str, target: str | None) -> Subjec
         best = Decoding(num_beams=4, temperature=0.0, max_new_tokens=config.context)
         written = generate(model, [source], best, [config.eos_id])[0][0].ids
     else:
-        written = [*tokenizer.target.plain(target), config.eos_id]
+        written = [*_given(tokenizer.target.plain(target)), config.eos_id]
     read = [config.pad_id, *written[:-1]]
     _check_length(translator, len(read), "target")
     marks = {config.pad_id, config.eos_id}

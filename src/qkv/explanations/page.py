@@ -23,15 +23,14 @@ from qkv.explanations.packing import BUDGET, pack, pack_attention, quantise
 from qkv.explanations.plain import to_plain
 from qkv.explanations.words import (
     METHODS,
-    answered,
     asked,
     generates,
     given,
-    is_value,
     leading,
     read,
     shortened,
     strongest,
+    why,
     words_of,
 )
 from qkv.report import document, png, style
@@ -55,7 +54,7 @@ _SCRIPTS = (
 
 def page(explanation: Explanation) -> str:
     """A document in HTML. Weights are rounded, and of long inputs the least left out: it says which."""
-    return _page(f"Why “{shortened(answered(explanation), 60)}”?", explanation)
+    return _page(why(explanation), explanation)
 
 
 def compare_page(first: Explanation, second: Explanation) -> str:
@@ -129,7 +128,6 @@ def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
         about = to_plain(replace(stack, weights=np.empty(0, np.float16), heads=heads))
         values["attention"].append(about | {"weights": None} | to_plain(packed))
     for shown, choice in zip(values["choices"], explanation.choices, strict=True):
-        shown["value"] = is_value(choice)
         for one, relevance in zip(shown["relevances"], choice.relevances, strict=True):
             del one["matrix"]
             one["strongest"] = strongest(explanation, choice, relevance)

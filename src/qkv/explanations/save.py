@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qkv.config import FigureOptions
@@ -28,7 +29,7 @@ def save(
     that the options name. Raises InputError for another ending, and for what the explanation does not have.
     """
     path = Path(path)
-    check_ending(path, comparing=compare is not None)
+    check_path(path, comparing=compare is not None)
     match path.suffix:
         case ".html":
             content = (page(explanation) if compare is None else compare_page(explanation, compare)).encode()
@@ -41,9 +42,14 @@ def save(
     replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
-def check_ending(path: Path, comparing: bool) -> None:
-    """Raises InputError for a file that `save` would not write."""
+def check_path(path: Path, comparing: bool) -> None:
+    """Raises InputError for a file that `save` would not write, or could not."""
     if path.suffix not in ENDINGS:
         raise InputError(f"explanations are saved as {', '.join(ENDINGS)}; {path} is not called so")
     if comparing and path.suffix != ".html":
         raise InputError(f"two explanations side by side are saved as .html; {path} is not called so")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise InputError(
+            f"cannot write {path}: {'it is a folder' if path.is_dir() else f'{folder} forbids it'}"
+        )

@@ -19,7 +19,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +27,10 @@ from torch import Tensor
 from qkv.attention import Pattern
 from qkv.config import Family
 from qkv.errors import InputError
-from qkv.explanations.explanation import Picture, Stack
+from qkv.explanations.explanation import Outcome, Picture, Stack
 from qkv.explanations.explanation import Sequence as Units
 from qkv.models import GPT, Bert, Transformer, ViT
 from qkv.ragged import Layout
-
-Outcome = Literal["class", "label", "value"]
-"""What a model's outputs are: logits of classes or of independent labels, or values."""
 
 TOKENS = 4096
 """Units that are computed at a time, of all variants in a batch."""
@@ -68,6 +64,7 @@ class Reading:
     name: Callable[[int], str]
     """What the answer of a number is called."""
     outcome: Outcome = "class"
+    """Whether outputs are logits of classes or of labels, or values."""
 
 
 def at_units(state: Tensor, questions: Sequence[Question]) -> Tensor:

@@ -53,7 +53,7 @@ def answered(explanation: Explanation) -> str:
     """All that the model answered, as one text."""
     if not generates(explanation):
         answers = [choice.answer for choice in explanation.choices]
-        return answers[0] if is_value(explanation.choices[0]) else ", ".join(answers)
+        return answers[0] if explanation.choices[0].outcome == "value" else ", ".join(answers)
     markers = {
         unit
         for sequence in explanation.sequences
@@ -102,15 +102,29 @@ def given(explanation: Explanation) -> str:
     return " | ".join(text.strip() for text in texts if text)
 
 
+def why(explanation: Explanation) -> str:
+    """The question that is answered."""
+    answer = shortened(answered(explanation), 60)
+    first = explanation.choices[0]
+    return f"Why {answer} {amount(first)}?" if first.outcome == "value" else f"Why “{answer}”?"
+
+
 def asked(explanation: Explanation) -> str:
-    """Which model read what, and what it answered, in a sentence."""
+    """Which model read what, and what it answered or was asked about, in a sentence."""
     text = shortened(given(explanation), 160)
-    read = text if explanation.picture is not None else f"“{text}”"
-    said = f"{explanation.model} read {read} and answered “{shortened(answered(explanation), 160)}”"
+    said = f"{explanation.model} read {text if explanation.picture is not None else f'“{text}”'}"
+    answer = shortened(answered(explanation), 160)
     first, *more = explanation.choices
-    if is_value(first):
-        return f"{said}: {amount(first)}."
-    return f"{said}." if more else f"{said}, {amount(first)} sure."
+    if first.outcome == "value":
+        return f"{said}: {answer} {amount(first)}."
+    if explanation.target is None or all(
+        one.answer == one.alternatives[0].name for one in explanation.choices
+    ):
+        return f"{said} and answered “{answer}”" + ("." if more else f", {amount(first)} sure.")
+    said = f"{said} and was asked about “{answer}”"
+    best = first.alternatives[0]
+    likeliest = f"likeliest is “{visible(best.name)}”, {percent(best.probability)}"
+    return f"{said}." if more else f"{said}, which it finds {amount(first)} probable; {likeliest}."
 
 
 def words_of(sequence: Sequence) -> list[str]:
@@ -136,14 +150,9 @@ def _seen(letter: str) -> str:
     return f"⟨{ord(letter):x}⟩" if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") else letter
 
 
-def is_value(choice: Choice) -> bool:
-    """Whether a choice is no answer among others, but a value: of a regression or a similarity."""
-    return len(choice.alternatives) == 1
-
-
 def amount(choice: Choice) -> str:
     """How probable an answer is, or where it is a value, that."""
-    return f"{choice.probability:.4g}" if is_value(choice) else percent(choice.probability)
+    return f"{choice.probability:.4g}" if choice.outcome == "value" else percent(choice.probability)
 
 
 def leading(choice: Choice) -> Relevance | None:

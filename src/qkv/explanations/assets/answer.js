@@ -15,9 +15,10 @@ function answerColumn(explanation, state) {
   return card("", answerCaption(explanation), several ? choiceStrip(explanation, state) : null, alternatives);
 }
 
-function answerCaption({ generates, choices: [{ value }, ...more] }) {
-  if (value && more.length) return "The model gave one value; it is explained for each of these.";
-  if (value) return "The value that the model gave.";
+function answerCaption({ generates, choices: [{ outcome }, ...more] }) {
+  if (outcome === "value" && more.length) return "The model gave one value; it is explained for each of these.";
+  if (outcome === "value") return "The value that the model gave.";
+  if (outcome === "label") return "The likeliest labels, and how probable the model finds each, whatever the others.";
   if (!more.length) return "The likeliest answers, and how probable the model finds each.";
   const what = generates ? "The answer was made token by token." : "The model chose one answer for each of these.";
   return `${what} Each has the model's probability below it; choose one to see what else it might have been.`;
@@ -29,7 +30,7 @@ function choiceStrip(explanation, state) {
   if (explanation.family === "gpt") box.append(element("span", { class: "prompt" }, prompt(explanation)));
   const items = explanation.choices.map((choice, i) => {
     const go = () => state.change({ choice: i });
-    const said = amount(choice.value, choice.probability);
+    const said = amount(choice, choice.probability);
     const about = `${quoted(choice.answer)}, ${said}`;
     const look = { type: "button", class: "choice", "data-item": true, "aria-label": about };
     const sequence = explanation.sequences.find(({ name }) => name === choice.sequence);
@@ -60,38 +61,44 @@ function prompt({ sequences: [sequence], choices: [first] }) {
 }
 
 /** Answers with bars of their probabilities; the one that was given stands out. */
-function guesses({ alternatives, answer, value }) {
-  const items = alternatives.map(({ name, probability }) =>
+function guesses(choice) {
+  const items = choice.alternatives.map(({ name, probability }) =>
     element(
       "li",
-      { class: name === answer ? "ours" : "" },
-      element("span", { class: "bar", style: { width: value ? 0 : `${100 * probability}%` } }),
+      { class: name === choice.answer ? "ours" : "" },
+      element("span", { class: "bar", style: { width: `${100 * strength(choice, probability)}%` } }),
       element("bdi", {}, visible(name)),
-      element("span", {}, amount(value, probability)),
+      element("span", {}, amount(choice, probability)),
     ),
   );
   return element("ol", { class: "guesses" }, ...items);
 }
 
 /** How probable an answer is, or where it is a value, that. */
-function amount(value, probability) {
-  return value ? signed(probability) : percent(probability);
+function amount({ outcome }, probability) {
+  return outcome === "value" ? signed(probability) : percent(probability);
+}
+
+/** How strongly to show it, from 0 to 1. */
+function strength({ outcome }, probability) {
+  return outcome === "value" ? 0 : probability;
 }
 
 /** Layer by layer, what the model would have answered had it ended there. */
-function lensTable({ lens, answer, value }) {
+function lensTable(choice) {
+  const { lens, outcome } = choice;
   const places = Array.from({ length: Math.max(...lens.map((layer) => layer.length)) }, (_, i) => i);
-  const names = ["after layer", ...places.map((i) => (i ? `${i + 1}.` : "likeliest"))];
+  const names = ["after layer", ...places.map((i) => (i ? `${i + 1}.` : outcome === "value" ? "value" : "likeliest"))];
   const head = element("tr", {}, ...names.map((name) => element("th", { scope: "col" }, name)));
   const rows = lens.map((layer, i) =>
-    element("tr", {}, element("th", { scope: "row" }, i), ...layer.map((guess) => lensCell(guess, answer, value))),
+    element("tr", {}, element("th", { scope: "row" }, i), ...layer.map((guess) => lensCell(guess, choice))),
   );
   const body = element("tbody", {}, ...rows);
   return element("div", { class: "scroll" }, element("table", { class: "lens" }, element("thead", {}, head), body));
 }
 
-function lensCell({ name, probability }, answer, value) {
-  const look = { class: name === answer ? "ours" : "", style: { "--weight": value ? 0 : probability } };
-  const said = element("small", {}, amount(value, probability));
+function lensCell({ name, probability }, choice) {
+  const look = { class: name === choice.answer ? "ours" : "", style: { "--weight": strength(choice, probability) } };
+  const said = element("small", {}, amount(choice, probability));
   return element("td", look, element("bdi", {}, visible(name)), " ", said);
 }

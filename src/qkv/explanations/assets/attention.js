@@ -21,8 +21,9 @@ function attentionColumn(explanation, state) {
   });
   state.watch(["choice", "stack"], ({ stack }) => {
     const here = stacks.get(stack);
-    const values = here && chosen(explanation, state).head_importance[stack];
-    tables.importance = values && importanceTable(here, values, state);
+    const { outcome, head_importance } = chosen(explanation, state);
+    const values = here && head_importance[stack];
+    tables.importance = values && importanceTable(here, values, outcome, state);
     importance.replaceChildren(...(values ? [tables.importance.card] : []));
     importance.hidden = !values;
   });
@@ -86,18 +87,21 @@ function headGrid(stack, explanation, state) {
   return { card: card("All heads", caption, box), show };
 }
 
-function importanceTable(stack, values, state) {
+function importanceTable(stack, values, outcome, state) {
+  const unit = outcome === "value" ? "" : " nats";
   const most = Math.max(...values.flat().map(Math.abs), 0.1); // what is next to nothing has next to no colour
   const cell = (layer, head) => {
     const value = values[layer][head];
     const look = { class: value < 0 ? "heat against" : "heat", style: { "--weight": Math.abs(value) / most } };
     const shown = Math.abs(value) < 0.005 ? "·" : value.toFixed(2).replace("-", "−");
-    return { content: element("span", look, shown), about: `: ${signed(value)} nats` };
+    return { content: element("span", look, shown), about: `: ${signed(value)}${unit}` };
   };
   const { element: box, show } = headTable(stack, state, "importance of heads", cell);
   const caption =
-    "How much less probable the answer becomes when this head alone is switched off, as a fall of its " +
-    "log-probability in nats (0.69 halves it); below 0, it becomes more probable.";
+    outcome === "value"
+      ? "How much the value falls when this head alone is switched off; below 0, it rises."
+      : "How much less probable the answer becomes when this head alone is switched off, as a fall of its " +
+        "log-probability in nats (0.69 halves it); below 0, it becomes more probable.";
   return { card: card("Which heads matter", caption, box), show };
 }
 

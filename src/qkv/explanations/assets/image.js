@@ -48,7 +48,10 @@ function stage(picture, state, label, attend) {
     Object.entries(sides).forEach(([side, share]) => outline.style.setProperty(side, `${100 * share}%`));
   };
   const paint = (values, most) => paintHeat(map, picture, values, most);
-  const fade = (opacity) => map.style.setProperty("opacity", opacity);
+  const fade = (opacity) => {
+    map.style.setProperty("opacity", opacity);
+    image.style.setProperty("filter", `grayscale(${opacity})`); // the map's colours are then the only ones
+  };
   fade(state.values.opacity);
   return { element: box, paint, mark, fade };
 }

@@ -86,7 +86,7 @@ function attentionSection(explanations, state) {
 
 function layersSection(explanations, state) {
   if (!explanations.some(({ choices }) => choices.some(({ lens }) => lens.length))) return null;
-  const caption = "The model's own last step, put behind each layer (“logit lens”). The given answer is marked.";
+  const caption = "The model's own last step, put behind each layer (“logit lens”). The answer is marked.";
   const build = (explanation) => {
     const box = element("div");
     state.watch(["choice"], () => {

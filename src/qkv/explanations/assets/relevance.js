@@ -25,7 +25,7 @@ function relevanceColumn(explanation, state, methods) {
       .map((sequence) => relevanceMap(explanation, sequence, relevance, state, say));
     const map = element("div", {}, ...maps.map((one) => one.element), line, legend(relevance));
     const judged = relevance.faithfulness
-      ? faithfulnessColumn(relevance.faithfulness, chosen(explanation, state).value ? "value" : "probability")
+      ? faithfulnessColumn(relevance.faithfulness, chosen(explanation, state).outcome === "value" ? "value" : "probability")
       : element("p", { class: "faithfulness" }, "Whether this map holds up was not measured.");
     const said = element("p", { class: "meaning" }, meaning);
     box.replaceChildren(card(name, "", said, element("div", { class: "beside" }, map, judged)));

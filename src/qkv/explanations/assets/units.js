@@ -10,10 +10,13 @@ function visible(unit) {
   return seen.replace(/^ +| +$/g, "") || "␣".repeat(seen.length) || "∅";
 }
 
-/** A token in quotation marks. */
+/** A token in quotation marks; from right to left, it leaves the order of what is around it alone. */
 function quoted(unit) {
-  return `“${visible(unit)}”`;
+  const seen = visible(unit);
+  return RIGHT_TO_LEFT.test(seen) ? `“\u2068${seen}\u2069”` : `“${seen}”`;
 }
+
+const RIGHT_TO_LEFT = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 
 /**
  * The tokens of a sequence as running text, the second of two texts on a line of its own.
