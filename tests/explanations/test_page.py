@@ -456,6 +456,8 @@ def test_whatever_a_token_is_it_is_shown_and_never_run(opened: Open):
     expect(tab.locator("#relevance .unit")).to_have_text(
         ["[CLS]", made.NASTY.strip(), "⟨202e⟩evil", "שלום", "🙂", "↵", "∅", "a⟨200b⟩b", "[SEP]"]
     )
+    tab.locator("#relevance .unit").nth(3).hover()  # isolated, so that the number stays behind it
+    expect(tab.locator("#relevance .readout")).to_contain_text("“\u2068שלום\u2069”: ")
 
 
 def test_the_page_may_run_nothing_else_and_load_nothing(browser: Browser, tmp_path: Path):

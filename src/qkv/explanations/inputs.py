@@ -234,6 +234,7 @@ def _continued(generator: TextGenerator, text: str, target: str | None, max_new_
 
 
 def _given(target: list[int]) -> list[int]:
+    """A target's tokens. Raises InputError if there are none."""
     if not target:
         raise InputError("the target is empty: give the text that is to be explained")
     return target
