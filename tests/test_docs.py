@@ -70,6 +70,7 @@ def folder(tmp_path_factory) -> Path:
         "gpt": str(folder / "corpus.txt"),
         "bert": str(folder / "documents.txt"),
         "transformer": f"{folder / 'train.en'},{folder / 'train.de'}",
+        "vit": str(folder / "photos"),
     }
     for family, data in demo.items():
         recipe = tiny_recipe(family)
