@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from playwright.sync_api import Browser, sync_playwright
 
-from qkv.explanations.explanation import Attention, Choice, Explanation, Guess, Relevance, Sequence
+from qkv.explanations.explanation import Attention, Choice, Explanation, Guess, Relevance, Units
 from qkv.explanations.page import page
 
 LAYERS, HEADS = 12, 12
@@ -79,7 +79,7 @@ def explained(tokens: int) -> Explanation:
         for sharpness, head in zip(np.linspace(0.5, 3.5, HEADS), layer, strict=True):
             scores = np.exp(sharpness * draw.normal(size=head.shape))
             head[:] = scores / scores.sum(-1, keepdims=True)
-    read = Sequence("text", tuple(f" word{i}" for i in range(tokens)), (False,) * tokens)
+    read = Units("text", tuple(f" word{i}" for i in range(tokens)), (False,) * tokens)
     values = draw.normal(size=tokens).astype(np.float32)
     choice = Choice("yes", 0.9, (Guess("yes", 0.9),), "text", 0, (Relevance("relevance", {"text": values}),))
     stack = Attention("encoder", "text", "text", weights, tuple(range(LAYERS)))

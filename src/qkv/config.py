@@ -28,11 +28,12 @@ BertHead = Literal[
 ]
 Task = Literal["classification", "multi_label", "regression", "tagging", "contrastive"]
 BleuTokenizer = Literal["13a", "intl", "char", "none"]
+"""How sacreBLEU splits texts into words; none: at spaces only, for texts that are tokenised already."""
 InferencePrecision = Literal["fp32", "bf16", "int8"]
 ExplanationMethod = Literal[
     "attention", "rollout", "flow", "relevance", "gradient_x_input", "integrated_gradients", "occlusion"
 ]
-"""How sacreBLEU splits texts into words; none: at spaces only, for texts that are tokenised already."""
+"""How to say what matters in an input."""
 
 T = TypeVar("T")
 
@@ -481,8 +482,8 @@ class FigureOptions:
     """A map of relevance over the input, the attention of one head, or a translation's alignment."""
     choice: int = 0
     """Which choice a map of relevance is of: a token generated, a tag, a word hidden."""
-    method: Literal["", ExplanationMethod] = ""
-    """By which method; "": relevance, or the first that the explanation has."""
+    map: Literal["", ExplanationMethod] = ""
+    """By which of the methods it is; "": relevance, or the first that the explanation has."""
     stack: Literal["", "encoder", "decoder", "cross"] = ""
     """Whose attention; "": the first that the explanation has."""
     layer: int = 0

@@ -67,6 +67,10 @@ Input = TypeVar("Input")
 Answer = TypeVar("Answer")
 
 
+BEAMS = 4
+"""Beam width of translations, if nothing else is said."""
+
+
 class Guess(NamedTuple):
     """One possible answer and how probable the model finds it."""
 
@@ -315,7 +319,7 @@ class Translator(Pipeline[Transformer]):
         self,
         texts: OneOrMany,
         *,
-        num_beams: int = 4,
+        num_beams: int = BEAMS,
         length_penalty: float = 1.0,
         max_new_tokens: int | None = None,
         truncate: bool = False,

@@ -16,22 +16,22 @@ from qkv.explanations.explanation import (
     Method,
     Picture,
     Relevance,
-    Sequence,
+    Units,
 )
 
 NASTY = ' </script><script>document.title="hacked"</script><img src=x onerror=alert(1)>'
 
 
-def text(*units: str, name="text", segments=(), special=("[CLS]", "[SEP]", "</s>")) -> Sequence:
+def text(*units: str, name="text", segments=(), special=("[CLS]", "[SEP]", "</s>")) -> Units:
     """A sequence of these units; a word begins at each leading space."""
     words, count = [], -1
     for i, unit in enumerate(units):
         count += unit not in special and (unit.startswith(" ") or i == 0 or units[i - 1] in special)
         words.append(-1 if unit in special else count)
-    return Sequence(name, units, tuple(unit in special for unit in units), tuple(segments), tuple(words))
+    return Units(name, units, tuple(unit in special for unit in units), tuple(segments), tuple(words))
 
 
-def attention(stack, queries: Sequence, keys: Sequence, layers=3, heads=4, seed=0) -> Attention:
+def attention(stack, queries: Units, keys: Units, layers=3, heads=4, seed=0) -> Attention:
     """Sharp and soft heads, over what a stack can see."""
     draw = np.random.default_rng(seed)
     Uq, Uk = len(queries.units), len(keys.units)
@@ -231,7 +231,7 @@ def seen(height=48, width=60, rows=6, columns=6) -> Explanation:
     ground = np.stack([90 + y, 130 + x, 170 - y], -1)
     pixels = np.where(disc[..., None], np.array([235, 180, 60]), ground).astype(np.uint8)
     units = ("class", *(f"{r},{c}" for r in range(rows) for c in range(columns)))
-    read = Sequence("image", units, (True, *[False] * (rows * columns)))
+    read = Units("image", units, (True, *[False] * (rows * columns)))
     centre = (np.mgrid[:rows, :columns] - np.array([rows - 1, columns - 1])[:, None, None] / 2) ** 2
     bump = np.exp(-centre.sum(0) / 3).astype(np.float32).reshape(-1)
     relevances = []

@@ -10,7 +10,7 @@ from explanations.subjects import CASES, subject
 from qkv.demo.transformer import aligned_dates
 from qkv.explanations.alignment import align, align_texts, information
 from qkv.explanations.attention_flow import Look, looks
-from qkv.explanations.explanation import Sequence
+from qkv.explanations.explanation import Units
 from qkv.explanations.inputs import subject_of
 from qkv.explanations.subjects import Subject
 
@@ -20,8 +20,8 @@ class Sentences:
 
     embedded = torch.zeros(1)
     sequences = (
-        Sequence("source", ("a", "b", "c", "d", "</s>"), (False,) * 4 + (True,), words=(0, 0, 1, 1, -1)),
-        Sequence("target", ("<pad>", "x", "y", "y", "z"), (True,) + (False,) * 4, words=(-1, 0, 1, 1, 2)),
+        Units("source", ("a", "b", "c", "d", "</s>"), (False,) * 4 + (True,), words=(0, 0, 1, 1, -1)),
+        Units("target", ("<pad>", "x", "y", "y", "z"), (True,) + (False,) * 4, words=(-1, 0, 1, 1, 2)),
     )
 
 

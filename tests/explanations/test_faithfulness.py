@@ -13,8 +13,7 @@ from torch import Tensor
 
 from explanations.subjects import ALONE, CASES, subject
 from qkv.explanations import subjects
-from qkv.explanations.explanation import Faithfulness, Relevance
-from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.explanation import Faithfulness, Relevance, Units
 from qkv.explanations.faithfulness import faithfulness, occlusion
 from qkv.explanations.subjects import Question, Reading, Subject
 

@@ -51,7 +51,7 @@ def test_links_of_an_alignment_are_outlined():
 @pytest.mark.parametrize("make", [made.sentence, made.pair, made.generated, made.translated])
 def test_a_strip_has_every_token_in_its_colour_within_the_page(make):
     explanation = make()
-    drawing = figure(explanation, FigureOptions(method="integrated_gradients"))
+    drawing = figure(explanation, FigureOptions(map="integrated_gradients"))
     choice = explanation.choices[0]
     (relevance,) = [one for one in choice.relevances if one.method == "integrated_gradients"]
     values = np.concatenate([relevance.values[sequence.name] for sequence in explanation.sequences])
@@ -116,7 +116,7 @@ def test_a_map_covers_exactly_the_pixels_of_each_patch():
     ("make", "options", "said"),
     [
         (made.sentence, FigureOptions(figure="alignment"), "a bert model aligns nothing"),
-        (made.sentence, FigureOptions(method="flow"), "no map by flow; it has relevance, rollout"),
+        (made.sentence, FigureOptions(map="flow"), "no map by flow; it has relevance, rollout"),
         (made.sentence, FigureOptions(choice=1), "no choice 1: there are 1"),
         (
             made.sentence,

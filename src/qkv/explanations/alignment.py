@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from qkv.explanations.attention_flow import Look, looks
-from qkv.explanations.explanation import Alignment
-from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.explanation import Alignment, Units
 from qkv.explanations.inputs import subject_of
 from qkv.explanations.subjects import Subject
 from qkv.pipelines import Translator

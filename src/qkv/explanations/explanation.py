@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qkv.config import ExplanationMethod
+from qkv.pipelines import Guess
 
 Floats = NDArray[np.float32]
 Method = ExplanationMethod
@@ -25,16 +26,9 @@ Outcome = Literal["class", "label", "value"]
 others; or a value, a regression's or how similar two texts are."""
 
 
-class Guess(NamedTuple):
-    """One possible answer and how probable the model finds it."""
-
-    name: str
-    probability: float
-
-
 @dataclass(frozen=True)
-class Sequence:
-    """What a model reads or writes, cut into units."""
+class Units:
+    """What a model reads or writes, cut into units: one sequence of them."""
 
     name: Literal["text", "source", "target", "image"]
     units: tuple[str, ...]
@@ -215,7 +209,7 @@ class Explanation:
     family: Literal["transformer", "bert", "gpt", "vit"]
     model: str
     """What it was opened as."""
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[Units, ...]
     choices: tuple[Choice, ...]
     """One of a classifier; one for each tag, each word hidden, each token generated."""
     attention: tuple[Attention, ...]

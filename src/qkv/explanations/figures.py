@@ -26,8 +26,7 @@ from qkv.explanations.drawing import (
     tinted,
     width_of,
 )
-from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance
-from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.explanation import Choice, Explanation, Floats, Picture, Relevance, Units
 from qkv.explanations.words import generates, leading, strongest, visible, words_of
 
 _MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
@@ -41,7 +40,7 @@ def figure(explanation: Explanation, options: FigureOptions) -> Drawing:
     match options.figure:
         case "relevance":
             choice = _choice(explanation, options.choice)
-            relevance = _relevance(choice, options.method)
+            relevance = _relevance(choice, options.map)
             if explanation.picture is not None:
                 return _over_image(explanation.picture, relevance.values["image"])
             return _strips(explanation, choice, relevance)

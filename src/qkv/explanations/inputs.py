@@ -20,8 +20,7 @@ from qkv.config import BertHead, Decoding
 from qkv.decode import generate
 from qkv.errors import InputError
 from qkv.explanations import units
-from qkv.explanations.explanation import Outcome, Picture
-from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.explanation import Outcome, Picture, Units
 from qkv.explanations.subjects import (
     BertSubject,
     GPTSubject,
@@ -33,7 +32,7 @@ from qkv.explanations.subjects import (
     at_units,
 )
 from qkv.models.bert import SEQUENCE
-from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
+from qkv.pipelines import BEAMS, AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
 from qkv.ragged import Layout, Ragged
 
 Input = ImageLike | tuple[str, str]
@@ -246,8 +245,7 @@ def _translated(translator: Translator, text: str, target: str | None) -> Subjec
     source = tokenizer.encode(text).ids
     _check_length(translator, len(source), "source")
     if target is None:
-        # As `Translator.translate` does it if nothing else is said.
-        best = Decoding(num_beams=4, temperature=0.0, max_new_tokens=config.context)
+        best = Decoding(num_beams=BEAMS, temperature=0.0, max_new_tokens=config.context)
         written = generate(model, [source], best, [config.eos_id])[0][0].ids
     else:
         written = [*_given(tokenizer.target.plain(target)), config.eos_id]

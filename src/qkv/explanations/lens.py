@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qkv.explanations.explanation import Guess
 from qkv.explanations.subjects import Subject
+from qkv.pipelines import Guess
 
 
 @torch.no_grad()

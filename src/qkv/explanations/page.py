@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qkv.explanations.explanation import Explanation, Floats, Relevance, Sequence
+from qkv.explanations.explanation import Explanation, Floats, Relevance, Units
 from qkv.explanations.packing import BUDGET, pack, pack_attention, quantise
 from qkv.explanations.plain import to_plain
 from qkv.explanations.words import (
@@ -149,7 +149,7 @@ def _values(explanation: Explanation, budget: int) -> dict[str, Any]:
     return values
 
 
-def _across(relevance: Relevance, sequence: Sequence) -> dict[str, Any] | None:
+def _across(relevance: Relevance, sequence: Units) -> dict[str, Any] | None:
     """Of a pair of texts: what the tokens of each took from those of the other, packed."""
     matrix = relevance.matrix.get("encoder")
     if matrix is None or not any(sequence.segments):

@@ -27,8 +27,7 @@ from torch import Tensor
 from qkv.attention import Pattern
 from qkv.config import Family
 from qkv.errors import InputError
-from qkv.explanations.explanation import Outcome, Picture, Stack
-from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.explanation import Outcome, Picture, Stack, Units
 from qkv.models import GPT, Bert, Transformer, ViT
 from qkv.ragged import Layout
 

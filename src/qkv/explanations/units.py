@@ -9,7 +9,7 @@ from typing import Literal
 
 import tokenizers
 
-from qkv.explanations.explanation import Sequence as Units
+from qkv.explanations.explanation import Units
 from qkv.tokenizers import Pieces, Tokenizer
 
 Name = Literal["text", "source", "target", "image"]

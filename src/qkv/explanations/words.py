@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import NamedTuple
 
-from qkv.explanations.explanation import Choice, Explanation, Method, Relevance, Sequence
+from qkv.explanations.explanation import Choice, Explanation, Method, Relevance, Units
 
 
 class Words(NamedTuple):
@@ -127,7 +127,7 @@ def asked(explanation: Explanation) -> str:
     return f"{said}." if more else f"{said}, which it finds {amount(first)} probable; {likeliest}."
 
 
-def words_of(sequence: Sequence) -> list[str]:
+def words_of(sequence: Units) -> list[str]:
     """The words of a text, as its tokens spell them."""
     made = [""] * (1 + max(sequence.words, default=-1))
     for unit, word in zip(sequence.units, sequence.words, strict=True):

@@ -18,7 +18,8 @@ _CONVOLUTIONS = (
         for part in ("convolutions.{}", "norms.{}")
         for row in module(f"patches.{part}", f"embeddings.patch_embeddings.{part}")
     ),
-    *(_WEIGHT, _BIAS),
+    _WEIGHT,
+    _BIAS,
 )
 _AUTO = {
     "AutoConfig": "Config",
