@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 import time
@@ -84,8 +85,10 @@ def test_tensorboard_has_the_records_of_metrics(tmp_path):
         assert found[tag] == expected and expected, name
 
 
-def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path, config):
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 9999)
     follow("tensorboard", tmp_path / "run", config, 0, 7)
+    monkeypatch.setattr(os, "getpid", lambda: 10000)  # in the order of names before 9999
     follow("tensorboard", tmp_path / "run", config, 4, 8)
     found = tensorboard_points(tmp_path / "run")
     assert found["train/loss"] == [(1, 0.125), (2, 0.25), (4, 0.5), (6, 4.75), (8, 5.0)]

@@ -87,8 +87,15 @@ class TensorBoard(Tracker):
     package = "torch.utils.tensorboard"
 
     def open(self, config: RunConfig, step: int) -> Any:
-        """TensorBoard is told to forget what was written of later steps, by a run that was cut off."""
-        return self.module.SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+        """TensorBoard is told to forget what was written of later steps, by a run that was cut off.
+
+        It reads files in the order of their names, which tell the second and then the process: a file of
+        the same second is not surely read before the new one, so that second is let pass.
+        """
+        folder = self.run / "tensorboard"
+        born = max((int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")), default=0)
+        time.sleep(min(1.0, max(0.0, born + 1 - time.time())))
+        return self.module.SummaryWriter(str(folder), purge_step=step + 1)
 
     def log(self, values: Record, step: int) -> None:
         """One scalar each."""
