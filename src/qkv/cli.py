@@ -493,7 +493,7 @@ def explain(
 
     from qkv import explain as explanation_of  # as a public name it comes faster
     from qkv.console import WorkBar
-    from qkv.explanations.explainer import METHODS
+    from qkv.explanations.explainer import METHODS, ORDERS
     from qkv.explanations.plain import to_json
     from qkv.explanations.save import FIGURES, check_path, save
     from qkv.explanations.summary import summary
@@ -509,18 +509,25 @@ def explain(
         check_path(output, comparing=len(asked) > 1)
         if as_json:
             raise InputError("answers go to a file or, with --json, to standard output: leave one out")
-    if options != FigureOptions() and (output is None or output.suffix not in FIGURES):
+    drawn = output is not None and output.suffix in FIGURES
+    if options != FigureOptions() and not drawn:
         raise InputError(
             f"--figure and what belongs to it are of figures: give -o FILE with {' or '.join(FIGURES)}"
         )
+    if drawn and methods:
+        raise InputError("a figure shows one map: name its method by --map")
+    computed = methods or METHODS
+    if drawn:  # no more than the figure shows
+        computed = (options.map or "relevance",) if options.figure == "relevance" else ()
     with WorkBar(_stderr()) as watch:
         made = [
             explanation_of(
                 source,
                 given,
                 target,
-                methods=methods or METHODS,
+                methods=computed,
                 max_new_tokens=max_new_tokens,
+                random_orders=0 if drawn else ORDERS,
                 seed=seed,
                 watch=watch,
             )

@@ -13,7 +13,7 @@ from test_cli import fail, succeed
 import qkv
 from explanations import made
 from qkv.errors import InputError
-from qkv.explanations.explainer import METHODS
+from qkv.explanations.explainer import METHODS, ORDERS
 from qkv.explanations.explanation import Explanation
 from qkv.explanations.plain import to_json
 from qkv.explanations.summary import summary
@@ -51,7 +51,8 @@ def test_a_terminal_gets_a_summary(asked):
     for relevance in made.sentence().choices[0].relevances:
         found = relevance.faithfulness
         assert f"{found.beats_random}, {found.beaten} of 6" in said or found.beats_random == "worse"
-    assert asked == [("bert", "a film", None, {"max_new_tokens": 16, "seed": 0, "methods": METHODS})]
+    wanted = {"max_new_tokens": 16, "seed": 0, "methods": METHODS, "random_orders": ORDERS}
+    assert asked == [("bert", "a film", None, wanted)]
 
 
 def test_a_summary_names_the_words_of_tags_and_the_texts_of_pairs():
@@ -90,7 +91,8 @@ def test_each_step_of_a_text_is_a_line(asked):
 def test_options_are_handed_on(asked):
     options = ["--target=negative", "--methods", "rollout", "attention", "--max-new-tokens=3", "--seed=7"]
     succeed("explain", "bert", "a film", "a play", *options)
-    wanted = {"max_new_tokens": 3, "seed": 7, "methods": ("rollout", "attention")}
+    methods = ("rollout", "attention")
+    wanted = {"max_new_tokens": 3, "seed": 7, "methods": methods, "random_orders": ORDERS}
     assert asked == [("bert", ("a film", "a play"), "negative", wanted)]
 
 
@@ -105,6 +107,16 @@ def test_a_file_is_written_and_named(asked, tmp_path):
         assert json.loads(succeed("explain", "bert", "a", "-o", file)) == {"file": str(file)}
     succeed("explain", "bert", "a", "-o", tmp_path / "head.svg", "--figure", "attention", "--layer", "2")
     assert (tmp_path / "head.svg").read_text() != (tmp_path / "a.svg").read_text()
+
+
+def test_a_figure_takes_no_more_work_than_it_shows(asked, tmp_path):
+    ways = {(): ("relevance",), ("--map", "rollout"): ("rollout",), ("--figure", "attention"): ()}
+    for options, methods in ways.items():
+        succeed("explain", "bert", "a", "-o", tmp_path / "a.svg", *options)
+        *_, given = asked.pop()
+        assert (given["methods"], given["random_orders"]) == (methods, 0)
+    assert "by --map" in fail("explain", "bert", "a", "-o", tmp_path / "b.svg", "--methods", "rollout")
+    assert asked == []
 
 
 def test_two_inputs_or_two_models_are_compared(asked, tmp_path):

@@ -48,11 +48,15 @@ def test_links_of_an_alignment_are_outlined():
     assert len(cells) == rows * columns
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("make", [made.sentence, made.pair, made.generated, made.translated])
-def test_a_strip_has_every_token_in_its_colour_within_the_page(make):
+def test_a_strip_has_every_token_in_its_colour_within_the_page(make, last):
+    """Of the first choice, whose answer is read further on, and of the last, whose answer is read by none."""
     explanation = make()
-    drawing = figure(explanation, FigureOptions(map="integrated_gradients"))
-    choice = explanation.choices[0]
+    number = len(explanation.choices) - 1 if last else 0
+    drawing = figure(explanation, FigureOptions(map="integrated_gradients", choice=number))
+    choice = explanation.choices[number]
+    written = explanation.family in ("gpt", "transformer")
     (relevance,) = [one for one in choice.relevances if one.method == "integrated_gradients"]
     values = np.concatenate([relevance.values[sequence.name] for sequence in explanation.sequences])
     special = np.concatenate([sequence.special for sequence in explanation.sequences])
@@ -60,11 +64,11 @@ def test_a_strip_has_every_token_in_its_colour_within_the_page(make):
     shares = np.clip(values / np.abs(values[~special]).max(), -1, 1)  # neither markers nor the choice's own
     tokens = [box for box in boxes(drawing) if not box.outlined]
     assert [box.colour for box in tokens] == [
-        tinted(WARM if share >= 0 else COOL, 0.6 * abs(float(share))) for share in shares
+        tinted(WARM if share >= 0 else COOL, 0.6 * abs(float(share)))
+        for share in (*shares, *[0.0] * (written and last))
     ]
     outlined = [(box.x + 2, box.y) for box in boxes(drawing) if box.outlined]
     answer = len(values) - len(relevance.values[choice.sequence]) + choice.unit + 1
-    written = explanation.family in ("gpt", "transformer")
     assert outlined == [(box.x, box.y) for box in tokens[answer : answer + 1]] * written
     for box in boxes(drawing):
         assert box.x >= 0 and box.x + box.width <= drawing.width and box.y + box.height <= drawing.height

@@ -113,7 +113,7 @@ FAMILIES = {
 }
 
 
-REAL = ["gpt", "transformer", "bert-pair", "bert-tagging", "bert-similarity", "vit"]
+REAL = ["gpt", "transformer", "bert-pair", "bert-masked", "bert-tagging", "bert-similarity", "vit"]
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -105,12 +105,18 @@ def _strips(explanation: Explanation, choice: Choice, relevance: Relevance) -> D
     drawing = Drawing(_WIDTH, _MARGIN)
     most = strongest(explanation, choice, relevance)
     for sequence in explanation.sequences:
-        if (values := relevance.values.get(sequence.name)) is not None:
-            written = generates(explanation) and sequence.name == choice.sequence
-            read = choice.unit + 1 if written else len(sequence.units)
-            tokens = list(_strip(sequence, np.clip(values / most, -1, 1), drawing.height, read))
-            drawing.add(tokens)
-            drawing.height = tokens[-1].y + _LINE / 2 + _MARGIN
+        if (values := relevance.values.get(sequence.name)) is None:
+            continue
+        read = len(sequence.units)
+        if generates(explanation) and sequence.name == choice.sequence:
+            if choice.unit + 1 == read:  # the last answer, which was not read by a further one
+                units, special = (*sequence.units, choice.answer), (*sequence.special, False)
+                sequence = replace(sequence, units=units, special=special)
+                values = np.append(values, np.float32(0))
+            read = choice.unit + 1
+        tokens = list(_strip(sequence, np.clip(values / most, -1, 1), drawing.height, read))
+        drawing.add(tokens)
+        drawing.height = tokens[-1].y + _LINE / 2 + _MARGIN
     return drawing
 
 
