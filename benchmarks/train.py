@@ -37,7 +37,7 @@ from qkv.models import build
 from qkv.objectives import Objective, item_counts
 from qkv.ragged import pack
 from qkv.roofline import peak
-from qkv.runtime import keep_freed_memory, pick_device
+from qkv.runtime import keep_few_kernels, keep_freed_memory, pick_device
 from qkv.trainer import StepData, Trainer
 
 SECONDS = 4.0
@@ -266,6 +266,7 @@ def measure(job: Job, variant: str) -> dict[str, float]:
 
 def _our_step(job: Job, settings: dict[str, Any]) -> Callable[[], float]:
     """The training loop's own step."""
+    keep_few_kernels()
     keep_freed_memory()
     smoothing = 0.1 if isinstance(job.batch, PairBatch) else 0.0
     config = TrainConfig(

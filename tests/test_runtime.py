@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -34,3 +36,30 @@ def test_one_seed_repeats_every_generator() -> None:
     assert numbers() != first
     seed_all(7)
     assert numbers() == first
+
+
+RAGGED = """
+import random, torch
+from pathlib import Path
+from qkv.runtime import keep_few_kernels
+
+def mebibytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) / 256
+
+keep_few_kernels()
+torch.set_num_threads(1)
+net = torch.nn.Sequential(torch.nn.Linear(128, 512), torch.nn.Linear(512, 128))
+used = []
+for tokens in random.Random(0).sample(range(768, 1024), 120):
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.ones(tokens, 128, requires_grad=True)).sum().backward()
+    used.append(mebibytes())
+print(used[-1] - used[39])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read as Linux tells it")
+def test_ever_new_numbers_of_tokens_do_not_fill_the_memory() -> None:
+    """In a process of its own, as the setting holds for one: each kernel of oneDNN takes half a MiB."""
+    done = subprocess.run([sys.executable, "-c", RAGGED], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import random
 import re
@@ -75,6 +76,17 @@ def return_freed_memory() -> None:
     """Let glibc's malloc give back to the system what it kept of all that is freed by now."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep the 64 kernels used last, if it has computed nothing yet and the user has set nothing.
+
+    It compiles one, of about a MiB, for each shape of a product, and would keep a thousand. Ragged batches
+    nearly always bring another number of tokens, so most would be kept for nothing. It holds for the whole
+    process.
+    """
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the latter of torch's ideep
+        os.environ.setdefault(cache, "64")
 
 
 def _glibc() -> ctypes.CDLL | None:

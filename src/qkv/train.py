@@ -39,7 +39,7 @@ from qkv.evaluate import evaluate
 from qkv.files import locked, reason
 from qkv.job import Job
 from qkv.observe import Observer
-from qkv.runtime import keep_freed_memory
+from qkv.runtime import keep_few_kernels, keep_freed_memory
 from qkv.trainer import Trainer
 
 
@@ -72,6 +72,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     has no state to resume, cannot be written or is being written by another process, if the loss diverges
     or stops being a number, and if another rank is lost.
     """
+    keep_few_kernels()
     keep_freed_memory()
     if not resume:
         begin(job, run)

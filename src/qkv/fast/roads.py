@@ -21,7 +21,13 @@ from qkv.layers import FeedForward, Output, Stack
 from qkv.models import Model
 from qkv.models.vit import ConvolutionalStem, PatchEmbedding
 from qkv.ragged import Layout
-from qkv.runtime import device_name, keep_freed_memory, multiplies_bfloat16, return_freed_memory
+from qkv.runtime import (
+    device_name,
+    keep_few_kernels,
+    keep_freed_memory,
+    multiplies_bfloat16,
+    return_freed_memory,
+)
 
 Engine = Literal["native", "torch"]
 
@@ -55,6 +61,7 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
         model.to(torch.bfloat16 if half else torch.float32)
         return Road("torch", "bf16" if half else "fp32")
+    keep_few_kernels()
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
     for parent, name in _places(model):
