@@ -60,6 +60,6 @@ print(used[-1] - used[39])
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read as Linux tells it")
 def test_ever_new_numbers_of_tokens_do_not_fill_the_memory() -> None:
-    """In a process of its own, as the setting holds for one: each kernel of oneDNN takes half a MiB."""
+    """In a process of its own, as the setting holds for one: a kernel of oneDNN takes about a MiB."""
     done = subprocess.run([sys.executable, "-c", RAGGED], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 40

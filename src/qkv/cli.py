@@ -493,7 +493,7 @@ def explain(
 
     from qkv import explain as explanation_of  # as a public name it comes faster
     from qkv.console import WorkBar
-    from qkv.explanations.explainer import METHODS, ORDERS
+    from qkv.explanations.explainer import METHODS, RANDOM_ORDERS
     from qkv.explanations.plain import to_json
     from qkv.explanations.save import FIGURES, check_path, save
     from qkv.explanations.summary import summary
@@ -527,7 +527,7 @@ def explain(
                 target,
                 methods=computed,
                 max_new_tokens=max_new_tokens,
-                random_orders=0 if drawn else ORDERS,
+                random_orders=0 if drawn else RANDOM_ORDERS,
                 seed=seed,
                 watch=watch,
             )

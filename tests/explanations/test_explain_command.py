@@ -13,7 +13,7 @@ from test_cli import fail, succeed
 import qkv
 from explanations import made
 from qkv.errors import InputError
-from qkv.explanations.explainer import METHODS, ORDERS
+from qkv.explanations.explainer import METHODS, RANDOM_ORDERS
 from qkv.explanations.explanation import Explanation
 from qkv.explanations.plain import to_json
 from qkv.explanations.summary import summary
@@ -51,7 +51,7 @@ def test_a_terminal_gets_a_summary(asked):
     for relevance in made.sentence().choices[0].relevances:
         found = relevance.faithfulness
         assert f"{found.beats_random}, {found.beaten} of 6" in said or found.beats_random == "worse"
-    wanted = {"max_new_tokens": 16, "seed": 0, "methods": METHODS, "random_orders": ORDERS}
+    wanted = {"max_new_tokens": 16, "seed": 0, "methods": METHODS, "random_orders": RANDOM_ORDERS}
     assert asked == [("bert", "a film", None, wanted)]
 
 
@@ -92,7 +92,7 @@ def test_options_are_handed_on(asked):
     options = ["--target=negative", "--methods", "rollout", "attention", "--max-new-tokens=3", "--seed=7"]
     succeed("explain", "bert", "a film", "a play", *options)
     methods = ("rollout", "attention")
-    wanted = {"max_new_tokens": 3, "seed": 7, "methods": methods, "random_orders": ORDERS}
+    wanted = {"max_new_tokens": 3, "seed": 7, "methods": methods, "random_orders": RANDOM_ORDERS}
     assert asked == [("bert", ("a film", "a play"), "negative", wanted)]
 
 

@@ -42,7 +42,7 @@ METHODS: tuple[Method, ...] = (
     "occlusion",
 )
 """All but flow, which is for short inputs and needs scipy."""
-ORDERS = 10
+RANDOM_ORDERS = 10
 """So many random orders that maps are compared with."""
 
 
@@ -54,7 +54,7 @@ def explain(
     methods: Sequence[Method] = METHODS,
     alternatives: int = 5,
     max_new_tokens: int = 16,
-    random_orders: int = ORDERS,
+    random_orders: int = RANDOM_ORDERS,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     seed: int = 0,
