@@ -50,16 +50,16 @@ def main(batch: int = 128, side: int = 32) -> None:
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     files = []
-    for i in range(4 * batch):
+    for i in range(batch):
         png = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(png, "PNG")
         files.append(ImageFile(f"image {i}", png.getvalue()))
     processor = ImageProcessor(side, (0.5,) * 3, (0.5,) * 3)
-    indices = rng.permutation(len(files))[:batch].tolist()
+    indices = rng.permutation(batch).tolist()
 
     def ours(config: AugmentConfig) -> Callable[[int], object]:
         made = None if config == AugmentConfig() else Augmentation(config, processor, CLASSES, seed=0)
-        dataset = ImageDataset(files, [0] * len(files), processor, side, made)
+        dataset = ImageDataset(files, [0] * batch, processor, side, augmentation=made)
         return lambda epoch: dataset.batch(indices, epoch).to("cpu")
 
     images = torch.rand(batch, 3, side, side)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -29,8 +28,7 @@ Box = tuple[float, float, float, float]
 """Left, top, right and bottom edge in pixels."""
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """A rectangle in an image of any size. It lies wholly in the image: what is too long is cut."""
 
     area: float
@@ -44,10 +42,17 @@ class Region:
 
     def box(self, width: int, height: int) -> Box:
         """Its edges in an image of that many pixels."""
-        w = min(math.sqrt(self.area * width * height * self.ratio), width)
-        h = min(math.sqrt(self.area * width * height / self.ratio), height)
-        left, top = self.across * (width - w), self.down * (height - h)
-        return left, top, min(left + w, width), min(top + h, height)
+        left, top, right, bottom = edges(np.array(self), width, height).tolist()
+        return left, top, right, bottom
+
+
+def edges(regions: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A Region's values, or those of many (..., 4) -> its edges in an image of that many pixels (..., 4)."""
+    area, ratio, across, down = np.moveaxis(regions, -1, 0)
+    w = np.minimum(np.sqrt(area * width * height * ratio), width)
+    h = np.minimum(np.sqrt(area * width * height / ratio), height)
+    left, top = across * (width - w), down * (height - h)
+    return np.stack([left, top, np.minimum(left + w, width), np.minimum(top + h, height)], -1)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,8 @@ class ImageProcessor:
     def normalize(self, pixels: Tensor) -> Tensor:
         """Values from 0 to 255 (..., C, S, S) -> float32 of that shape."""
         mean, std = (
-            torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std)
+            torch.tensor(values).view(-1, 1, 1).to(pixels.device, non_blocking=True)
+            for values in (self.mean, self.std)
         )  # (C, 1, 1)
         return (pixels / 255 - mean) / std
 

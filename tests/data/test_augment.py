@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -24,7 +23,8 @@ from qkv.data.augment import (
     ERASED_AREAS,
     OPERATIONS,
     Augmentation,
-    Operation,
+    Looks,
+    Mixes,
     crop_and_flip,
     inside,
     rand_augment,
@@ -33,7 +33,7 @@ from qkv.data.batches import ImageBatch
 from qkv.data.images import ImageDataset
 from qkv.data.raw import ImageFile
 from qkv.errors import InputError
-from qkv.images import ImageProcessor, Region
+from qkv.images import ImageProcessor, Region, edges
 from qkv.objectives import CrossEntropy
 
 S, K = 16, 5
@@ -61,6 +61,10 @@ def data(config: AugmentConfig, files: list[ImageFile] = RANDOM, seed: int = 0) 
     processor = ImageProcessor(S, (0.5,) * channels, (0.25,) * channels)
     labels = [i % K for i in range(len(files))]
     return ImageDataset(files, labels, processor, 4, augmentation=Augmentation(config, processor, K, seed))
+
+
+def draw(config: AugmentConfig, samples: int, epoch: int = 0) -> tuple[Looks, Mixes | None]:
+    return data(config).augmentation.draw(epoch, samples)
 
 
 def batch(dataset: ImageDataset, indices: list[int], epoch: int = 0) -> ImageBatch:
@@ -93,6 +97,85 @@ def test_a_sample_looks_the_same_whatever_is_beside_it(indices: list[int], epoch
         alone = batch(dataset, [index], epoch)
         assert torch.equal(together.images[row], alone.images[0])
         assert torch.equal(together.labels[row], alone.labels[0])
+
+
+@given(
+    rows=st.lists(st.integers(0, 19), min_size=1, max_size=8),
+    before=st.lists(st.integers(0, 3), max_size=3),
+    epoch=st.integers(0, 3),
+)
+@settings(deadline=None)
+def test_what_is_drawn_depends_on_neither_the_batch_nor_what_was_drawn_before(rows, before, epoch):
+    fresh, used = (data(replace(ALL, crop_area=1 - 0.7 * (epoch % 2))).augmentation for _ in range(2))
+    for other in before:
+        used.draw(other, 20)
+    for drawn, again in zip(fresh.draw(epoch, 20), used.draw(epoch, 20), strict=True):
+        together = again.take(np.array(rows))
+        for field in fields(drawn):
+            values, taken = getattr(drawn, field.name), getattr(together, field.name)
+            if values is None:
+                assert taken is None and field.name == "regions" and epoch % 2 == 0
+            else:
+                assert all(np.array_equal(values[row], taken[i]) for i, row in enumerate(rows))
+                assert len(taken) == len(rows) and len(values) == 20
+
+
+def test_a_partner_looks_as_it_does_by_itself():
+    config, indices = replace(ALL, mixup=0.0), list(range(20))
+    alone = batch(data(replace(config, cutmix=0.0)), indices, epoch=2).images
+    dataset = data(config)
+    mixed, mixes = batch(dataset, indices, epoch=2).images, dataset.augmentation.draw(2, 20)[1]
+    for i, (partner, (left, top, right, bottom)) in enumerate(zip(mixes.partners, mixes.boxes, strict=True)):
+        expected = alone[i].clone()
+        expected[:, top:bottom, left:right] = alone[partner, :, top:bottom, left:right]
+        torch.testing.assert_close(mixed[i], expected)
+
+
+def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
+    """By the test of Kolmogorov and Smirnov: 1 in 3,000 that are uniform fails."""
+    expected = (np.sort(values) - low) / (high - low)
+    return np.abs(expected - np.linspace(0, 1, len(values))).max() < 2.1 / len(values) ** 0.5
+
+
+def is_even(values: np.ndarray, kinds: int) -> bool:
+    """Whether all whole numbers below `kinds`, and no others, are about equally frequent."""
+    counts, expected = np.bincount(values, minlength=kinds), len(values) / kinds
+    return len(counts) == kinds and np.abs(counts - expected).max() < 4 * expected**0.5
+
+
+def test_all_that_is_drawn_has_its_distribution_and_is_independent():
+    N = 50_000
+    looks, mixes = draw(ALL, N)
+    areas, ratios, across, down = looks.regions.T
+    assert is_uniform(areas, 0.3, 1)
+    assert is_uniform(np.log(ratios), math.log(3 / 4), math.log(4 / 3))
+    assert is_uniform(across, 0, 1) and is_uniform(down, 0, 1)
+    ways = looks.strengths > 0
+    assert set(np.abs(looks.strengths).ravel()) == {np.float32(0.9)}
+    for i in range(2):
+        assert is_even(looks.shifts[:, i], 5) and is_even(looks.operations[:, i], 14)
+        assert is_even(ways[:, i].astype(int), 2)
+    assert is_even(looks.mirrored.astype(int), 2)
+    erased, cut = looks.erased.any(1), mixes.own == 0
+    assert is_even(erased.astype(int), 2) and is_even(cut.astype(int), 2)
+    assert is_uniform(mixes.partners, 0, N - 1)
+    assert (mixes.boxes[~cut] == (0, 0, S, S)).all()
+    blended = mixes.own[~cut]
+    assert blended.mean() == pytest.approx(0.5, abs=0.01)
+    assert blended.var() == pytest.approx(1 / (4 * (2 * ALL.mixup + 1)), rel=0.03)
+
+    rng = np.random.default_rng(1)
+    places = [rng.random(4) for _ in range(20_000)]
+    erasing = [Region(0.02 + 0.38 * a, 0.3 ** (2 * b - 1), c, d) for a, b, c, d in places]
+    cutting = [Region(1 - a, 1.0, c, d) for a, _, c, d in places]  # Beta(1, 1) is uniform
+    for found, regions in ((looks.erased[erased], erasing), (mixes.boxes[cut], cutting)):
+        expected = np.array([region.box(S, S) for region in regions]).round()
+        assert found.mean(0) == pytest.approx(expected.mean(0), abs=0.1)
+        assert np.cov(found.T) == pytest.approx(np.cov(expected.T), abs=0.3)  # of up to 11
+
+    drawn = [np.arange(N), *looks.regions.T, *looks.shifts.T, looks.mirrored, *looks.operations.T, *ways.T]
+    together = np.corrcoef([*drawn, erased, mixes.partners, cut])
+    assert np.abs(together - np.eye(len(together))).max() < 4.5 / N**0.5
 
 
 @pytest.mark.parametrize("config", [replace(ALL, mixup=0, cutmix=0), AugmentConfig(mixup=1.0)])
@@ -139,8 +222,8 @@ def test_labels_say_how_much_is_seen_of_each_image(config: AugmentConfig):
     mixed = batch(dataset, indices)
     levels = (mixed.images * 0.25 + 0.5) * 255 / 10  # (N, 1, S, S): i where image i is seen
     blended = 0
-    for i, mix in enumerate(dataset.augmentation.mixes(indices, 0, 20)):
-        j, share = mix.partner, mix.share(S)
+    mixes = dataset.augmentation.draw(0, 20)[1]
+    for i, (j, share) in enumerate(zip(mixes.partners.tolist(), mixes.shares(S).tolist(), strict=True)):
         expected = share * F.one_hot(torch.tensor(i % K), K) + (1 - share) * F.one_hot(torch.tensor(j % K), K)
         torch.testing.assert_close(mixed.labels[i], expected)
         assert levels[i].mean().item() == pytest.approx(share * i + (1 - share) * j, abs=1e-4)
@@ -155,8 +238,7 @@ def test_labels_say_how_much_is_seen_of_each_image(config: AugmentConfig):
 def test_shares_follow_their_distribution():
     """Of Beta(a, a) the variance is 1 / (4 (2 a + 1))."""
     for alpha in (0.2, 1.0):
-        made = data(AugmentConfig(mixup=alpha)).augmentation
-        shares = np.array([mix.share(S) for mix in made.mixes(range(2000), 0, 2000)])
+        shares = draw(AugmentConfig(mixup=alpha), 2000)[1].shares(S).numpy()
         assert shares.mean() == pytest.approx(0.5, abs=0.03)
         assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)
 
@@ -188,7 +270,7 @@ def test_the_likeliest_label_counts_as_the_right_one():
 
 def test_mirroring_twice_changes_nothing_and_once_is_what_torch_calls_flip():
     pixels = torch.randint(0, 256, (4, 3, S, S), dtype=torch.uint8)
-    still, where = torch.zeros(4, 2, dtype=torch.long), torch.tensor([True, False, True, True])
+    still, where = np.zeros((4, 2), np.int64), np.array([True, False, True, True])
     once = crop_and_flip(pixels, still, where, 0, (0.5,) * 3)
     assert torch.equal(once[where], pixels[where].flip(-1)) and torch.equal(once[1], pixels[1])
     assert torch.equal(crop_and_flip(once, still, where, 0, (0.5,) * 3), pixels)
@@ -198,16 +280,15 @@ def test_mirroring_twice_changes_nothing_and_once_is_what_torch_calls_flip():
 def test_crops_are_pillows(left: int, top: int, mirrored: bool):
     image = picture()
     padded = ImageOps.expand(image, 3, (26, 128, 255)).crop((left, top, left + 32, top + 32))
-    ours = crop_and_flip(
-        tensor(image), torch.tensor([[left, top]]), torch.tensor([mirrored]), 3, (0.1, 0.5, 1.0)
-    )
+    ours = crop_and_flip(tensor(image), np.array([[left, top]]), np.array([mirrored]), 3, (0.1, 0.5, 1.0))
     assert torch.equal(ours, tensor(ImageOps.mirror(padded) if mirrored else padded))
 
 
 def test_crops_and_flips_are_spread_evenly():
-    looks = data(AugmentConfig(crop_padding=1, flip=True)).augmentation.looks(range(1800), 0)
-    counts = Counter((look.shift, look.mirrored) for look in looks)
-    assert len(counts) == 18 and min(counts.values()) > 60  # of 100 expected
+    looks, _ = draw(AugmentConfig(crop_padding=1, flip=True), 1800)
+    kinds, counts = np.unique(np.c_[looks.shifts, looks.mirrored], axis=0, return_counts=True)
+    assert kinds.tolist() == [[x, y, m] for x in range(3) for y in range(3) for m in range(2)]
+    assert counts.min() > 60  # of 100 expected
 
 
 @given(
@@ -223,6 +304,11 @@ def test_a_region_lies_in_the_image_and_has_its_area_if_it_fits(area, ratio, acr
         assert (right - left) / (bottom - top) == pytest.approx(ratio, rel=1e-6)
 
 
+@given(st.lists(st.tuples(st.floats(1e-4, 1), st.floats(0.1, 10), SHARES, SHARES), min_size=1, max_size=5))
+def test_many_regions_have_the_edges_that_each_has(regions):
+    assert edges(np.array(regions), 30, 40).tolist() == [list(Region(*r).box(30, 40)) for r in regions]
+
+
 def test_parts_of_files_are_cut_before_they_are_resized():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8))
     processor = ImageProcessor(20, (0.5,) * 3, (0.5,) * 3)
@@ -231,8 +317,8 @@ def test_parts_of_files_are_cut_before_they_are_resized():
     inner = (..., slice(1, -1), slice(1, -1))  # at its edges, the filter sees what is beyond them
     assert torch.equal(cut[inner], expected[inner])
     dataset = data(AugmentConfig(crop_area=0.3))
-    looks = dataset.augmentation.looks([0, 1], epoch=5)
-    expected = [RANDOM[i].pixels(dataset.processor, look.region) for i, look in enumerate(looks)]
+    regions = dataset.augmentation.draw(5, 20)[0].regions
+    expected = [RANDOM[i].pixels(dataset.processor, Region(*regions[i])) for i in (0, 1)]
     made = batch(dataset, [0, 1], epoch=5).images
     assert torch.equal(made, dataset.processor.normalize(torch.stack(expected)))
 
@@ -250,12 +336,12 @@ def test_erasing_takes_one_rectangle_to_the_mean_colour():
         low, high = ERASED_AREAS
         edge = (2 * S + 1) / S**2  # by rounding to whole pixels
         assert low - edge <= gone.float().mean() <= high + edge
-    some = data(AugmentConfig(erasing=0.25)).augmentation.looks(range(2000), 0)
-    assert sum(look.erased != (0, 0, 0, 0) for look in some) == pytest.approx(500, abs=80)
+    some, _ = draw(AugmentConfig(erasing=0.25), 2000)
+    assert some.erased.any(1).sum() == pytest.approx(500, abs=80)
 
 
 def test_boxes_hold_the_pixels_that_slicing_takes():
-    boxes = [(0, 0, 0, 0), (1, 2, 5, 4), (0, 0, S, S)]
+    boxes = np.array([(0, 0, 0, 0), (1, 2, 5, 4), (0, 0, S, S)])
     expected = torch.zeros(3, 1, S, S, dtype=torch.bool)
     for row, (left, top, right, bottom) in enumerate(boxes):
         expected[row, :, top:bottom, left:right] = True
@@ -288,6 +374,13 @@ PILLOWS = {
 GREY = (128, 128, 128)
 
 
+def altered(pixels: Tensor, operations: list[list[tuple[str, float]]], colour: tuple[float, ...]) -> Tensor:
+    """`rand_augment` with each image's operations by name."""
+    places = np.array([[OPERATIONS.index(name) for name, _ in row] for row in operations])
+    strengths = np.array([[strength for _, strength in row] for row in operations], np.float32)
+    return rand_augment(pixels, places, strengths, colour)
+
+
 def moved(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     affine = Image.Transform.AFFINE
     return image.transform(image.size, affine, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
@@ -298,7 +391,7 @@ def test_operations_are_pillows(name: str):
     assert len(OPERATIONS) == 14 and tuple(PILLOWS) == OPERATIONS
     cases = [(picture(i), strength) for i, strength in enumerate((-1.0, -0.9, -0.3, 0.3, 0.6, 0.9, 1.0))]
     pixels = torch.cat([tensor(image) for image, _ in cases])
-    ours = rand_augment(pixels, [((name, strength),) for _, strength in cases], [128 / 255] * 3)
+    ours = altered(pixels, [[(name, strength)] for _, strength in cases], (128 / 255,) * 3)
     assert ours.min() >= 0 and ours.max() <= 255
     for (image, strength), made in zip(cases, ours, strict=True):
         difference = (made - tensor(PILLOWS[name](image, strength))[0]).abs()
@@ -309,27 +402,25 @@ def test_operations_are_pillows(name: str):
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name not in ("autocontrast", "equalize")])
 def test_no_strength_is_no_change(name: str):
     pixels = tensor(picture())
-    torch.testing.assert_close(rand_augment(pixels, [((name, 0.0),)], [0.5] * 3), pixels.float())
+    torch.testing.assert_close(altered(pixels, [[(name, 0.0)]], (0.5,) * 3), pixels.float())
 
 
 def test_operations_follow_each_other_in_the_order_drawn():
     pixels = torch.cat([tensor(picture(0)), tensor(picture(1))])
-    names: list[tuple[Operation, ...]] = [
-        (("rotate", 0.5), ("solarize", 0.9)),
-        (("solarize", 0.9), ("shear_x", -0.5)),
-    ]
-    together = rand_augment(pixels, names, [0.2] * 3)
+    names = [[("rotate", 0.5), ("solarize", 0.9)], [("solarize", 0.9), ("shear_x", -0.5)]]
+    together = altered(pixels, names, (0.2,) * 3)
     for row, (first, second) in enumerate(names):
-        once = rand_augment(pixels[row : row + 1], [(first,)], [0.2] * 3)
-        twice = rand_augment(once, [(second,)], [0.2] * 3)
+        once = altered(pixels[row : row + 1], [[first]], (0.2,) * 3)
+        twice = altered(once, [[second]], (0.2,) * 3)
         torch.testing.assert_close(together[row], twice[0], atol=1e-3, rtol=0)
 
 
 def test_every_operation_is_drawn_in_both_ways_with_the_magnitude():
-    looks = data(AugmentConfig(randaugment=2, magnitude=7)).augmentation.looks(range(1400), 0)
-    counts = Counter(operation for look in looks for operation in look.operations)
-    assert counts.keys() == {(name, sign * 0.7) for name in OPERATIONS for sign in (1, -1)}
-    assert min(counts.values()) > 60  # of 100 expected
+    looks, _ = draw(AugmentConfig(randaugment=2, magnitude=7), 1400)
+    operations = np.c_[looks.operations.ravel(), looks.strengths.ravel()]
+    kinds, counts = np.unique(operations, axis=0, return_counts=True)
+    assert kinds == pytest.approx(np.array([(i, s) for i in range(len(OPERATIONS)) for s in (-0.7, 0.7)]))
+    assert counts.min() > 60  # of 100 expected
 
 
 def test_grey_images_are_varied_too():
@@ -342,7 +433,7 @@ def test_affine_operations_keep_the_middle():
     pixels[..., 16, 16] = 200
     for name in AFFINE:
         if not name.startswith("translate"):
-            out = rand_augment(pixels, [((name, 0.7),)], [0.0] * 3)
+            out = altered(pixels, [[(name, 0.7)]], (0.0,) * 3)
             assert out[0, 0, 16, 16].item() == pytest.approx(200, abs=0.1), name
 
 
@@ -362,8 +453,7 @@ def test_a_padding_that_can_push_an_image_out_of_sight_is_refused():
 
 
 def test_regions_cover_photos_from_the_least_area_to_all_of_it():
-    looks = data(AugmentConfig(crop_area=0.08)).augmentation.looks(range(1000), 0)
-    areas, ratios = zip(*((look.region.area, look.region.ratio) for look in looks), strict=True)
-    assert 0.08 <= min(areas) < 0.1 and 0.98 < max(areas) <= 1
-    assert 3 / 4 <= min(ratios) < 0.77 and 1.31 < max(ratios) <= 4 / 3
+    areas, ratios, _, _ = draw(AugmentConfig(crop_area=0.08), 1000)[0].regions.T
+    assert 0.08 <= areas.min() < 0.1 and 0.98 < areas.max() <= 1
+    assert 3 / 4 <= ratios.min() < 0.77 and 1.31 < ratios.max() <= 4 / 3
     assert abs(np.mean(np.log(ratios))) < 0.02 and math.isclose(np.mean(areas), 0.54, abs_tol=0.03)

@@ -1,21 +1,21 @@
 """Training images varied at random: crop, flip, RandAugment, erasing, mixup and CutMix.
 
-What happens to a sample, the partner that it is mixed with included, is drawn on the CPU and depends on
-(seed, epoch, index) alone: not on its batch, on how a step is divided, or on the number of devices. The
-pixels are worked on where training is, many images at a time. Whatever an image does not cover, or loses by
-erasing, has the mean colour, which is 0 once normalised.
+What happens to a sample, the partner that it is mixed with included, depends on (seed, epoch, index) and on
+how many samples there are: not on its batch, on how a step is divided, or on the number of devices. It is
+drawn on the CPU, for all samples of an epoch at once. The pixels are worked on where training is, many images
+at a time. Whatever an image does not cover, or loses by erasing, has the mean colour: 0 once normalised.
 
 Legend: N samples, M images (those of the samples and, behind them, of their partners), C channels, S side in
-pixels, R operations of RandAugment, K classes.
+pixels, R operations of RandAugment, K classes. A box is its left, top, right and bottom edge in whole pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,14 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.config import AugmentConfig
+from qkv.data.dataset import Ids
 from qkv.errors import InputError
-from qkv.images import ImageProcessor, Region
-
-Box = tuple[int, int, int, int]
-"""Left, top, right and bottom edge in whole pixels."""
-
-Operation = tuple[str, float]
-"""One of OPERATIONS, and its strength from -1 to 1: AutoAugment's full range one way or the other."""
+from qkv.images import ImageProcessor, edges
 
 CROP_RATIOS = 3 / 4, 4 / 3
 """Width / height of the parts of photos (Szegedy et al. 2015, 6)."""
@@ -38,35 +33,49 @@ ERASED_AREAS, ERASED_RATIOS = (0.02, 0.4), (0.3, 1 / 0.3)
 """Share of the image, and width / height, of what is erased (Zhong et al. 2020)."""
 
 
-@dataclass(frozen=True)
-class Look:
-    """How one image looks in one epoch."""
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Arrays with a row for each image or sample; None: nothing of the kind was drawn."""
 
-    region: Region | None
-    """The part of the file's image to take; None: all of it."""
-    shift: tuple[int, int]
-    """Where in the padded image its new left and top edges are."""
-    mirrored: bool
-    """Whether left and right change places."""
-    operations: tuple[Operation, ...]
-    """R of RandAugment's, first to last."""
-    erased: Box
-    """What is erased of it; without an area if nothing is."""
+    def take(self, rows: Ids) -> Self:
+        """The draws of some, in that order."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: a if a is None else a[rows] for name, a in arrays.items()})
 
 
-@dataclass(frozen=True)
-class Mix:
-    """What becomes of one sample: outside the box its own image, inside a blend with its partner's."""
+@dataclass(frozen=True, eq=False)
+class Looks(Draws):
+    """How images look in one epoch."""
 
-    partner: int
-    """Index of the sample to mix with."""
-    box: Box
-    own: float
-    """Share of its own image inside the box."""
+    regions: np.ndarray | None
+    """(M, 4): the values of the Region of the file's image to take; None: all of it."""
+    shifts: np.ndarray
+    """(M, 2): where in the padded image its new left and top edges are."""
+    mirrored: np.ndarray
+    """(M,) bool: whether left and right change places."""
+    operations: np.ndarray
+    """(M, R): RandAugment's, first to last, as places in OPERATIONS."""
+    strengths: np.ndarray
+    """(M, R) float32 from -1 to 1: AutoAugment's full range one way or the other."""
+    erased: np.ndarray
+    """(M, 4): the box that is erased; without an area if nothing is."""
 
-    def share(self, side: int) -> float:
-        """Share of its own image, and so of its own label, in all."""
-        return 1 - (1 - self.own) * _area(self.box) / side**2
+
+@dataclass(frozen=True, eq=False)
+class Mixes(Draws):
+    """What becomes of samples: outside the box its own image, inside a blend with its partner's."""
+
+    partners: np.ndarray
+    """(N,): index of the sample to mix with."""
+    boxes: np.ndarray
+    """(N, 4)"""
+    own: np.ndarray
+    """(N,) float32: share of its own image inside the box."""
+
+    def shares(self, side: int) -> Tensor:
+        """(N,): share of its own image, and so of its own label, in all."""
+        left, top, right, bottom = torch.from_numpy(self.boxes).unbind(1)
+        return 1 - (1 - torch.from_numpy(self.own)) * (right - left) * (bottom - top) / side**2
 
 
 class Augmentation:
@@ -78,6 +87,7 @@ class Augmentation:
         self.processor = processor
         self.classes = classes
         self.seed = seed
+        self.draw = lru_cache(maxsize=1)(self._draw)  # epochs come one after the other: the last is kept
         if config.randaugment:
             kornia_enhance()
         if config.crop_padding >= processor.size:
@@ -85,97 +95,85 @@ class Augmentation:
                 f"augment.crop_padding is {config.crop_padding}; the images have only {processor.size} pixels"
             )
 
-    def looks(self, indices: Sequence[int], epoch: int) -> list[Look]:
-        """How the samples look in that epoch."""
-        return [self._look(np.random.default_rng((self.seed, epoch, i))) for i in indices]
-
-    def mixes(self, indices: Sequence[int], epoch: int, samples: int) -> list[Mix]:
-        """What each sample is mixed with, of a data set of that many; none if nothing is mixed.
-
-        A partner is drawn from all samples, as Zhang et al. 2018 define it, and not from the batch, as their
-        code does: so batches of any division agree, at the price of twice as many images to prepare.
-        """
-        if not self.config.mixup and not self.config.cutmix:
-            return []
-        return [self._mix(np.random.default_rng((self.seed, epoch, i, 1)), samples) for i in indices]
-
-    def labels(self, labels: Tensor, mixes: Sequence[Mix]) -> Tensor:
+    def labels(self, labels: Tensor, mixes: Mixes | None) -> Tensor:
         """Classes (M,) -> the same if nothing is mixed, otherwise probabilities of classes (N, K)."""
-        if not mixes:
+        if mixes is None:
             return labels
-        own, other = F.one_hot(labels, self.classes).float().chunk(2)  # (N, K) each
-        share = torch.tensor([mix.share(self.processor.size) for mix in mixes])[:, None]  # (N, 1)
-        return share * own + (1 - share) * other
+        own = mixes.shares(self.processor.size)  # (N,)
+        shares = torch.stack([own, 1 - own], 1)  # (N, 2)
+        return torch.zeros(len(own), self.classes).scatter_add(1, labels.view(2, -1).T, shares)
 
-    def apply(self, pixels: Tensor, looks: Sequence[Look], mixes: Sequence[Mix]) -> Tensor:
+    def apply(self, pixels: Tensor, looks: Looks, mixes: Mixes | None) -> Tensor:
         """uint8 (M, C, S, S) on any device -> normalised float32 (N, C, S, S)."""
-        config, device = self.config, pixels.device
+        config, colour = self.config, self.processor.mean
         if config.crop_padding or config.flip:
-            shifts = torch.tensor([look.shift for look in looks], device=device)
-            mirrored = torch.tensor([look.mirrored for look in looks], device=device)
-            pixels = crop_and_flip(pixels, shifts, mirrored, config.crop_padding, self.processor.mean)
+            pixels = crop_and_flip(pixels, looks.shifts, looks.mirrored, config.crop_padding, colour)
         if config.randaugment:
-            pixels = rand_augment(pixels, [look.operations for look in looks], self.processor.mean)
+            pixels = rand_augment(pixels, looks.operations, looks.strengths, colour)
         images = self.processor.normalize(pixels)
         if config.erasing:
-            images = images.masked_fill(inside([look.erased for look in looks], images), 0.0)
-        return mix(images, mixes) if mixes else images
+            images = images.masked_fill(inside(looks.erased, images), 0.0)
+        return images if mixes is None else mix(images, mixes)
 
-    def _look(self, rng: np.random.Generator) -> Look:
-        config, side, strength = self.config, self.processor.size, self.config.magnitude / 10
-        region = _draw_region(rng, (config.crop_area, 1.0), CROP_RATIOS) if config.crop_area < 1 else None
-        places = 2 * config.crop_padding + 1
-        shift = _below(rng, places), _below(rng, places)
-        mirrored = config.flip and bool(rng.random() < 0.5)
-        operations = tuple(
-            (OPERATIONS[_below(rng, len(OPERATIONS))], strength if rng.random() < 0.5 else -strength)
-            for _ in range(config.randaugment)
+    def _draw(self, epoch: int, samples: int) -> tuple[Looks, Mixes | None]:
+        """How every one of that many samples looks in that epoch, and what it is mixed with, if it is."""
+        rng = np.random.default_rng((self.seed, epoch, 1))  # without the 1, the Sampler's
+        looks = self._looks(rng, samples)
+        return looks, self._mixes(rng, samples) if self.config.mixup or self.config.cutmix else None
+
+    def _looks(self, rng: np.random.Generator, N: int) -> Looks:
+        config, strength = self.config, self.config.magnitude / 10
+        cropped, each = config.crop_area < 1, (N, config.randaugment)
+        erased, where = np.zeros((N, 4), np.int64), np.flatnonzero(rng.random(N) < config.erasing)
+        erased[where] = self._boxes(_draw_regions(rng, len(where), ERASED_AREAS, ERASED_RATIOS))
+        return Looks(
+            regions=_draw_regions(rng, N, (config.crop_area, 1.0), CROP_RATIOS) if cropped else None,
+            shifts=rng.integers(2 * config.crop_padding + 1, size=(N, 2)),
+            mirrored=config.flip & (rng.random(N) < 0.5),
+            operations=rng.integers(len(OPERATIONS), size=each),
+            strengths=rng.choice(np.array([-strength, strength], np.float32), each),
+            erased=erased,
         )
-        erased = (0, 0, 0, 0)
-        if rng.random() < config.erasing:
-            erased = _whole(_draw_region(rng, ERASED_AREAS, ERASED_RATIOS), side)
-        return Look(region, shift, mirrored, operations, erased)
 
-    def _mix(self, rng: np.random.Generator, samples: int) -> Mix:
-        """Zhang et al. 2018, 2, or Yun et al. 2019, equations 1 and 2, with the box wholly in the image."""
+    def _mixes(self, rng: np.random.Generator, N: int) -> Mixes:
+        """Zhang et al. 2018, 2, or Yun et al. 2019, equations 1 and 2, with the box wholly in the image.
+
+        A partner is drawn from all samples, as Zhang et al. define it, and not from the batch, as their code
+        does: so batches of any division agree, at the price of twice as many images to prepare.
+        """
         config, side = self.config, self.processor.size
-        partner = _below(rng, samples)
-        cut = rng.random() < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
-        alpha = config.cutmix if cut else config.mixup
-        share = float(rng.beta(alpha, alpha))
-        if cut:
-            return Mix(partner, _whole(Region(1 - share, 1.0, rng.random(), rng.random()), side), own=0.0)
-        return Mix(partner, (0, 0, side, side), own=share)
+        cut = rng.random(N) < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
+        alphas = np.where(cut, config.cutmix, config.mixup)
+        shares = rng.beta(alphas, alphas)  # (N,)
+        regions = np.stack([1 - shares, np.ones(N), *rng.random((2, N))], -1)  # (N, 4)
+        return Mixes(
+            partners=rng.integers(N, size=N),
+            boxes=np.where(cut[:, None], self._boxes(regions), (0, 0, side, side)),
+            own=np.where(cut, 0.0, shares).astype(np.float32),
+        )
+
+    def _boxes(self, regions: np.ndarray) -> np.ndarray:
+        """Values of Regions (N, 4) -> their boxes (N, 4)."""
+        return edges(regions, self.processor.size, self.processor.size).round().astype(np.int64)
 
 
-def _below(rng: np.random.Generator, limit: int) -> int:
-    """A whole number from 0 up to but without the limit; ten times as fast as `rng.integers`."""
-    return int(rng.random() * limit)
+def _draw_regions(
+    rng: np.random.Generator, N: int, areas: tuple[float, float], ratios: tuple[float, float]
+) -> np.ndarray:
+    """Values of Regions (N, 4): area uniform, ratio uniform in its logarithm, place uniform."""
+    low, high = np.log(ratios)
+    return np.stack([rng.uniform(*areas, N), np.exp(rng.uniform(low, high, N)), *rng.random((2, N))], -1)
 
 
-def _draw_region(rng: np.random.Generator, areas: tuple[float, float], ratios: tuple[float, float]) -> Region:
-    """Area uniform, ratio uniform in its logarithm, place uniform."""
-    low, high = ratios
-    return Region(
-        rng.uniform(*areas), math.exp(rng.uniform(math.log(low), math.log(high))), rng.random(), rng.random()
-    )
-
-
-def _whole(region: Region, side: int) -> Box:
-    left, top, right, bottom = (round(edge) for edge in region.box(side, side))
-    return left, top, right, bottom
-
-
-def _area(box: Box) -> int:
-    left, top, right, bottom = box
-    return (right - left) * (bottom - top)
+def _on(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- places
 
 
 def crop_and_flip(
-    pixels: Tensor, shifts: Tensor, mirrored: Tensor, padding: int, colour: Sequence[float]
+    pixels: Tensor, shifts: np.ndarray, mirrored: np.ndarray, padding: int, colour: Sequence[float]
 ) -> Tensor:
     """Pad with the colour (C shares of 255), cut at shifts (M, 2) from left and top, mirror where (M,) says.
 
@@ -183,45 +181,45 @@ def crop_and_flip(
     """
     M, C, S, _ = pixels.shape
     width = S + 2 * padding
-    fill = torch.tensor(colour, device=pixels.device).mul(255).round().to(pixels.dtype)
+    left, top = _on(pixels.device, shifts)[:, :, None].unbind(1)  # (M, 1) each
+    fill = torch.tensor(colour).mul(255).round().to(pixels, non_blocking=True)
     padded = fill.view(1, C, 1, 1).repeat(M, 1, width, width)
     padded[:, :, padding : padding + S, padding : padding + S] = pixels
     line = torch.arange(S, device=pixels.device)
-    columns = shifts[:, :1] + torch.where(mirrored[:, None], S - 1 - line, line)  # (M, S)
-    rows = shifts[:, 1:] + line  # (M, S)
+    columns = left + torch.where(_on(pixels.device, mirrored)[:, None], S - 1 - line, line)  # (M, S)
+    rows = top + line  # (M, S)
     cells = rows[:, :, None] * width + columns[:, None]  # (M, S, S)
     cells = cells.flatten(1)[:, None].expand(-1, C, -1)  # (M, C, S * S)
     return padded.flatten(2).gather(2, cells).view_as(pixels)
 
 
-def inside(boxes: Sequence[Box], images: Tensor) -> Tensor:
-    """Which pixels of images (M, C, S, S) are inside each one's box: (M, 1, S, S) bool."""
+def inside(boxes: np.ndarray, images: Tensor) -> Tensor:
+    """Which pixels of images (M, C, S, S) are inside each one's box (M, 4): (M, 1, S, S) bool."""
     line = torch.arange(images.shape[-1], device=images.device)  # (S,)
-    edges = torch.tensor(boxes, device=images.device)[:, :, None]  # (M, 4, 1)
-    left, top, right, bottom = edges.unbind(1)  # (M, 1) each
+    left, top, right, bottom = _on(images.device, boxes)[:, :, None].unbind(1)  # (M, 1) each
     rows = (top <= line) & (line < bottom)  # (M, S)
     columns = (left <= line) & (line < right)
     return (rows[:, :, None] & columns[:, None])[:, None]
 
 
-def mix(images: Tensor, mixes: Sequence[Mix]) -> Tensor:
+def mix(images: Tensor, mixes: Mixes) -> Tensor:
     """Images of N samples and of their partners (2N, C, S, S) -> (N, C, S, S)."""
     own, other = images.chunk(2)
-    blend = torch.tensor([mix.own for mix in mixes], device=images.device).view(-1, 1, 1, 1)
-    share = torch.where(inside([mix.box for mix in mixes], own), blend, 1.0)  # (N, 1, S, S)
+    blend = _on(images.device, mixes.own).view(-1, 1, 1, 1)
+    share = torch.where(inside(mixes.boxes, own), blend, 1.0)  # (N, 1, S, S)
     return torch.lerp(other, own, share)
 
 
 # ---------------------------------------------------------------- RandAugment
 
-AFFINE: Mapping[str, Callable[[float], tuple[float, ...]]] = {
-    "rotate": lambda s: _rotation(math.radians(30 * s)),
+AFFINE: Mapping[str, Callable[[np.ndarray], tuple[Any, ...]]] = {
+    "rotate": lambda s: (np.cos(_TURN * s), -np.sin(_TURN * s), 0, np.sin(_TURN * s), np.cos(_TURN * s), 0),
     "shear_x": lambda s: (1, 0.3 * s, 0, 0, 1, 0),
     "shear_y": lambda s: (1, 0, 0, 0.3 * s, 1, 0),
     "translate_x": lambda s: (1, 0, s * _TRANSLATION, 0, 1, 0),
     "translate_y": lambda s: (1, 0, 0, 0, 1, s * _TRANSLATION),
 }
-"""Where a pixel's colour comes from, by the operation's strength from -1 to 1: the rows of a 2 x 3 matrix for
+"""Where a pixel's colour comes from, by strengths (m,) from -1 to 1: the rows of 2 x 3 matrices for
 coordinates from -1 to 1. The ranges are those of AutoAugment (Cubuk et al. 2019, table 6)."""
 
 COLOURS: Mapping[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
@@ -243,11 +241,7 @@ OPERATIONS: tuple[str, ...] = (*COLOURS, *AFFINE)
 
 _TRANSLATION = 2 * 150 / 331
 """AutoAugment's 150 of 331 pixels; an image is 2 wide."""
-
-
-def _rotation(angle: float) -> tuple[float, ...]:
-    sine, cosine = math.sin(angle), math.cos(angle)
-    return cosine, -sine, 0, sine, cosine, 0
+_TURN: float = math.radians(30)
 
 
 def kornia_enhance() -> Any:
@@ -260,34 +254,40 @@ def kornia_enhance() -> Any:
 
 
 def rand_augment(
-    pixels: Tensor, operations: Sequence[Sequence[Operation]], colour: Sequence[float]
+    pixels: Tensor, operations: np.ndarray, strengths: np.ndarray, colour: Sequence[float]
 ) -> Tensor:
-    """R operations on each image, first to last (Cubuk et al. 2020).
+    """R operations on each image, first to last (Cubuk et al. 2020): places in OPERATIONS, strengths (M, R).
 
-    Images whose operations have the same name are worked on together, and all affine ones are one warp, which
+    Images with the same operation are worked on together, and those with any affine one in one warp, which
     shows the colour (C values from 0 to 1) outside an image.
 
     Values from 0 to 255 (M, C, S, S) -> float32 of that shape and range.
     """
-    enhance = kornia_enhance()
-    outside = torch.tensor(colour, device=pixels.device).view(-1, 1, 1)  # (C, 1, 1)
+    enhance, device = kornia_enhance(), pixels.device
+    outside = torch.tensor(colour).view(-1, 1, 1).to(device, non_blocking=True)  # (C, 1, 1)
     images = pixels / 255
-    for stage in zip(*operations, strict=True):
-        groups: dict[str, list[int]] = defaultdict(list)
-        for row, (name, _) in enumerate(stage):
-            groups["affine" if name in AFFINE else name].append(row)
-        for name, rows in groups.items():
-            where = torch.tensor(rows, device=images.device)
-            some = images[where]  # (m, C, S, S)
-            if name == "affine":
-                matrices = [AFFINE[name](strength) for name, strength in (stage[row] for row in rows)]
-                seen = _warp(some - outside, torch.tensor(matrices, device=images.device))
+    for stage, strong in zip(operations.T, strengths.T, strict=True):
+        kinds = np.minimum(stage, len(COLOURS))  # (M,): the affine ones are of one kind
+        for kind in np.unique(kinds):
+            rows = np.flatnonzero(kinds == kind)
+            where = _on(device, rows)
+            some = images.index_select(0, where)  # (m, C, S, S)
+            if kind == len(COLOURS):
+                seen = _warp(some - outside, _on(device, _matrices(stage[rows], strong[rows])))
                 varied = (seen + outside).clamp(0.0, 1.0)
             else:
-                strengths = torch.tensor([stage[row][1] for row in rows], device=images.device)
-                varied = COLOURS[name](enhance, some, strengths)
-            images[where] = varied
+                varied = COLOURS[OPERATIONS[kind]](enhance, some, _on(device, strong[rows]))
+            images.index_copy_(0, where, varied)
     return images * 255
+
+
+def _matrices(operations: np.ndarray, strengths: np.ndarray) -> np.ndarray:
+    """Of affine operations (m,), as places in OPERATIONS, with strengths (m,): float32 (m, 6)."""
+    matrices = np.empty((len(operations), 6), np.float32)
+    for place, entries in enumerate(AFFINE.values(), start=len(COLOURS)):
+        rows = np.flatnonzero(operations == place)
+        matrices[rows] = np.stack(np.broadcast_arrays(*entries(strengths[rows])), -1)
+    return matrices
 
 
 def _warp(images: Tensor, matrices: Tensor) -> Tensor:

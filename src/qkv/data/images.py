@@ -18,7 +18,7 @@ from torch import Tensor
 from qkv.data.augment import Augmentation
 from qkv.data.batches import ImageBatch, RawImageBatch
 from qkv.data.cache import LIMIT_BYTES, NO_CACHE, Cache, Chunks, Columns, fingerprint
-from qkv.data.dataset import Dataset, slices
+from qkv.data.dataset import Dataset, Ids, slices
 from qkv.data.raw import ImageFile
 from qkv.images import ImageProcessor, Region
 
@@ -65,31 +65,36 @@ class ImageDataset(Dataset):
         With an augmentation: pixels of which the training device makes that epoch's images, and classes (N,)
         or, where images are mixed, their probabilities (N, K).
         """
-        augmentation = self.augmentation
+        augmentation, rows = self.augmentation, np.asarray(indices, np.int64)
         if augmentation is None:
-            return ImageBatch(self.processor.normalize(self._pixels(indices)), self._labels(indices))
-        mixes = augmentation.mixes(indices, epoch, len(self))
-        indices = [*indices, *(mix.partner for mix in mixes)]  # (M,)
-        looks = augmentation.looks(indices, epoch)
+            return ImageBatch(self.processor.normalize(self._pixels(rows)), self._labels(rows))
+        looks, mixes = augmentation.draw(epoch, len(self))
+        if mixes is not None:
+            mixes = mixes.take(rows)
+            rows = np.concatenate([rows, mixes.partners])  # (M,)
+        looks = looks.take(rows)
         return RawImageBatch(
-            self._pixels(indices, [look.region for look in looks]),
-            augmentation.labels(self._labels(indices), mixes),
+            self._pixels(rows, looks.regions),
+            augmentation.labels(self._labels(rows), mixes),
             partial(augmentation.apply, looks=looks, mixes=mixes),
         )
 
-    def _labels(self, indices: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self.labels[list(indices)])
+    def _labels(self, rows: Ids) -> Tensor:
+        return torch.from_numpy(self.labels[rows])
 
-    def _pixels(self, indices: Sequence[int], regions: Sequence[Region | None] = ()) -> Tensor:
+    def _pixels(self, rows: Ids, regions: np.ndarray | None = None) -> Tensor:
         """uint8 (M, C, S, S)."""
-        return self._decode(indices, regions) if self.pixels is None else self.pixels[list(indices)]
+        if self.pixels is None:
+            return self._decode(rows.tolist(), regions)
+        return self.pixels.index_select(0, torch.from_numpy(rows))  # many times as fast as pixels[rows]
 
-    def _decode(self, indices: Sequence[int], regions: Sequence[Region | None] = ()) -> Tensor:
-        """uint8 (M, C, S, S) of whole images or of their regions."""
+    def _decode(self, indices: Sequence[int], regions: np.ndarray | None = None) -> Tensor:
+        """uint8 (M, C, S, S) of whole images or of their regions (M, 4)."""
         side = self.processor.size
         pixels = torch.empty(len(indices), self.processor.channels, side, side, dtype=torch.uint8)
         for row, index in enumerate(indices):
-            pixels[row] = self.files[index].pixels(self.processor, regions[row] if regions else None)
+            region = None if regions is None else Region(*regions[row])
+            pixels[row] = self.files[index].pixels(self.processor, region)
         return pixels
 
     def _chunks(self) -> Chunks:
