@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIGS, ids, tiny
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck
 
 from qkv.attention import Pattern
@@ -235,6 +236,19 @@ def test_the_rate_rises_linearly_with_depth():
         assert len(stacks) == (2 if isinstance(model, Transformer) else 1)
         for stack in stacks:
             assert [block.drop_path.rate for block in stack] == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_deeper_models_of_more_rates_are_compiled_no_oftener():
+    counts = []
+    for depth in (4, 9):
+        torch.compiler.reset()
+        model = tiny(replace(CONFIGS["vit-pre-norm"], depth=depth, drop_path=0.4), torch.float32).train()
+        counter = CompileCounter()
+        for block in model.blocks:
+            block.compile(backend=counter)
+        model(torch.randn(3, 2, 8, 8))
+        counts.append(counter.frame_count)
+    assert 0 < counts[1] <= counts[0]
 
 
 # ---------------------------------------------------------------- initial weights

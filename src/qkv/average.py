@@ -66,8 +66,8 @@ class MovingAverage:
         steps = int(self.state[_COUNT]) + 1
         self.state[_COUNT].fill_(steps)
         share = 1.0 - min(self.decay, (1 + steps) / (10 + steps))
-        for name, p in model.named_parameters():
-            self.state[name].lerp_(p.detach(), share)
+        present = {name: p.detach() for name, p in model.named_parameters()}
+        torch._foreach_lerp_([self.state[name] for name in present], list(present.values()), share)
 
     def weights(self, model: nn.Module, run: Path) -> Weights:
         """The moving average."""

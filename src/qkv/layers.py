@@ -86,8 +86,9 @@ class DropPath(nn.Module):
         """x (T, D) of the sequences in the layout -> (T, D)."""
         if not self.training or self.rate == 0.0:
             return x
-        scale = F.dropout(x.new_ones(len(layout), 1), self.rate)  # (N, 1): 0 or 1 / (1 - rate)
-        return x * scale[layout.owner]
+        # Of `F.dropout`, compiled code would be made for the rate of each block anew.
+        kept = torch.rand(len(layout), 1, device=x.device) >= self.rate  # (N, 1)
+        return x * (kept.to(x.dtype) / (1.0 - self.rate))[layout.owner]
 
 
 class Block(nn.Module):
@@ -217,8 +218,9 @@ class Output(nn.Module):
         self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
         """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
-        best = self(hidden, embeddings, bias).float().log_softmax(-1).topk(count)
-        return best.values, best.indices
+        logits = self(hidden, embeddings, bias).float()  # (R, V)
+        best = logits.topk(count) if count > 1 else logits.max(-1, keepdim=True)
+        return best.values - logits.logsumexp(-1, keepdim=True), best.indices
 
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkv.config import TrainConfig
 
@@ -40,13 +41,77 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
 
     steppers: list[torch.optim.Optimizer] = []
     if hidden := made(muon=True):
-        steppers.append(torch.optim.Muon(hidden, config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        steppers.append(Muon(hidden, config.learning_rate, adjust_lr_fn="match_rms_adamw"))
     if rest := made(muon=False):
         betas = (config.adam_beta1, config.adam_beta2)
         steppers.append(
             torch.optim.AdamW(rest, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
         )
     return steppers
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon; on a GPU, matrices of one shape are worked on together.
+
+    One after the other, they are many small products that a GPU waits to be told of.
+    """
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """As torch's."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if all(p.is_cuda and type(p.data) is Tensor for p in parameters):  # those that are spread are none
+            self.step_together()
+        else:
+            super().step(closure)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step_together(self) -> None:
+        """A step with Nesterov's momentum and updates of AdamW's size (Liu et al. 2025, 2.2).
+
+        Groups may differ in learning rate and weight decay.
+        """
+        momentum, coefficients, steps, eps = (
+            self.defaults[name] for name in ("momentum", "ns_coefficients", "ns_steps", "eps")
+        )
+        by_shape: dict[torch.Size, list[tuple[Tensor, float, float]]] = defaultdict(list)
+        for group in self.param_groups:
+            rate, decay = group["lr"], group["lr"] * group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append((p, rate, decay))
+        for shape, members in by_shape.items():
+            parameters = [p for p, *_ in members]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            momenta = [self._momentum(p) for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+            updates = torch.stack(torch._foreach_lerp(gradients, momenta, momentum))  # (n, rows, columns)
+            directions = orthogonal(updates, coefficients, steps, eps).float().unbind()
+            scale = 0.2 * math.sqrt(max(shape))
+            torch._foreach_mul_(parameters, [1 - decay for *_, decay in members])
+            changes = torch._foreach_mul(directions, [-scale * rate for _, rate, _ in members])
+            torch._foreach_add_(parameters, changes)
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        found: Tensor = state["momentum_buffer"]
+        return found
+
+
+def orthogonal(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values moved near 1, in bfloat16.
+
+    Newton-Schulz iteration (Jordan et al. 2024) with a, b, c: X <- a X + (b A + c A A) X, A = X X^T.
+    """
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    X = matrices.mT if tall else matrices
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=eps)).bfloat16()
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
 
 
 _HIDDEN = re.compile(r"(?:blocks|encoder|decoder)\.(\d+)\.")
