@@ -5,7 +5,8 @@ usage: [GPT=FOLDER] python benchmarks/decode.py [one | sixteen] [--passes N] [--
 128 new tokens after a prompt of 64, for one stream or for sixteen at once; no end token stops them.
 Without FOLDER the weights are random. Agreement is the share of tokens that are those of transformers in
 fp32, up to the first that is not. The limit is the time in which memory gives all weights once for each
-step, in the precision that the name says.
+step, in the precision that the name says. On a GPU the peer is transformers, also with a static cache and
+compiled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import interleaved
 import numpy as np
 import torch
-from interleaved import Answer, Job, Work
+from interleaved import DEVICE, ON_GPU, Answer, Job, Work
 
 GPT = os.environ.get("GPT", "")
 """A checkpoint of GPT-2's format; none: random weights of the 124 M model."""
@@ -34,10 +35,16 @@ def job(folder: Path, _: str, streams: int) -> Job:
     variants: dict[str, Callable[[], Work]] = {
         "transformers fp32": partial(transformers, model, prompts, torch.float32),
         "transformers bf16": partial(transformers, model, prompts, torch.bfloat16),
+    }
+    on_gpu = {
+        "transformers, compiled, bf16": partial(transformers, model, prompts, torch.bfloat16, compiled=True)
+    }
+    on_cpu = {
         "CTranslate2 fp32": partial(ctranslate2, model, prompts, "float32"),
         "CTranslate2 int8": partial(ctranslate2, model, prompts, "int8"),
     }
-    variants |= {f"qkv {p}": partial(qkv, model, prompts, p) for p in ("fp32", "bf16", "int8")}
+    variants |= on_gpu if ON_GPU else on_cpu
+    variants |= {f"qkv {p}": partial(qkv, model, prompts, p) for p in interleaved.PRECISIONS}
     weights = 12 * 12 * 768**2 + 50257 * 768
     limit = partial(interleaved.reading, NEW * weights)
     title = f"GPT-2 124 M, {streams} stream{'s' if streams > 1 else ''}"
@@ -47,7 +54,7 @@ def job(folder: Path, _: str, streams: int) -> Job:
 def _prepared(folder: Path) -> Path:
     """The checkpoint in both formats; made once."""
     where = folder / "gpt2"
-    if (where / "ctranslate2").exists():
+    if (where / ("tokenizer.json" if ON_GPU else "ctranslate2")).exists():
         return where
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -61,25 +68,29 @@ def _prepared(folder: Path) -> Path:
     backend = Tokenizer(models.WordLevel(names, unk_token="<|endoftext|>"))
     ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
     PreTrainedTokenizerFast(tokenizer_object=backend, **ends).save_pretrained(where)
+    if ON_GPU:
+        return where
     import ctranslate2 as theirs
 
     theirs.converters.TransformersConverter(str(where)).convert(str(where / "ctranslate2"))
     return where
 
 
-def transformers(model: Path, prompts: list[list[int]], dtype: torch.dtype) -> Work:
+def transformers(model: Path, prompts: list[list[int]], dtype: torch.dtype, compiled: bool = False) -> Work:
     from transformers import GPT2LMHeadModel
 
-    net = GPT2LMHeadModel.from_pretrained(model, dtype=dtype).eval()
-    ids = torch.tensor(prompts)
+    net = GPT2LMHeadModel.from_pretrained(model, dtype=dtype).eval().to(DEVICE)
+    ids = torch.tensor(prompts, device=DEVICE)
+    # On a GPU its steps over a static cache are compiled, with CUDA graphs.
+    cache = {"cache_implementation": "static"} if compiled else {}
 
     def work() -> Answer:
         with torch.inference_mode():
             found = net.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
-                min_new_tokens=NEW, pad_token_id=0,
+                min_new_tokens=NEW, pad_token_id=0, **cache,
             )  # fmt: skip
-        answer: Answer = found[:, PROMPT:].numpy()
+        answer: Answer = found[:, PROMPT:].cpu().numpy()
         return answer
 
     return work

@@ -1,7 +1,9 @@
-"""What the inference benchmarks share: variants of a job in processes of their own, interleaved A B A B.
+"""What the inference benchmarks share: variants of a job, interleaved A B A B, on the GPU if there is one.
 
-A process loads its model, answers once, then answers for some seconds; the median of its times counts, and of
-the passes the median again. Peers and qkv load libraries that slow each other down in one process.
+A variant loads its model, answers once, then answers for some seconds; the median of its times counts, and of
+the passes the median again. On a CPU each pass of a variant is a process of its own: peers and qkv load
+libraries that slow each other down in one. On a GPU all share one process, and memory is the GPU's, that a
+variant's model and its first answer take.
 """
 
 from __future__ import annotations
@@ -22,9 +24,14 @@ from numpy.typing import NDArray
 
 from qkv.fast.native import NativeLinear
 from qkv.roofline import peak
+from qkv.runtime import pick_device
 
-SECONDS = 4.0
-"""How long a process answers, after the first time; at least three times."""
+DEVICE = pick_device()
+ON_GPU = DEVICE.type == "cuda"
+PRECISIONS = ("fp32", "bf16") if ON_GPU else ("fp32", "bf16", "int8")
+"""Of qkv."""
+SECONDS = 0.5 if ON_GPU else 4.0
+"""How long a variant answers in a pass, after the first time; at least three times."""
 
 Answer = NDArray[np.generic]
 Work = Callable[[], Answer]
@@ -64,13 +71,15 @@ def products(multiplications: float) -> dict[str, float]:
 
     At the best rate that torch or qkv's own products reach here on large matrices.
     """
+    if ON_GPU:
+        return {precision: 2 * multiplications / peak(DEVICE, precision) for precision in PRECISIONS}
     seconds: dict[str, float] = {}
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in PRECISIONS:
         linear = NativeLinear(torch.randn(2048, 1024), None, precision)  # type: ignore[arg-type]
         x = torch.randn(1024, 1024)
         rate = 2 * x.numel() * 2048 / _shortest(lambda layer=linear, x=x: layer(x))
         if precision != "int8":
-            rate = max(rate, peak(torch.device("cpu"), precision))
+            rate = max(rate, peak(DEVICE, precision))
         seconds[precision] = 2 * multiplications / rate
     return seconds
 
@@ -86,8 +95,8 @@ def _shortest(work: Callable[[], object]) -> float:
 
 def reading(weights: float) -> dict[str, float]:
     """Seconds that reading so many weights from memory takes at least, by precision."""
-    block = torch.ones(1 << 28)  # larger than any cache
-    rate = block.numel() * block.element_size() / _shortest(block.sum)
+    block = torch.ones(1 << 28, device=DEVICE)  # larger than any cache
+    rate = block.numel() * block.element_size() / _shortest(lambda: block.sum().item())
     sizes = {"fp32": 4, "bf16": 2, "int8": 1}
     return {precision: size * weights / rate for precision, size in sizes.items()}
 
@@ -107,28 +116,47 @@ def main(doc: str | None, jobs: Mapping[str, Callable[[Path, str], Job]], texts:
     file = given.texts if texts else ""
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.one:
-        job = jobs[given.jobs[0]](given.folder, file)
-        print(json.dumps(_measure(job.variants[given.one], given.answer)))
+        variant = _Variant.loaded(jobs[given.jobs[0]](given.folder, file).variants[given.one])
+        np.save(given.answer, variant.answer)
+        print(json.dumps(variant.measure()))
         return
     for name in given.jobs or jobs:
         command = [sys.executable, sys.argv[0], name, "--folder", str(given.folder)]
         _compare(jobs[name](given.folder, file), command + ["--texts", file] * texts, given)
 
 
-def _measure(load: Callable[[], Work], out: Path) -> dict[str, float]:
-    began = time.perf_counter()
-    work = load()
-    answer = work()
-    first = time.perf_counter() - began
-    np.save(out, answer)
-    times: list[float] = []
-    while sum(times) < SECONDS or len(times) < 3:
+@dataclass
+class _Variant:
+    """One that is loaded, with what its first answer told."""
+
+    work: Work
+    answer: Answer
+    first: float
+    memory: float
+
+    @staticmethod
+    def loaded(load: Callable[[], Work]) -> _Variant:
+        before = torch.cuda.memory_allocated() if ON_GPU else 0
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    memory = next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
-    return {"seconds": statistics.median(times), "first": first, "memory": memory}
+        work = load()
+        answer = work()
+        first = time.perf_counter() - began
+        taken = torch.cuda.max_memory_allocated() - before if ON_GPU else 0
+        return _Variant(work, answer, first, taken / 2**30)
+
+    def measure(self) -> dict[str, float]:
+        """One pass."""
+        times: list[float] = []
+        while sum(times) < SECONDS or len(times) < 3:
+            began = time.perf_counter()
+            self.work()
+            times.append(time.perf_counter() - began)
+        if not ON_GPU:
+            status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+            self.memory = next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
+        return {"seconds": statistics.median(times), "first": self.first, "memory": self.memory}
 
 
 def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
@@ -136,17 +164,30 @@ def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
     answers: dict[str, Answer] = {}
     reference = next(iter(job.variants))
     chosen = [name for name in job.variants if given.only in name or name == reference]
+    loaded: dict[str, _Variant] = {}
     for _ in range(given.passes):
         for name in chosen:
-            path = given.folder / "answer.npy"
-            one = [*command, "--one", name, "--answer", str(path)]
-            done = subprocess.run(one, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{job.title}, {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            try:
+                if ON_GPU:
+                    if name not in loaded:
+                        loaded[name] = _Variant.loaded(job.variants[name])
+                    one, answers[name] = loaded[name].measure(), loaded[name].answer
+                else:
+                    one, answers[name] = _in_a_process(name, command, given.folder / "answer.npy")
+            except Exception as error:  # a peer that fails is told of, and the others go on
+                print(f"{job.title}, {name}: {str(error).strip().splitlines()[-1:]}", file=sys.stderr)
                 continue
-            found.setdefault(name, []).append(json.loads(done.stdout.splitlines()[-1]))
-            answers[name] = np.load(path)
+            found.setdefault(name, []).append(one)
     _report(job, found, answers, answers[reference])
+
+
+def _in_a_process(name: str, command: list[str], path: Path) -> tuple[dict[str, float], Answer]:
+    """One pass of a variant. Raises RuntimeError with what it said if it fails."""
+    one = [*command, "--one", name, "--answer", str(path)]
+    done = subprocess.run(one, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]), np.load(path)
 
 
 def _report(

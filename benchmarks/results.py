@@ -65,13 +65,13 @@ def estimated_loss(
     stream: ids of the text, (T,). context: tokens of a window. The model's mode decides about dropout.
     """
     rng = np.random.default_rng(seed)
-    objective = Objective(model)
+    objective, device = Objective(model), model.tokens.weight.device
     total = 0.0
     for _ in range(batches):
         starts = rng.integers(len(stream) - context, size=windows)
         drawn = [stream[start : start + context + 1].astype(np.int64) for start in starts]
         batch = LanguageBatch(lay([w[:-1] for w in drawn]), join([w[1:] for w in drawn]))
-        (term,) = objective.terms(batch).values()
+        (term,) = objective.terms(batch.to(device)).values()
         total += term.loss_sum().item() / len(term)
     return total / batches
 
@@ -203,6 +203,7 @@ RESULTS = {
         CIFAR_TEST,
     ),
     "vit-cifar10-conv": Result("vit-cifar10-conv", CIFAR, (RIGHT,), CIFAR_TEST),
+    "vit-cifar10-gpu": Result("vit-cifar10-gpu", CIFAR, (RIGHT,), CIFAR_TEST),
     "bert-english": Result(
         "bert-english",
         _data("{data}/english/train.txt", "{data}/english/valid.txt"),

@@ -5,7 +5,7 @@ usage: python benchmarks/translate.py [greedy | beam] [--passes N] [--only NAME]
 64 sources of 12 to 28 tokens, 20 new tokens each, greedily or with 4 beams; no end token stops them. 6
 and 6 layers, 512 wide, a vocabulary of 58,101 pieces, random weights. Agreement is the share of tokens
 that are those of transformers in fp32, up to the first that is not. The limit is the time of all products
-at the measured peak.
+at the measured peak. On a GPU the peer is transformers, greedily also with a static cache and compiled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import interleaved
 import numpy as np
 import torch
-from interleaved import Answer, Job, Work
+from interleaved import DEVICE, ON_GPU, Answer, Job, Work
 from torch import nn
 
 VOCAB, D, F, DEPTH = 58101, 512, 2048, 6
@@ -31,10 +31,18 @@ def job(folder: Path, _: str, beams: int) -> Job:
     variants: dict[str, Callable[[], Work]] = {
         "transformers fp32": partial(transformers, model, sources, beams, torch.float32),
         "transformers bf16": partial(transformers, model, sources, beams, torch.bfloat16),
+    }
+    on_gpu = {
+        "transformers, compiled, bf16": partial(
+            transformers, model, sources, beams, torch.bfloat16, compiled=True
+        )
+    }
+    on_cpu = {
         "CTranslate2 fp32": partial(ctranslate2, model, sources, beams, "float32"),
         "CTranslate2 int8": partial(ctranslate2, model, sources, beams, "int8"),
     }
-    variants |= {f"qkv {p}": partial(qkv, model, sources, beams, p) for p in ("fp32", "bf16", "int8")}
+    variants |= on_cpu if not ON_GPU else on_gpu if beams == 1 else {}
+    variants |= {f"qkv {p}": partial(qkv, model, sources, beams, p) for p in interleaved.PRECISIONS}
     encoder, decoder = DEPTH * (4 * D * D + 2 * D * F), DEPTH * (6 * D * D + 2 * D * F) + VOCAB * D
     work = sum(map(len, sources)) * (encoder + DEPTH * 2 * D * D) + SENTENCES * beams * NEW * decoder
     how = "greedy" if beams == 1 else f"{beams} beams"
@@ -53,9 +61,8 @@ def _sources() -> list[list[int]]:
 def _prepared(folder: Path) -> Path:
     """The checkpoint in both formats; made once."""
     where = folder / "marian"
-    if (where / "ctranslate2").exists():
+    if (where / ("config.json" if ON_GPU else "ctranslate2")).exists():
         return where
-    from ctranslate2.converters.transformers import MarianMTLoader
     from transformers import MarianConfig, MarianMTModel
 
     torch.manual_seed(0)
@@ -68,6 +75,10 @@ def _prepared(folder: Path) -> Path:
     )  # fmt: skip
     model = MarianMTModel(config).eval()
     model.save_pretrained(where)
+    if ON_GPU:
+        return where
+    from ctranslate2.converters.transformers import MarianMTLoader
+
     for name in ("normalize_before", "normalize_embedding", "add_final_layer_norm"):
         setattr(
             model.config, name, False
@@ -89,11 +100,14 @@ def _prepared(folder: Path) -> Path:
     return where
 
 
-def transformers(model: Path, sources: list[list[int]], beams: int, dtype: torch.dtype) -> Work:
+def transformers(
+    model: Path, sources: list[list[int]], beams: int, dtype: torch.dtype, compiled: bool = False
+) -> Work:
     from transformers import MarianMTModel
 
-    net = MarianMTModel.from_pretrained(model, dtype=dtype).eval()
-    rows = [torch.tensor(source) for source in sources]
+    net = MarianMTModel.from_pretrained(model, dtype=dtype).eval().to(DEVICE)
+    rows = [torch.tensor(source, device=DEVICE) for source in sources]
+    cache = {"cache_implementation": "static"} if compiled else {}
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=START)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
@@ -101,9 +115,9 @@ def transformers(model: Path, sources: list[list[int]], beams: int, dtype: torch
         with torch.inference_mode():
             found = net.generate(
                 input_ids=ids, attention_mask=mask, num_beams=beams, do_sample=False, min_new_tokens=NEW,
-                max_new_tokens=NEW, forced_eos_token_id=None,
+                max_new_tokens=NEW, forced_eos_token_id=None, **cache,
             )  # fmt: skip
-        answer: Answer = found[:, 1:].numpy()
+        answer: Answer = found[:, 1:].cpu().numpy()
         return answer
 
     return work

@@ -40,7 +40,7 @@ class Pattern:
     """Which tokens may attend which: queries of sequence i attend keys of sequence i and no others.
 
     causal: query and key sequences are aligned at their ends, and a query sees no later key.
-    masks: for some sequences, in place of that: True where a query may attend a key, bool (Lq, Lk).
+    masks: for some sequences, in place of that: True where a query may attend a key, bool (Lq, Lk), on CPUs.
     Shared by all layers of a forward pass, as are the index tensors and masks derived from it.
     """
 
@@ -57,8 +57,10 @@ class Pattern:
 
     def mask(self, i: int) -> Tensor | None:
         """Where a query of sequence i may attend a key, bool (Lq, Lk); None: everywhere."""
-        if i in self.masks or not self.causal:
-            return self.masks.get(i)
+        if i in self.masks:
+            return self.masks[i].to(self.keys.device)
+        if not self.causal:
+            return None
         Lq, Lk = self.queries.lengths[i], self.keys.lengths[i]
         return torch.ones(Lq, Lk, dtype=torch.bool, device=self.keys.device).tril(Lk - Lq)
 
@@ -214,18 +216,20 @@ class _Side:
 class Masked(Pattern):
     """Who may attend whom told by a mask alone, for rows of one width in which sequences are padded.
 
-    Only for graphs that others feed (`export`): what is traced there must not depend on lengths.
+    Only for graphs (`export`, `fast.graphs`): what is traced there must not depend on lengths.
     Tokens are those of all rows, padding too: (N * Lq, H, E) of queries, (N * Lk, H, E) of keys.
     """
 
     allowed: Tensor = field(kw_only=True)
-    """True where a query may attend a key, bool (N, 1, 1 or Lq, 1 or Lk)."""
+    """True where a query may attend a key, bool (N, 1, 1 or Lq, 1 or Lk), or what is added to the scores."""
+    reach: int | None = field(kw_only=True)
+    """Only so many first keys of each row are read; None: all."""
 
     @staticmethod
-    def by(allowed: Tensor) -> Masked:
+    def by(allowed: Tensor, reach: int | None = None) -> Masked:
         """The pattern of a mask as `allowed`."""
         none = Layout((), allowed.device)
-        return Masked(none, none, allowed=allowed)
+        return Masked(none, none, allowed=allowed, reach=reach)
 
     @cached_property
     def blocks(self) -> list[_Block]:
@@ -242,12 +246,14 @@ class _Rows(_Block):
     """All rows of a masked pattern."""
 
     def __init__(self, pattern: Masked) -> None:
-        self.allowed = pattern.allowed
+        self.allowed, self.reach = pattern.allowed, pattern.reach
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Tokens (N * Lq, H, E), (N * Lk, H, E), (N * Lk, H, E) -> (N * Lq, H, E)."""
         N = self.allowed.shape[0]
         Q, K, V = (x.view(N, -1, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        if self.reach is not None:
+            K, V = K[:, :, : self.reach], V[:, :, : self.reach]
         answer = _dense(Q, K, V, self.allowed, False, dropout)  # (N, H, Lq, E)
         return answer.transpose(1, 2).flatten(0, 1)
 
@@ -289,6 +295,11 @@ def _dense(
 
     mask: True where a query may attend a key; causal: the lower triangle, without a mask.
     """
+    if query.is_cuda and mask is not None:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN's gives NaN with masks
+            return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
     training = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not training:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
@@ -462,7 +473,7 @@ class Branches:
     position: int
     """The new tokens' position in their texts."""
     mask: Tensor
-    """Which of the slot's rows each new token may attend, itself among them, bool (new, rows in use)."""
+    """Which of the slot's rows each new token may attend, also itself: bool (new, rows in use) on the CPU."""
 
 
 class Cache:
@@ -521,7 +532,7 @@ class Cache:
         self._fit(max(ends, default=0))
         every = [slot * self.capacity + row for slot, rows in places for row in rows]
         self.rows = torch.tensor(every, dtype=torch.long, device=self.device)
-        masks = {i: tree.mask.to(self.device) for i, tree in trees.items()}
+        masks = {i: tree.mask for i, tree in trees.items()}
         pattern = Pattern(layout, self.layout, causal=True, masks=masks)
         return pattern, torch.tensor(positions, dtype=torch.long, device=self.device)
 

@@ -122,10 +122,13 @@ class Ragged:
         return self.values[self.layout.starts + self.layout.sizes - 1]
 
     def mean(self) -> Tensor:
-        """The mean over each sequence's tokens, (N, ...). Raises ValueError if a sequence has none."""
+        """The mean over each sequence's tokens, (N, ...), in float32 if the values are in half precision.
+
+        Raises ValueError if a sequence has none.
+        """
         self._need_tokens()
-        sums = self.values.new_zeros(len(self), *self.values.shape[1:])
-        sums = sums.index_add(0, self.layout.owner, self.values)
+        values = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
+        sums = values.new_zeros(len(self), *values.shape[1:]).index_add(0, self.layout.owner, values)
         return sums / self.layout.sizes.view(-1, *[1] * (self.values.dim() - 1))
 
     def to(self, device: torch.device | str) -> Ragged:

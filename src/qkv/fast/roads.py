@@ -14,6 +14,7 @@ from qkv.attention import Attention, Pattern
 from qkv.config import InferencePrecision, ModelConfig
 from qkv.errors import InputError
 from qkv.fast import native
+from qkv.fast.graphs import GraphedStack
 from qkv.fast.native import NativeLinear, NativeOutput, NativeStack, UnavailableError
 from qkv.fast.packed import PackedLinear, PackedOutput
 from qkv.files import measured
@@ -29,7 +30,7 @@ from qkv.runtime import (
     return_freed_memory,
 )
 
-Engine = Literal["native", "torch"]
+Engine = Literal["native", "torch", "graphs"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
     they are packed, so the model only answers from then on: it can neither be trained nor saved. Raises
     InputError if that was done already, and for int8 on a GPU.
     """
-    if not any(isinstance(module, Stack) for module in model.modules()):
+    modules = list(model.modules())
+    if any(isinstance(m, GraphedStack) for m in modules) or not any(isinstance(m, Stack) for m in modules):
         raise InputError("this model is optimized already: load it anew for another precision")
     model.eval().requires_grad_(False)
     device = next(model.parameters()).device
@@ -60,7 +62,10 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
             raise InputError("int8 is for CPUs: use bf16 on a GPU")
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
         model.to(torch.bfloat16 if half else torch.float32)
-        return Road("torch", "bf16" if half else "fp32")
+        for parent, name in _places(model) if device.type == "cuda" else []:
+            if isinstance(stack := getattr(parent, name), Stack):
+                setattr(parent, name, GraphedStack(stack))
+        return Road("graphs" if device.type == "cuda" else "torch", "bf16" if half else "fp32")
     keep_few_kernels()
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)

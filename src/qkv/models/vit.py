@@ -141,7 +141,7 @@ class ViT(nn.Module):
                 f"this model reads {channels} channels and sides that are multiples of {p}"
             )
         rows, columns = height // p, width // p
-        x = self.patches(images)  # (N, P, D)
+        x = self.patches(images.to(self.class_token.dtype))  # (N, P, D)
         x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1)  # (N, 1 + P, D)
         return self.dropout(x + self.positions_for(rows, columns))  # type: ignore[no-any-return]
 

@@ -1,0 +1,220 @@
+"""Passes that are replayed answer as those that are computed anew.
+
+Without a GPU, a stand-in computes a graph's work again on the same tensors: what a graph is given, reads and
+leaves behind is tested everywhere, and that CUDA captures it where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import CONFIGS, DECODERS, answers, flat, ids, samples, tiny
+from torch import Tensor
+
+from qkv.attention import Pattern, record
+from qkv.config import Decoding
+from qkv.decode import generate
+from qkv.engine import Engine
+from qkv.errors import InputError
+from qkv.fast import graphs, optimize
+from qkv.fast.graphs import GraphedStack, Pass, Step
+from qkv.fast.roads import Road
+from qkv.layers import Stack
+from qkv.models import Model
+from qkv.ragged import Layout
+from qkv.search import Request
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+
+class Rerun:
+    """Computes instead of replaying."""
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        self.work, self.answer = work, work()
+
+    def replay(self) -> Tensor:
+        return self.answer.copy_(self.work())
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    if not GPU:
+        monkeypatch.setattr(graphs, "Captured", Rerun)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """Which graphs are captured."""
+    kinds: list[str] = []
+    for kind in (Pass, Step):
+
+        def note(self, *given, begin=kind.__init__, name=kind.__name__):
+            kinds.append(name)
+            begin(self, *given)
+
+        monkeypatch.setattr(kind, "__init__", note)
+    return kinds
+
+
+def plain(name: str) -> Model:
+    return tiny(name, torch.float32).to(DEVICE)
+
+
+def graphed(name: str) -> Model:
+    """The same model with graphs in the place of its stacks."""
+    model = plain(name).requires_grad_(False)
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if isinstance(module, Stack):
+                setattr(parent, child, GraphedStack(module))
+    return model
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def on_device(batch: list) -> list:
+    return [tuple(x.to(DEVICE) for x in s) if isinstance(s, tuple) else s.to(DEVICE) for s in batch]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_passes_of_the_same_lengths_are_answered_each_with_its_own(name: str, made: list[str]):
+    model, lengths = graphed(name), [(7, 3), (1, 9), (20, 2)]
+    for seed in range(4):
+        with torch.inference_mode():
+            batch = on_device(samples(model, lengths, seed))
+            first = flat(answers(model, batch))
+            kept = [x.clone() for x in first]
+            answers(model, on_device(samples(model, lengths, seed + 10)))
+            assert_equal(first, flat(answers(plain(name), batch)))
+            assert_equal(first, kept)  # what was answered is not overwritten later
+    # An encoder-decoder's decoder without a cache reads a memory, which is another one each time.
+    assert made == ["Pass"]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoding_by_steps_that_are_replayed(name: str, made: list[str]):
+    inputs = [ids(length, length).tolist() for length in (5, 1, 9, 30)]
+    for decoding in (
+        Decoding(max_new_tokens=40, temperature=0.0),
+        Decoding(max_new_tokens=20, num_beams=3),
+        Decoding(max_new_tokens=20, temperature=0.9, seed=3, num_return_sequences=2),
+    ):
+        made.clear()
+        expected, found = (generate(m, inputs, decoding, [1]) for m in (plain(name), graphed(name)))
+        assert [[h.ids for h in one] for one in found] == [[h.ids for h in one] for one in expected]
+        assert "Step" in made
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_requests_of_all_kinds_share_the_slots(name: str, made: list[str]):
+    """Beams, samples, guesses and prompts in one step, some slots idle; a second round finds old rows."""
+    said = []
+    for model in (plain(name), graphed(name)):
+        engine = Engine(model, 5)
+        tokens = []
+        for n, options in enumerate(
+            (
+                {"num_beams": 5, "num_return_sequences": 2, "max_new_tokens": 25},
+                {"temperature": 0.0, "speculate": 4, "max_new_tokens": 30},
+                {"max_new_tokens": 3},
+                {"num_return_sequences": 2, "max_new_tokens": 12, "seed": 2},
+                {"num_beams": 2, "max_new_tokens": 9},
+            )
+            * 2
+        ):
+            engine.submit(Request(ids(4 + 3 * n, n).tolist(), Decoding(**options), [1]))
+            tokens += engine.step()
+        tokens += engine.run()
+        said.append([(token.request, token.answer, token.id, token.finish) for token in tokens])
+    assert said[0] == said[1]
+    assert "Step" in made
+
+
+def test_a_slot_that_is_full_keeps_its_text(made: list[str]):
+    """Idle beside others, a text as long as the context must not lose its last token."""
+    contexts = tiny("gpt-pre-norm").config.context
+    full = ids(contexts, 0).tolist()
+    said = []
+    for model in (plain("gpt-pre-norm"), graphed("gpt-pre-norm")):
+        engine = Engine(model, 2)
+        engine.submit(Request(full[:-4], Decoding(max_new_tokens=4, temperature=0.0), []))
+        list(engine.run())
+        engine.submit(Request(ids(3, 5).tolist(), Decoding(max_new_tokens=30, temperature=0.0), []))
+        list(engine.run())
+        engine.submit(Request(full[:-3], Decoding(max_new_tokens=3, temperature=0.0), []))
+        said.append(([token.id for token in engine.run()], engine.counts.reused))
+    assert said[0] == said[1]
+    assert "Step" in made
+
+
+def test_graphs_go_with_their_cache():
+    model = graphed("gpt-pre-norm")
+    generate(model, [[1, 2, 3]], Decoding(max_new_tokens=9, temperature=0.0), [])
+    gc.collect()
+    stacks = [module for module in model.modules() if isinstance(module, GraphedStack)]
+    assert [len(stack._steps) for stack in stacks] == [0]
+
+
+def test_only_the_graphs_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    model, stack = graphed("gpt-pre-norm"), None
+    with torch.inference_mode():
+        for length in (3, 4, 5, 3, 3):
+            answers(model, on_device(samples(model, [(length, 1)])))
+    (stack,) = [module for module in model.modules() if isinstance(module, GraphedStack)]
+    assert [key[0] for key in stack._passes._known] == [(5,), (3,)]
+
+
+@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-post-norm", "bert-masked-lm", "vit-pre-norm"])
+def test_what_is_recorded_is_computed(name: str):
+    seen = []
+    for model in (plain(name), graphed(name)):
+        for _ in range(3):
+            with torch.inference_mode(), record(model) as maps:
+                answers(model, on_device(samples(model, [(7, 3), (20, 5)])))
+        seen.append([m for key in sorted(maps.taps) for call in maps.taps[key].calls for m in call])
+    assert_equal(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_in_half_precision_take_what_those_in_float_take(name: str):
+    """As `optimize` leaves them on a GPU; images are float32."""
+    model, lengths = graphed(name).bfloat16(), [(7, 3), (1, 9)]
+    with torch.inference_mode():
+        batch = on_device(samples(plain(name), lengths))
+        for _ in range(3):
+            found, expected = flat(answers(model, batch)), flat(answers(plain(name), batch))
+            for a, b in zip(found, expected, strict=True):
+                assert (a.float() - b).norm() <= 0.05 * b.norm().clamp(min=1)
+    if name in DECODERS:
+        for options in ({"temperature": 0.0}, {"num_beams": 2}):
+            decoding = Decoding(max_new_tokens=9, **options)
+            assert len(generate(model, [[1, 2, 3], [4]], decoding, [1])) == 2
+
+
+def test_gradients_flow_outside_inference_mode():
+    model = graphed("gpt-pre-norm")
+    for _ in range(3):
+        x = torch.randn(5, 12, device=DEVICE, requires_grad=True)
+        layout = Layout((5,), DEVICE)
+        model.run(x, layout.positions, Pattern(layout, layout, causal=True)).sum().backward()
+        assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_optimize_on_a_gpu_takes_the_road_of_graphs():
+    model = plain("gpt-pre-norm")
+    assert optimize(model, "auto") == Road("graphs", "bf16")
+    with pytest.raises(InputError, match="optimized already"):
+        optimize(model, "bf16")
+    generate(model, [[1, 2, 3]], Decoding(max_new_tokens=9, temperature=0.0), [])
+    with pytest.raises(InputError, match="int8 is for CPUs"):
+        optimize(plain("gpt-pre-norm"), "int8")
