@@ -149,8 +149,12 @@ MINILM = ("--init", "{minilm}")
 ENGLISH = "{out}/bert-english/seed-0"
 MINI = ("--model.dim", "256", "--model.depth", "4", "--model.heads", "4", "--model.mlp-dim", "1024")
 """The sizes of bert-english."""
-FASTER = ("--train.learning-rate", "5e-4", "--train.max-steps", "885", "--train.eval-steps", "885")
-"""Such a net learns at a higher rate than MiniLM; five epochs of SST-2 in its tokens."""
+FASTER = (
+    *("--train.learning-rate", "5e-4", "--train.max-steps", "885", "--train.eval-steps", "885"),
+    "--data.truncate",
+)
+"""Such a net learns at a higher rate than MiniLM; five epochs of SST-2 in its tokens, of which it reads 64:
+that cuts 0.2 % of the sentences."""
 FROM_SCRATCH = (
     *("--init", "", *MINI, "--model.dropout", "0.3"),
     *("--train.learning-rate", "1e-3", "--train.layer-decay", "1"),
@@ -218,7 +222,7 @@ RESULTS = {
     ),
     "bert-sst2-random": Result(
         "bert-sst2",
-        (*_data(*SST2), "--init", "", "--tokenizer.path", ENGLISH, *FASTER, *MINI),
+        (*_data(*SST2), "--init", "", "--tokenizer.path", ENGLISH, *FASTER, *MINI, "--model.context", "64"),
         (RIGHT,),
         after="bert-english",
     ),

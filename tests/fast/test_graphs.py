@@ -24,7 +24,7 @@ from qkv.fast.graphs import GraphedStack, Pass, Step
 from qkv.fast.roads import Road
 from qkv.layers import Stack
 from qkv.models import Model
-from qkv.ragged import Layout
+from qkv.ragged import Layout, pack
 from qkv.search import Request
 
 GPU = torch.cuda.is_available()
@@ -138,21 +138,20 @@ def test_requests_of_all_kinds_share_the_slots(name: str, made: list[str]):
     assert "Step" in made
 
 
-def test_a_slot_that_is_full_keeps_its_text(made: list[str]):
-    """Idle beside others, a text as long as the context must not lose its last token."""
-    contexts = tiny("gpt-pre-norm").config.context
-    full = ids(contexts, 0).tolist()
-    said = []
-    for model in (plain("gpt-pre-norm"), graphed("gpt-pre-norm")):
-        engine = Engine(model, 2)
-        engine.submit(Request(full[:-4], Decoding(max_new_tokens=4, temperature=0.0), []))
-        list(engine.run())
-        engine.submit(Request(ids(3, 5).tolist(), Decoding(max_new_tokens=30, temperature=0.0), []))
-        list(engine.run())
-        engine.submit(Request(full[:-3], Decoding(max_new_tokens=3, temperature=0.0), []))
-        said.append(([token.id for token in engine.run()], engine.counts.reused))
-    assert said[0] == said[1]
-    assert "Step" in made
+def test_what_idle_slots_hold_stays(made: list[str]):
+    """Also where there is no row behind it, in a text as long as the context."""
+    model = graphed("gpt-pre-norm")
+    for held in (model.config.context, 60, 5):
+        made.clear()
+        cache = model.start(2)
+        with torch.inference_mode():
+            model.next_hidden(pack([ids(held, 0), ids(3, 1)], DEVICE), cache)
+            before = [slots[0, :held].clone() for layer in cache.layers for slots in layer.slots()]
+            for step in range(4):
+                model.next_hidden(pack([[], ids(1, step)], DEVICE), cache, torch.tensor([0], device=DEVICE))
+            after = [slots[0, :held] for layer in cache.layers for slots in layer.slots()]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert ("Step" in made) == (held < model.config.context)
 
 
 def test_graphs_go_with_their_cache():
