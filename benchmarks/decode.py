@@ -1,4 +1,4 @@
-"""Greedy decoding by GPT-2 (124 M): qkv beside transformers and CTranslate2.
+"""Greedy decoding by GPT-2 (124 M): qkv beside transformers, CTranslate2 and llama.cpp.
 
 usage: [GPT=FOLDER] python benchmarks/decode.py [one | sixteen] [--passes N] [--only NAME]
 
@@ -42,6 +42,8 @@ def job(folder: Path, _: str, streams: int) -> Job:
     on_cpu = {
         "CTranslate2 fp32": partial(ctranslate2, model, prompts, "float32"),
         "CTranslate2 int8": partial(ctranslate2, model, prompts, "int8"),
+        "llama.cpp bf16": partial(llama_cpp, model, prompts, "BF16"),
+        "llama.cpp int8": partial(llama_cpp, model, prompts, "Q8_0"),
     }
     variants |= on_gpu if ON_GPU else on_cpu
     variants |= {f"qkv {p}": partial(qkv, model, prompts, p) for p in interleaved.PRECISIONS}
@@ -115,6 +117,83 @@ def ctranslate2(model: Path, prompts: list[list[int]], precision: str) -> Work:
         return np.array([one.sequences_ids[0] for one in found])
 
     return work
+
+
+def llama_cpp(model: Path, prompts: list[list[int]], kind: str) -> Work:
+    """By its C interface, which decodes all streams at once; matrices are of that type of its GGUF files."""
+    import llama_cpp as theirs
+
+    file, threads = _gguf(model, kind), torch.get_num_threads()
+    theirs.llama_backend_init()
+    net = theirs.llama_model_load_from_file(str(file).encode(), theirs.llama_model_default_params())
+    settings = theirs.llama_context_default_params()
+    settings.n_ctx = len(prompts) * (PROMPT + NEW)
+    settings.n_seq_max = len(prompts)
+    settings.n_batch = settings.n_ubatch = len(prompts) * PROMPT
+    settings.n_threads = settings.n_threads_batch = threads
+    context = theirs.llama_init_from_model(net, settings)
+    vocabulary = theirs.llama_vocab_n_tokens(theirs.llama_model_get_vocab(net))
+
+    def read(batch: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Tokens, each with its position, its stream and whether its successor is wanted -> the likeliest."""
+        given = theirs.llama_batch_init(len(batch), 0, 1)
+        given.n_tokens = len(batch)
+        for i, (token, position, stream, wanted) in enumerate(batch):
+            given.token[i], given.pos[i], given.logits[i] = token, position, wanted
+            given.n_seq_id[i], given.seq_id[i][0] = 1, stream
+        assert theirs.llama_decode(context, given) == 0
+        rows = [i for i, (*_, wanted) in enumerate(batch) if wanted]
+        logits = [np.ctypeslib.as_array(theirs.llama_get_logits_ith(context, i), (vocabulary,)) for i in rows]
+        theirs.llama_batch_free(given)
+        return [int(row.argmax()) for row in logits]
+
+    def work() -> Answer:
+        theirs.llama_memory_clear(theirs.llama_get_memory(context), True)
+        told = [
+            (token, n, stream, n + 1 == PROMPT)
+            for stream, prompt in enumerate(prompts)
+            for n, token in enumerate(prompt)
+        ]
+        found = [read(told)]
+        for n in range(PROMPT, PROMPT + NEW - 1):
+            found.append(read([(token, n, stream, True) for stream, token in enumerate(found[-1])]))
+        return np.array(found).T
+
+    return work
+
+
+def _gguf(model: Path, kind: str) -> Path:
+    """The checkpoint as llama.cpp reads it; made once."""
+    file = model / f"{kind}.gguf"
+    if file.exists():
+        return file
+    import gguf
+    from transformers import GPT2LMHeadModel
+
+    net = GPT2LMHeadModel.from_pretrained(model, dtype=torch.float32)
+    config, part = net.config, model / f"{kind}.part"
+    writer = gguf.GGUFWriter(part, "gpt2")
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for name, tensor in net.transformer.state_dict().items():
+        values = tensor.T if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else tensor
+        array = values.contiguous().numpy()
+        matrix = array.ndim == 2 and not name.startswith("wpe")
+        type = gguf.GGMLQuantizationType[kind if matrix else "F32"]
+        told = names.get_name(name, (".weight", ".bias"))
+        writer.add_tensor(told, gguf.quants.quantize(array, type), raw_dtype=type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return part.rename(file)
 
 
 def qkv(model: Path, prompts: list[list[int]], precision: str) -> Work:

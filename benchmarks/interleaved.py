@@ -2,8 +2,7 @@
 
 A variant loads its model, answers once, then answers for some seconds; the median of its times counts, and of
 the passes the median again. On a CPU each pass of a variant is a process of its own: peers and qkv load
-libraries that slow each other down in one. On a GPU all share one process, and memory is the GPU's, that a
-variant's model and its first answer take.
+libraries that slow each other down in one. On a GPU all share one process, and memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ def main(doc: str | None, jobs: Mapping[str, Callable[[Path, str], Job]], texts:
     given.folder.mkdir(parents=True, exist_ok=True)
     if given.one:
         variant = _Variant.loaded(jobs[given.jobs[0]](given.folder, file).variants[given.one])
-        np.save(given.answer, variant.answer)
         print(json.dumps(variant.measure()))
+        np.save(given.answer, variant.answer)
         return
     for name in given.jobs or jobs:
         command = [sys.executable, sys.argv[0], name, "--folder", str(given.folder)]
@@ -127,36 +126,44 @@ def main(doc: str | None, jobs: Mapping[str, Callable[[Path, str], Job]], texts:
 
 @dataclass
 class _Variant:
-    """One that is loaded, with what its first answer told."""
+    """One that is loaded."""
 
     work: Work
     answer: Answer
+    """The last one."""
     first: float
-    memory: float
+    """Seconds until the first one."""
+    held: int
+    """Bytes on the GPU that loading it took."""
 
     @staticmethod
     def loaded(load: Callable[[], Work]) -> _Variant:
-        before = torch.cuda.memory_allocated() if ON_GPU else 0
-        if ON_GPU:
-            torch.cuda.reset_peak_memory_stats()
+        before = _allocated()
         began = time.perf_counter()
         work = load()
         answer = work()
-        first = time.perf_counter() - began
-        taken = torch.cuda.max_memory_allocated() - before if ON_GPU else 0
-        return _Variant(work, answer, first, taken / 2**30)
+        return _Variant(work, answer, time.perf_counter() - began, _allocated() - before)
 
     def measure(self) -> dict[str, float]:
         """One pass."""
         times: list[float] = []
+        before = _allocated()
+        if ON_GPU:
+            torch.cuda.reset_peak_memory_stats()
         while sum(times) < SECONDS or len(times) < 3:
             began = time.perf_counter()
-            self.work()
+            self.answer = self.work()
             times.append(time.perf_counter() - began)
-        if not ON_GPU:
+        if ON_GPU:
+            memory = self.held + torch.cuda.max_memory_allocated() - before
+        else:
             status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-            self.memory = next(int(line.split()[1]) / 2**20 for line in status if line.startswith("VmHWM"))
-        return {"seconds": statistics.median(times), "first": self.first, "memory": self.memory}
+            memory = next(int(line.split()[1]) * 2**10 for line in status if line.startswith("VmHWM"))
+        return {"seconds": statistics.median(times), "first": self.first, "memory": memory / 2**30}
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if ON_GPU else 0
 
 
 def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
@@ -171,7 +178,8 @@ def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
                 if ON_GPU:
                     if name not in loaded:
                         loaded[name] = _Variant.loaded(job.variants[name])
-                    one, answers[name] = loaded[name].measure(), loaded[name].answer
+                    one = loaded[name].measure()
+                    answers[name] = loaded[name].answer
                 else:
                     one, answers[name] = _in_a_process(name, command, given.folder / "answer.npy")
             except Exception as error:  # a peer that fails is told of, and the others go on

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkv.dropout import dropout as drop
 from qkv.errors import InputError
@@ -296,9 +297,8 @@ def _dense(
     mask: True where a query may attend a key; causal: the lower triangle, without a mask.
     """
     if query.is_cuda and mask is not None:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):  # cuDNN's gives NaN with masks
+        # Of cuDNN's kernel, NaN with masks is reported (torch 2.13).
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
     training = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not training:

@@ -218,7 +218,7 @@ class Engine:
         if plain:
             places = [row for search in plain for row in rows[search]]
             count = max(search.candidates + len(search.banned(search.made)) for search in plain)
-            scores, ids = (found.cpu() for found in ahead.likeliest(places, count))
+            scores, ids = (best.cpu() for best in ahead.likeliest(places, count))
             sizes = [len(rows[search]) for search in plain]
             parts = zip(torch.split(scores, sizes), torch.split(ids, sizes), strict=True)
             found |= zip(plain, parts, strict=True)

@@ -219,7 +219,7 @@ class Output(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
         logits = self(hidden, embeddings, bias).float()  # (R, V)
-        best = logits.topk(count) if count > 1 else logits.max(-1, keepdim=True)
+        best = logits.topk(count) if count > 1 else logits.max(-1, keepdim=True)  # one kernel, not ten
         return best.values - logits.logsumexp(-1, keepdim=True), best.indices
 
 

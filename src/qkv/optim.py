@@ -41,7 +41,7 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
 
     steppers: list[torch.optim.Optimizer] = []
     if hidden := made(muon=True):
-        steppers.append(Muon(hidden, config.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        steppers.append(Muon(hidden, config.learning_rate))
     if rest := made(muon=False):
         betas = (config.adam_beta1, config.adam_beta2)
         steppers.append(
@@ -56,20 +56,21 @@ class Muon(torch.optim.Muon):
     One after the other, they are many small products that a GPU waits to be told of.
     """
 
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        """Updates of AdamW's size (Liu et al. 2025, 2.2); a group may have a weight decay of its own."""
+        super().__init__(groups, lr, adjust_lr_fn="match_rms_adamw")
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """As torch's."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        if all(p.is_cuda and type(p.data) is Tensor for p in parameters):  # those that are spread are none
+        if all(p.is_cuda and type(p.data) is Tensor for p in parameters):  # no DTensor: those are sharded
             self.step_together()
         else:
-            super().step(closure)  # type: ignore[no-untyped-call]
+            super().step()  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def step_together(self) -> None:
-        """A step with Nesterov's momentum and updates of AdamW's size (Liu et al. 2025, 2.2).
-
-        Groups may differ in learning rate and weight decay.
-        """
+        """The step as torch makes it, with Nesterov's momentum; groups may differ in rate and decay."""
         momentum, coefficients, steps, eps = (
             self.defaults[name] for name in ("momentum", "ns_coefficients", "ns_steps", "eps")
         )
@@ -88,8 +89,8 @@ class Muon(torch.optim.Muon):
             directions = orthogonal(updates, coefficients, steps, eps).float().unbind()
             scale = 0.2 * math.sqrt(max(shape))
             torch._foreach_mul_(parameters, [1 - decay for *_, decay in members])
-            changes = torch._foreach_mul(directions, [-scale * rate for _, rate, _ in members])
-            torch._foreach_add_(parameters, changes)
+            torch._foreach_mul_(directions, [-scale * rate for _, rate, _ in members])
+            torch._foreach_add_(parameters, directions)
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

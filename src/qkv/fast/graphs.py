@@ -12,23 +12,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from threading import Lock
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import KeyValue, LayerCache, Masked, Past, Pattern, Tappable
+from qkv.attention import KeyValue, LayerCache, Masked, Pattern, Tappable
 from qkv.layers import Stack
 from qkv.ragged import Layout
 
 PASS_TOKENS = 8192
 """Most tokens of a pass without a cache that is worth a graph: beyond, its kernels take longer than starting
 them."""
-STEP_TOKENS = 16
+STEP_WIDTH = 16
 """Most new tokens of a slot in a step that is worth one."""
-KEPT = 16
+KEPT = 64
 """Graphs that are kept of passes without a cache, and of each cache: those used last."""
 FEWEST_KEYS = 64
 """A step reads so many keys of each slot, or twice, four times ... as many."""
@@ -40,21 +42,10 @@ class Call:
 
     x: Tensor
     pattern: Pattern
-    rotation: KeyValue | None = None
-    caches: Sequence[Past] | None = None
-    memory: Sequence[KeyValue] = ()
-    memory_pattern: Pattern | None = None
-
-    def run(self, stack: Stack) -> Tensor:
-        """(T, D), kernel by kernel."""
-        return stack(  # type: ignore[no-any-return]
-            self.x,
-            self.pattern,
-            rotation=self.rotation,
-            caches=self.caches,
-            memory=self.memory,
-            memory_pattern=self.memory_pattern,
-        )
+    rotation: KeyValue | None
+    caches: Sequence[LayerCache] | None
+    memory: Sequence[KeyValue]
+    memory_pattern: Pattern | None
 
 
 class GraphedStack(nn.Module):
@@ -63,8 +54,10 @@ class GraphedStack(nn.Module):
     def __init__(self, stack: Stack) -> None:
         super().__init__()
         self.stack = stack
+        self._capture = Capture()
         self._passes = Graphs()
         self._steps: WeakKeyDictionary[LayerCache, Graphs] = WeakKeyDictionary()
+        self._lock = Lock()  # calls share the tensors that graphs read and write
 
     def forward(
         self,
@@ -78,15 +71,20 @@ class GraphedStack(nn.Module):
     ) -> Tensor:
         """As `layers.Stack`: x (T, D) -> (T, D)."""
         call = Call(x, pattern, rotation, caches, memory, memory_pattern)
-        graph: Graph | None = None
         tapped = any(module.tap is not None for module in [*self.attentions(), *self.crosses()])
         if torch.is_inference_mode_enabled() and not tapped:
-            if caches is None:
-                graph = self._passes.get(_pass_key(call), lambda: Pass(self.stack, call))
-            else:
-                graphs = self._steps.setdefault(caches[0], Graphs())
-                graph = graphs.get(_step_key(call, caches), lambda: Step(self.stack, call, caches))
-        return call.run(self.stack) if graph is None else graph(call)
+            with self._lock:
+                if (graph := self._graph(call)) is not None:
+                    return graph(call)
+        return self.stack(  # type: ignore[no-any-return]
+            x, pattern, rotation=rotation, caches=caches, memory=memory, memory_pattern=memory_pattern
+        )
+
+    def _graph(self, call: Call) -> Graph | None:
+        if call.caches is None:
+            return self._passes.get(_pass_key(call), lambda: Pass(self.stack, call, self._capture))
+        graphs = self._steps.setdefault(call.caches[0], Graphs())
+        return graphs.get(_step_key(call), lambda: Step(self.stack, call, self._capture))
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """As `layers.Stack`."""
@@ -136,23 +134,49 @@ class Graphs:
         return graph
 
 
-class Captured:
-    """Work on tensors that stay where they are, and its answer in a tensor that does too."""
-
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(beside):
-            work()  # what the first run makes for later ones must not be part of the graph
-            # `torch.cuda.graph` would give all free memory back to the driver first, which takes longer.
-            self.graph.capture_begin(capture_error_mode="thread_local")
-            self.answer = work()
-            self.graph.capture_end()
-        torch.cuda.current_stream().wait_stream(beside)
+class Captured(Protocol):
+    """Work on tensors that stay where they are, which must live as long as this."""
 
     def replay(self) -> Tensor:
         """The answer, which the next replay overwrites."""
+        ...
+
+
+class Capture:
+    """What captures: a stream of its own, and memory that all of its graphs use one after the other."""
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def _memory(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Tensor], device: torch.device) -> Captured:
+        """The work of some kernels on that device."""
+        with torch.cuda.device(device):
+            stream, graph = self._stream, torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                work()  # what the first run makes for later ones must not be part of the graph
+                # `torch.cuda.graph` would give all free memory back to the driver first, which takes longer.
+                graph.capture_begin(self._memory, capture_error_mode="thread_local")
+                try:
+                    answer = work()
+                finally:
+                    graph.capture_end()
+            torch.cuda.current_stream().wait_stream(stream)
+        return _Replay(graph, answer)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    graph: torch.cuda.CUDAGraph
+    answer: Tensor
+
+    def replay(self) -> Tensor:
+        """See `Captured`."""
         self.graph.replay()
         return self.answer
 
@@ -161,45 +185,64 @@ class Captured:
 
 
 def _pass_key(call: Call) -> Key:
-    """Of an encoder's passes and ViT's: sequences of the same lengths."""
+    """Of sequences of one length, such as ViT's: those of different ones hardly ever come again."""
     pattern = call.pattern
     if call.memory or pattern.masks or isinstance(pattern, Masked) or not 0 < len(call.x) <= PASS_TOKENS:
         return None
-    return pattern.queries.lengths, pattern.keys.lengths, pattern.causal, call.x.dtype
+    if not pattern.queries.equal or not pattern.keys.equal:
+        return None
+    return len(pattern.queries), pattern.queries.longest, pattern.keys.longest, pattern.causal, call.x.dtype
 
 
 class Pass:
-    """All blocks for sequences of certain lengths."""
+    """All blocks for so many sequences of one length."""
 
-    def __init__(self, stack: Stack, call: Call) -> None:
-        self.x = call.x.clone()
-        self.rotation = call.rotation  # as the lengths are, so are the positions
-        still = Call(self.x, call.pattern, self.rotation)
-        self.captured = Captured(lambda: still.run(stack))
+    def __init__(self, stack: Stack, call: Call, capture: Capture) -> None:
+        self.x, self.rotation = call.x.clone(), _copy(call.rotation)
+        self.pattern = call.pattern  # what the kernels read of it must live as long as the graph
+
+        def work() -> Tensor:
+            return stack(self.x, self.pattern, rotation=self.rotation)  # type: ignore[no-any-return]
+
+        self.captured = capture(work, call.x.device)
 
     def __call__(self, call: Call) -> Tensor:
         """(T, D)."""
-        self.x.copy_(call.x)
+        for mine, given in _pairs(self.x, self.rotation, call):
+            mine.copy_(given)
         return self.captured.replay().clone()
+
+
+def _copy(rotation: KeyValue | None) -> KeyValue | None:
+    return None if rotation is None else (rotation[0].clone(), rotation[1].clone())
+
+
+def _pairs(x: Tensor, rotation: KeyValue | None, call: Call) -> list[tuple[Tensor, Tensor]]:
+    """A graph's own tensors with those of a call, a row for each token."""
+    pairs = [(x, call.x)]
+    if rotation is not None and call.rotation is not None:
+        pairs += zip(rotation, call.rotation, strict=True)
+    return pairs
 
 
 # ---------------------------------------------------------------- steps of decoding
 
 
-def _step_key(call: Call, caches: Sequence[LayerCache]) -> Key:
-    """Of steps on the same storage that read as many keys."""
-    new, slots = call.pattern.queries.lengths, call.pattern.keys
+def _step_key(call: Call) -> Key:
+    """Of steps on a cache of the same capacity, which does not come again once it has grown."""
+    new, slots, sources = call.pattern.queries.lengths, call.pattern.keys, call.memory_pattern
     W, C = max(new, default=0), slots.stride
-    if not 0 < W <= STEP_TOKENS or C is None or caches[0].key is None:
+    stored = call.caches is not None and call.caches[0].key is not None
+    if not stored or not call.pattern.causal or not 0 < W <= STEP_WIDTH or C is None:
         return None
     # Columns without a token write to the row behind their slot's text.
     if any(n < W and end >= C for n, end in zip(new, slots.lengths, strict=True)):
         return None
-    at: list[Hashable] = [caches[0].key.data_ptr(), C, W, _reach(slots)]
-    if call.memory_pattern is not None:
-        sources = call.memory_pattern.keys
-        at += [call.memory[0][0].data_ptr(), sources.stride, _reach(sources)]
-    return tuple(at)
+    if sources is None:
+        return C, W, _reach(slots)
+    if any(n and not length for n, length in zip(new, sources.keys.lengths, strict=True)):
+        return None  # what attends nothing gets zeros, which a mask cannot say
+    return C, W, _reach(slots), sources.keys.stride, _reach(sources.keys)
 
 
 def _reach(slots: Layout) -> int:
@@ -211,29 +254,40 @@ def _reach(slots: Layout) -> int:
 class Step:
     """All blocks for W new tokens in each slot; those that a call does not have are computed in vain."""
 
-    def __init__(self, stack: Stack, call: Call, caches: Sequence[LayerCache]) -> None:
-        S, W = len(call.pattern.keys), max(call.pattern.queries.lengths)
-        cells, device = S * W, call.x.device
+    def __init__(self, stack: Stack, call: Call, capture: Capture) -> None:
+        assert call.caches is not None
+        S, W, device = len(call.pattern.keys), max(call.pattern.queries.lengths), call.x.device
         self.shape = S, W, _reach(call.pattern.keys)
-        self.cache = caches[0].cache
-        self.x = call.x.new_zeros(cells, *call.x.shape[1:])  # (S W, D)
-        self.rows = torch.zeros(cells, dtype=torch.long, device=device)
-        self.rotation = None if call.rotation is None else _grid(call.rotation, cells)
-        self.allowed = torch.ones(*self.shape, dtype=torch.bool, device=device)
-        self.sources = torch.zeros(0, dtype=torch.bool, device=device)  # (S, M)
-        if call.memory_pattern is not None:
-            self.sources = self.sources.new_ones(S, _reach(call.memory_pattern.keys))
+        self.cache = call.caches[0].cache
+        self.x = call.x.new_zeros(S * W, *call.x.shape[1:])  # (S W, D)
+        self.rows = torch.zeros(S * W, dtype=torch.long, device=device)
+        self.rotation: KeyValue | None = None  # (S W, 1, E) each
+        if call.rotation is not None:
+            cosine, sine = (turn.new_zeros(S * W, *turn.shape[1:]) for turn in call.rotation)
+            self.rotation = cosine, sine
+        self.allowed = torch.ones(self.shape, dtype=torch.bool, device=device)
+        self.sources: Tensor | None = None  # (S, M)
         self.source_lengths: tuple[int, ...] = ()
-        past = [_Rows(*layer.read(), self.rows) for layer in caches]
-        memory = call.memory
+        if call.memory_pattern is not None:
+            M = _reach(call.memory_pattern.keys)
+            self.sources = torch.ones(S, M, dtype=torch.bool, device=device)
+        self.past = [_Kept(*layer.read(), self.rows) for layer in call.caches]
+        self.memory = call.memory
 
         def work() -> Tensor:
-            pattern = Masked.by(_bias(self.allowed, self.x)[:, None], self.shape[2])
-            crossed = Masked.by(_bias(self.sources, self.x)[:, None, None], self.sources.shape[-1])
-            return Call(self.x, pattern, self.rotation, past, memory, crossed).run(stack)
+            crossed = None if self.sources is None else _masked(self.sources[:, None], self.x)
+            pattern = _masked(self.allowed, self.x)
+            return stack(  # type: ignore[no-any-return]
+                self.x,
+                pattern,
+                rotation=self.rotation,
+                caches=self.past,
+                memory=self.memory,
+                memory_pattern=crossed,
+            )
 
         self._fill(call)
-        self.captured = Captured(work)
+        self.captured = capture(work, device)
 
     def __call__(self, call: Call) -> Tensor:
         """(T, D)."""
@@ -244,7 +298,8 @@ class Step:
     def _fill(self, call: Call) -> Tensor | None:
         """Put a call's tokens in their cells; returns which those are, (T,), or None if they are all."""
         S, W, L = self.shape
-        new, ends = np.array(call.pattern.queries.lengths), np.array(call.pattern.keys.lengths)
+        slots = call.pattern.keys
+        new, ends = np.array(call.pattern.queries.lengths), np.array(slots.lengths)
         columns = np.arange(W)
         seen = (ends - new)[:, None] + columns + 1  # (S, W): keys that a new token may attend, the first ones
         filled = columns < new[:, None]  # (S, W)
@@ -252,30 +307,31 @@ class Step:
         for slot, mask in call.pattern.masks.items():
             allowed[slot, : len(mask), : mask.shape[1]] = mask
         self.allowed.copy_(allowed)
-        if call.memory_pattern is not None and call.memory_pattern.keys.lengths != self.source_lengths:
-            self.source_lengths = call.memory_pattern.keys.lengths
-            lengths = np.array(self.source_lengths)[:, None]
-            known = (np.arange(self.sources.shape[1]) < lengths) | (lengths == 0)
-            self.sources.copy_(torch.from_numpy(known))
-        pairs = [(self.x, call.x), (self.rows, self.cache.rows)]
-        if self.rotation is not None and call.rotation is not None:
-            pairs += zip(self.rotation, call.rotation, strict=True)
+        if self.sources is not None and call.memory_pattern is not None:
+            self._fill_sources(self.sources, call.memory_pattern.keys.lengths)
+        pairs = [(self.rows, self.cache.rows), *_pairs(self.x, self.rotation, call)]
         if filled.all():
             for grid, values in pairs:
                 grid.copy_(values)
             return None
-        stride = call.pattern.keys.stride
-        assert stride is not None
-        spare = np.arange(S) * stride + np.minimum(ends, stride - 1)
+        assert slots.stride is not None
+        spare = np.arange(S) * slots.stride + np.minimum(ends, slots.stride - 1)
         self.rows.copy_(torch.from_numpy(spare.repeat(W)))
         cells = torch.from_numpy(filled.reshape(-1).nonzero()[0]).to(self.x.device)
         for grid, values in pairs:
             grid.index_copy_(0, cells, values)
         return cells
 
+    def _fill_sources(self, sources: Tensor, lengths: tuple[int, ...]) -> None:
+        """Which keys of their sources the slots may attend, if those are others than in the last step."""
+        if lengths != self.source_lengths:
+            self.source_lengths, ends = lengths, np.array(lengths)[:, None]
+            # An idle slot may attend anything: nothing at all would make it NaN.
+            sources.copy_(torch.from_numpy((np.arange(sources.shape[1]) < ends) | (ends == 0)))
+
 
 @dataclass(frozen=True)
-class _Rows:
+class _Kept:
     """A layer's keys and values in all slots, to which a step adds those of its cells."""
 
     key: Tensor
@@ -289,11 +345,10 @@ class _Rows:
         return self.key, self.value
 
 
-def _grid(rotation: KeyValue, cells: int) -> KeyValue:
-    cosine, sine = (turn.new_zeros(cells, *turn.shape[1:]) for turn in rotation)
-    return cosine, sine
+def _masked(allowed: Tensor, like: Tensor) -> Masked:
+    """The pattern of cells that may attend the first keys of their slots as allowed (S, 1 or W, L) says.
 
-
-def _bias(allowed: Tensor, like: Tensor) -> Tensor:
-    """What a mask adds to scores, 0 where it allows; a kernel would make it of the mask in every layer."""
-    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, float("-inf"))
+    As what is added to the scores, which a kernel would make of a mask in every layer.
+    """
+    bias = torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(~allowed, float("-inf"))
+    return Masked.by(bias[:, None], allowed.shape[-1])
