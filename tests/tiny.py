@@ -42,6 +42,14 @@ CONFIGS: dict[str, AnyModelConfig] = {
 }
 CAUSAL = [name for name in CONFIGS if name.startswith("gpt")]
 DECODERS = [name for name in CONFIGS if name.startswith(("gpt", "transformer"))]
+REQUESTS: list[dict[str, float]] = [
+    {"num_beams": 5, "num_return_sequences": 2, "max_new_tokens": 25},
+    {"temperature": 0.0, "speculate": 4, "max_new_tokens": 30},
+    {"max_new_tokens": 3},
+    {"num_return_sequences": 2, "max_new_tokens": 12, "seed": 2},
+    {"num_beams": 2, "max_new_tokens": 9},
+]
+"""Beams, samples and guesses, as `Decoding` is told of them."""
 EMPTY_ALLOWED = [*DECODERS, "bert-masked-lm", "bert-tagging"]
 """Models without a pooler: the others read the first token of each sequence, so there must be one."""
 

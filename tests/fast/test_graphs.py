@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CONFIGS, DECODERS, answers, flat, ids, samples, tiny
+from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
 from torch import Tensor
 
 from qkv.attention import Pattern, record
@@ -181,16 +181,7 @@ def test_requests_of_all_kinds_share_the_slots(name: str, made: list[str]):
     for model in (plain(name), graphed(name)):
         engine = Engine(model, 5)
         tokens = []
-        for n, options in enumerate(
-            (
-                {"num_beams": 5, "num_return_sequences": 2, "max_new_tokens": 25},
-                {"temperature": 0.0, "speculate": 4, "max_new_tokens": 30},
-                {"max_new_tokens": 3},
-                {"num_return_sequences": 2, "max_new_tokens": 12, "seed": 2},
-                {"num_beams": 2, "max_new_tokens": 9},
-            )
-            * 2
-        ):
+        for n, options in enumerate(REQUESTS * 2):
             engine.submit(Request(ids(4 + 3 * n, n).tolist(), Decoding(**options), [1]))
             tokens += engine.step()
         tokens += engine.run()

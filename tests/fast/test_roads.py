@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, DECODERS, answers, flat, ids, samples, tiny
+from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
 
 from qkv.attention import record
 from qkv.config import Decoding
@@ -103,15 +103,7 @@ def test_requests_of_all_kinds_share_the_cache_as_in_the_model(name: str):
     for model in (wide(name), native(name, "fp32")):
         engine = Engine(model, 5)
         tokens = []
-        for n, options in enumerate(
-            (
-                {"num_beams": 5, "num_return_sequences": 2, "max_new_tokens": 25},
-                {"temperature": 0.0, "speculate": 4, "max_new_tokens": 30},
-                {"max_new_tokens": 3},
-                {"num_return_sequences": 2, "max_new_tokens": 12, "seed": 2},
-                {"num_beams": 2, "max_new_tokens": 9},
-            )
-        ):
+        for n, options in enumerate(REQUESTS):
             engine.submit(Request(ids(4 + 6 * n, n).tolist(), Decoding(**options), [1]))
             tokens += engine.step()
         tokens += engine.run()
