@@ -41,7 +41,7 @@ class Pattern:
     """Which tokens may attend which: queries of sequence i attend keys of sequence i and no others.
 
     causal: query and key sequences are aligned at their ends, and a query sees no later key.
-    masks: for some sequences, in place of that: True where a query may attend a key, bool (Lq, Lk), on CPUs.
+    masks: for some sequences, in its place: bool (Lq, Lk) on the CPU, True where a query may attend a key.
     Shared by all layers of a forward pass, as are the index tensors and masks derived from it.
     """
 
@@ -294,7 +294,8 @@ def _dense(
 ) -> Tensor:
     """Attention of a block: query (B, H, Lq, E), key and value (B, H, Lk, E) -> (B, H, Lq, E).
 
-    mask: True where a query may attend a key; causal: the lower triangle, without a mask.
+    mask: True where a query may attend a key, or what is added to the scores; causal: the lower triangle,
+    without a mask.
     """
     if query.is_cuda and mask is not None:
         # Of cuDNN's kernel, NaN with masks is reported (torch 2.13).

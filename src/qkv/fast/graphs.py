@@ -134,12 +134,17 @@ class Graphs:
         return graph
 
 
-class Captured(Protocol):
+@dataclass(frozen=True)
+class Captured:
     """Work on tensors that stay where they are, which must live as long as this."""
+
+    graph: torch.cuda.CUDAGraph
+    answer: Tensor
 
     def replay(self) -> Tensor:
         """The answer, which the next replay overwrites."""
-        ...
+        self.graph.replay()
+        return self.answer
 
 
 class Capture:
@@ -167,18 +172,7 @@ class Capture:
                 finally:
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(stream)
-        return _Replay(graph, answer)
-
-
-@dataclass(frozen=True)
-class _Replay:
-    graph: torch.cuda.CUDAGraph
-    answer: Tensor
-
-    def replay(self) -> Tensor:
-        """See `Captured`."""
-        self.graph.replay()
-        return self.answer
+        return Captured(graph, answer)
 
 
 # ---------------------------------------------------------------- passes without a cache
@@ -315,7 +309,7 @@ class Step:
                 grid.copy_(values)
             return None
         assert slots.stride is not None
-        spare = np.arange(S) * slots.stride + np.minimum(ends, slots.stride - 1)
+        spare = np.arange(S) * slots.stride + ends
         self.rows.copy_(torch.from_numpy(spare.repeat(W)))
         cells = torch.from_numpy(filled.reshape(-1).nonzero()[0]).to(self.x.device)
         for grid, values in pairs:

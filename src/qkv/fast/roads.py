@@ -44,13 +44,13 @@ class Road:
 def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "auto") -> Road:
     """Make a model answer faster, in place; returns the road that it takes from now on.
 
-    precision: of the products with the weights of the blocks, of the output and of an image's patches.
-    fp32: as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits,
-    with a scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16.
-    Of several roads it is the one that a trial on this machine found fastest, which is remembered in the
-    cache folder. Where there is no compiled code a warning says why, and int8 becomes bf16. Weights go once
-    they are packed, so the model only answers from then on: it can neither be trained nor saved. Raises
-    InputError if that was done already, and for int8 on a GPU.
+    precision: of the products with the weights of the blocks, of the output and of an image's patches. fp32:
+    as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a
+    scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16; on a
+    GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
+    fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why, and
+    int8 becomes bf16. Weights go once they are packed, so the model only answers from then on: it can
+    neither be trained nor saved. Raises InputError if that was done already, and for int8 on a GPU.
     """
     modules = list(model.modules())
     if any(isinstance(m, GraphedStack) for m in modules) or not any(isinstance(m, Stack) for m in modules):
@@ -62,10 +62,13 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
             raise InputError("int8 is for CPUs: use bf16 on a GPU")
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
         model.to(torch.bfloat16 if half else torch.float32)
-        for parent, name in _places(model) if device.type == "cuda" else []:
-            if isinstance(stack := getattr(parent, name), Stack):
-                setattr(parent, name, GraphedStack(stack))
-        return Road("graphs" if device.type == "cuda" else "torch", "bf16" if half else "fp32")
+        engine: Engine = "torch"
+        if device.type == "cuda":
+            engine = "graphs"
+            for parent, name in _places(model):
+                if isinstance(stack := getattr(parent, name), Stack):
+                    setattr(parent, name, GraphedStack(stack))
+        return Road(engine, "bf16" if half else "fp32")
     keep_few_kernels()
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
