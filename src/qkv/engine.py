@@ -13,10 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from qkv.sampling import Row, adjust, choose, distribution, verify
-from qkv.search import Beams, Request, Search, Stream, Token
+from qkv.search import Beams, Continuation, Request, Search, Stream, Token, best_continuations
 from qkv.slots import Ahead, Decoder, Slots
 from qkv.speculate import Draft, LookUp
 
@@ -119,7 +118,7 @@ class Engine:
         for twin, other in twins.items():
             self._slots.copy(other.slot, twin.slot, len(twin.prompt))
             rows[twin] = rows[other][:1]
-        chosen, candidates = self._choose(ahead, rows), self._candidates(ahead, rows)
+        chosen, continuations = self._choose(ahead, rows), self._continuations(ahead, rows)
         tokens: list[Token] = []
         for search in self._live:
             logits = ahead.logits(rows[search]) if search.decoding.logprobs else None
@@ -130,7 +129,7 @@ class Engine:
                 self.counts.accepted += sum(token.guessed for token in new)
             else:
                 assert isinstance(search, Beams)
-                new = search.take(*candidates[search], logits)
+                new = search.take(continuations[search], logits)
             tokens += new
         self.counts.steps += 1
         self._leave([search for search in self._live if search.done])
@@ -204,24 +203,22 @@ class Engine:
         pairs = zip(ids.tolist(), settings, strict=True)
         return [next(id for id in best if id not in row.banned) for best, row in pairs]
 
-    def _candidates(self, ahead: Ahead, rows: dict[Search, range]) -> dict[Search, tuple[Tensor, Tensor]]:
-        """The likeliest continuations of each beam search's beams: log-probabilities and ids, (K, C) each."""
-        found: dict[Search, tuple[Tensor, Tensor]] = {}
+    def _continuations(self, ahead: Ahead, rows: dict[Search, range]) -> dict[Search, list[Continuation]]:
+        """What may follow the beams of each search, best first."""
+        found: dict[Search, list[Continuation]] = {}
         plain: list[Beams] = []
         for search in (s for s in rows if isinstance(s, Beams)):
             if search.penalised:
                 scores = adjust(ahead.logits(rows[search]).log_softmax(-1), search.settings())
                 best = scores.topk(min(search.candidates, scores.shape[1]))
-                found[search] = best.values, best.indices
+                found[search] = best_continuations([search], best.values.cpu(), best.indices.cpu())[0]
             else:
                 plain.append(search)
         if plain:
             places = [row for search in plain for row in rows[search]]
             count = max(search.candidates + len(search.banned(search.made)) for search in plain)
             scores, ids = (best.cpu() for best in ahead.likeliest(places, count))
-            sizes = [len(rows[search]) for search in plain]
-            parts = zip(torch.split(scores, sizes), torch.split(ids, sizes), strict=True)
-            found |= zip(plain, parts, strict=True)
+            found |= zip(plain, best_continuations(plain, scores, ids), strict=True)
         return found
 
     def _leave(self, searches: Sequence[Search]) -> None:

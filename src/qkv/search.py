@@ -217,6 +217,14 @@ class _Beam(NamedTuple):
         return [token.id for token in self.tokens]
 
 
+class Continuation(NamedTuple):
+    """A beam with one more token."""
+
+    score: float
+    beam: int
+    id: int
+
+
 class Beams(Search):
     """The likeliest answers (Sutskever et al. 2014, 3.2).
 
@@ -247,9 +255,9 @@ class Beams(Search):
     def _place(self, parents: Sequence[int]) -> None:
         """Give each new beam, beside its parent's rows, one that no beam needs any more or a new one."""
         K, seen = len(parents), self.seen[list(parents)]  # (K, W)
-        W, needed = seen.shape[1], seen.any(axis=0)
-        self.rows = [*np.flatnonzero(~needed).tolist(), *range(W, W + K)][:K]
-        width = 1 + max(self.rows[-1], int(np.flatnonzero(needed)[-1]))
+        W, needed = seen.shape[1], np.logical_or.reduce(seen)
+        self.rows = [*(~needed).nonzero()[0].tolist(), *range(W, W + K)][:K]
+        width = 1 + max(self.rows[-1], int(needed.nonzero()[0][-1]))
         self.seen = np.zeros((K, width), dtype=bool)
         self.seen[:, :W] = seen[:, :width]
         self.seen[range(K), self.rows] = True
@@ -265,47 +273,44 @@ class Beams(Search):
         histories = [self.prompt + beam.ids if self.penalised else [] for beam in self.beams]
         return [Row(self.decoding, history, banned, 0.0) for history in histories]
 
-    def take(self, scores: Tensor, ids: Tensor, logits: Tensor | None) -> list[Token]:
-        """Choose the next beams by their best continuations; the answers once all are found.
+    def take(self, best: Sequence[Continuation], logits: Tensor | None) -> list[Token]:
+        """Choose the next beams; the answers once all are found.
 
-        scores, ids (K, at least C): of each beam, best first, banned ones perhaps among them. logits (K, V):
-        after the present beams, if log-probabilities are asked for.
+        best: by `best_continuations`. logits (K, V): after the present beams, if log-probabilities are asked
+        for.
         """
-        K, eos, banned = self.decoding.num_beams, self.request.eos, self.banned(self.made)
-        pairs = zip(self.beams, scores.tolist(), ids.tolist(), strict=True)
-        every = [
-            (beam.score + score, k, id)
-            for k, (beam, row, names) in enumerate(pairs)
-            for score, id in zip(row, names, strict=True)
-            if id not in banned
-        ]
-        every = sorted(every, key=lambda one: -one[0])[: self.candidates]
-        best = [score for score, *_ in every]
-        places = [(k, id) for _, k, id in every]
-        tokens = [Token(self.number, 0, id) for _, id in places]
-        if logits is not None:
-            tokens = with_logprobs(tokens, logits[[k for k, _ in places]], self.decoding.logprobs)
+        K, eos = self.decoding.num_beams, self.request.eos
         self.made += 1
-        new: list[_Beam] = []
-        parents: list[int] = []
-        candidates = zip(best, places, tokens, strict=True)
-        for rank, (score, (k, id), token) in enumerate(candidates):
-            if score == -math.inf or len(new) == K:
+        going_on: list[Continuation] = []
+        ended: list[Continuation] = []
+        for rank, one in enumerate(best):
+            if one.score == -math.inf or len(going_on) == K:
                 break
-            if id not in eos and self.made < self.limit:
-                new.append(_Beam((*self.beams[k].tokens, token), score))
-                parents.append(k)
+            if one.id not in eos and self.made < self.limit:
+                going_on.append(one)
             elif rank < K:
-                last = token._replace(finish="eos" if id in eos else self.full)
-                self.found.append(_Beam((*self.beams[k].tokens, last), self._rank(score)))
+                ended.append(one)
+        tokens = self._tokens([*going_on, *ended], logits)
+        for one, token in zip(ended, tokens[len(going_on) :], strict=True):
+            last = token._replace(finish="eos" if one.id in eos else self.full)
+            self.found.append(_Beam((*self.beams[one.beam].tokens, last), self._rank(one.score)))
         self.found = sorted(self.found, key=lambda beam: beam.score, reverse=True)[:K]
-        self.beams = new
+        self.beams = [
+            _Beam((*self.beams[one.beam].tokens, token), one.score)
+            for one, token in zip(going_on, tokens, strict=False)
+        ]
         worst = self.found[-1].score if len(self.found) == K else -math.inf
-        self.done = not new or worst >= self._rank(new[0].score)
+        self.done = not going_on or worst >= self._rank(going_on[0].score)
         if self.done:
             return self._answers()
-        self._place(parents)
+        self._place([one.beam for one in going_on])
         return []
+
+    def _tokens(self, chosen: Sequence[Continuation], logits: Tensor | None) -> list[Token]:
+        tokens = [Token(self.number, 0, one.id) for one in chosen]
+        if logits is None or not tokens:
+            return tokens
+        return with_logprobs(tokens, logits[[one.beam for one in chosen]], self.decoding.logprobs)
 
     def _rank(self, score: float) -> float:
         return score / float(self.made**self.decoding.length_penalty)
@@ -316,3 +321,25 @@ class Beams(Search):
             last = beam.tokens[-1]._replace(score=beam.score)
             tokens += [token._replace(answer=answer) for token in (*beam.tokens[:-1], last)]
         return tokens
+
+
+def best_continuations(searches: Sequence[Beams], scores: Tensor, ids: Tensor) -> list[list[Continuation]]:
+    """Of each of N searches its `candidates` best, best first; the score of one that is banned is -inf.
+
+    scores, ids (R, C): of the beams of all searches, one after the other, what follows best.
+    """
+    sizes, bans = [len(s.beams) for s in searches], [s.banned(s.made) for s in searches]
+    total = scores.double().numpy() + np.array([[beam.score] for s in searches for beam in s.beams])
+    names = ids.numpy()
+    for id in {id for banned in bans for id in banned}:
+        rows = np.repeat([id in banned for banned in bans], sizes)
+        total[rows[:, None] & (names == id)] = -math.inf
+    N, K, C = len(searches), max(sizes), names.shape[1]
+    place = np.repeat(np.arange(N), sizes), np.concatenate([np.arange(size) for size in sizes])
+    grid, grid_names = np.full((N, K, C), -math.inf), np.zeros((N, K, C), dtype=np.int64)
+    grid[place], grid_names[place] = total, names
+    flat, flat_names = grid.reshape(N, K * C), grid_names.reshape(N, K * C)
+    best = np.argsort(-flat, axis=1, kind="stable")[:, : max(s.candidates for s in searches)]
+    columns = np.take_along_axis(flat, best, 1), best // C, np.take_along_axis(flat_names, best, 1)
+    found = zip(searches, *(column.tolist() for column in columns), strict=True)
+    return [list(map(Continuation, *parts))[: search.candidates] for search, *parts in found]

@@ -297,10 +297,10 @@ class Step:
         columns = np.arange(W)
         seen = (ends - new)[:, None] + columns + 1  # (S, W): keys that a new token may attend, the first ones
         filled = columns < new[:, None]  # (S, W)
-        allowed = torch.from_numpy((np.arange(L) < seen[:, :, None]) | ~filled[:, :, None])
+        allowed = (np.arange(L) < seen[:, :, None]) | ~filled[:, :, None]
         for slot, mask in call.pattern.masks.items():
-            allowed[slot, : len(mask), : mask.shape[1]] = mask
-        self.allowed.copy_(allowed)
+            allowed[slot, : len(mask), : mask.shape[1]] = mask.numpy()
+        self.allowed.copy_(torch.from_numpy(allowed))
         if self.sources is not None and call.memory_pattern is not None:
             self._fill_sources(self.sources, call.memory_pattern.keys.lengths)
         pairs = [(self.rows, self.cache.rows), *_pairs(self.x, self.rotation, call)]
