@@ -207,7 +207,12 @@ RESULTS = {
         CIFAR_TEST,
     ),
     "vit-cifar10-conv": Result("vit-cifar10-conv", CIFAR, (RIGHT,), CIFAR_TEST),
-    "vit-cifar10-gpu": Result("vit-cifar10-gpu", CIFAR, (RIGHT,), CIFAR_TEST),
+    "vit-cifar10-gpu": Result(
+        "vit-cifar10-gpu",
+        CIFAR,
+        (replace(RIGHT, published="93.6 % (Lee et al. 2021, original pixels)"),),
+        CIFAR_TEST,
+    ),
     "bert-english": Result(
         "bert-english",
         _data("{data}/english/train.txt", "{data}/english/valid.txt"),

@@ -561,7 +561,7 @@ def export(model: Positional[Model], out: Positional[Path], format: Literal["hf"
 
 
 def demo(only: tuple[Family, ...] = FAMILIES, out: Path = Path("runs/demo")) -> None:
-    """Train all four families on data that this Python installation already holds, in about six minutes.
+    """Train all four families on data that this Python installation already holds, in about four minutes.
 
     Args:
         only: Some of the families.
