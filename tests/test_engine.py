@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONTEXT, DECODERS, VOCAB, tiny
+from tiny import CONFIGS, CONTEXT, DECODERS, VOCAB, tiny
 
 from qkv.config import Decoding
 from qkv.decode import Hypothesis
@@ -285,6 +286,22 @@ def test_log_probabilities_are_the_models_own(name: str, options: dict[str, floa
     many = Decoding(max_new_tokens=1, logprobs=10**6)
     (everything,) = answers(Engine(model, 1), [Request(source, many)]).values()
     assert len(everything.tokens[0].top) == VOCAB
+
+
+def test_equal_logits_are_chosen_from_whatever_else_is_asked() -> None:
+    """In bfloat16 the likeliest are often equal."""
+    model = tiny(replace(CONFIGS["gpt-pre-norm"], vocab_size=4000)).bfloat16()
+    other = Request([3], replace(GREEDY, min_new_tokens=12), EOS)
+    for decoding in (GREEDY, Decoding(max_new_tokens=6, num_beams=2)):
+        others = [other, Request([9], Decoding(max_new_tokens=6, num_beams=3), EOS)]
+        for prompt in range(10):
+            request = Request([prompt], decoding, EOS)
+            assert said(answers(Engine(model, 3), [request, *others]), 0) == alone(model, request)
+
+
+def test_an_engine_without_slots_is_refused() -> None:
+    with pytest.raises(InputError, match="give it at least one"):
+        Engine(tiny("gpt-pre-norm"), 0)
 
 
 def test_impossible_requests_are_named_when_they_come() -> None:

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from qkv.errors import InputError
 from qkv.sampling import Row, adjust, choose, distribution, verify
 from qkv.search import Beams, Continuation, Request, Search, Stream, Token, best_continuations
 from qkv.slots import Ahead, Decoder, Slots
 from qkv.speculate import Draft, LookUp
+
+Item = TypeVar("Item")
 
 STEP_TOKENS = 4096
 """Most tokens of prompts and sources that a step begins with, which bounds its memory; a longer one goes
@@ -51,8 +55,10 @@ class Engine:
     def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None) -> None:
         """draft: a smaller model that guesses for the requests that speculate; None: guesses are looked up.
 
-        Raises InputError for a draft model that does not fit.
+        Raises InputError without slots, and for a draft model that does not fit.
         """
+        if slots < 1:
+            raise InputError(f"an engine of {slots} slots answers nothing: give it at least one")
         self.model = model
         self.counts = Counts()
         self._slots = Slots(model, slots)
@@ -199,9 +205,12 @@ class Engine:
 
     def _greedy(self, ahead: Ahead, places: Sequence[int], settings: Sequence[Row]) -> list[int]:
         """Each row's likeliest token that is not banned."""
-        _, ids = ahead.likeliest(places, 1 + max(len(row.banned) for row in settings))
-        pairs = zip(ids.tolist(), settings, strict=True)
-        return [next(id for id in best if id not in row.banned) for best, row in pairs]
+        chosen: dict[int, int] = {}
+        for count, group in _groups(range(len(places)), [1 + len(row.banned) for row in settings]):
+            _, ids = ahead.likeliest([places[i] for i in group], count)
+            for i, best in zip(group, ids.tolist(), strict=True):
+                chosen[i] = next(id for id in best if id not in settings[i].banned)
+        return [chosen[i] for i in range(len(places))]
 
     def _continuations(self, ahead: Ahead, rows: dict[Search, range]) -> dict[Search, list[Continuation]]:
         """What may follow the beams of each search, best first."""
@@ -214,13 +223,24 @@ class Engine:
                 found[search] = best_continuations([search], best.values.cpu(), best.indices.cpu())[0]
             else:
                 plain.append(search)
-        if plain:
-            places = [row for search in plain for row in rows[search]]
-            count = max(search.candidates + len(search.banned(search.made)) for search in plain)
+        counts = [search.candidates + len(search.banned(search.made)) for search in plain]
+        for count, group in _groups(plain, counts):
+            places = [row for search in group for row in rows[search]]
             scores, ids = (best.cpu() for best in ahead.likeliest(places, count))
-            found |= zip(plain, best_continuations(plain, scores, ids), strict=True)
+            found |= zip(group, best_continuations(group, scores, ids), strict=True)
         return found
 
     def _leave(self, searches: Sequence[Search]) -> None:
         self._free += [search.slot for search in searches]
         self._live = [search for search in self._live if search not in searches]
+
+
+def _groups(items: Sequence[Item], counts: Sequence[int]) -> list[tuple[int, list[Item]]]:
+    """Items that ask for as many of the likeliest tokens.
+
+    Which of two equal logits comes first may depend on that number, and so must not depend on other requests.
+    """
+    groups: dict[int, list[Item]] = {}
+    for item, count in zip(items, counts, strict=True):
+        groups.setdefault(count, []).append(item)
+    return list(groups.items())

@@ -144,6 +144,7 @@ def verify(
     target p (M + 1, V), draft q (M, V), both float64 probabilities; chances (M,) decide what is kept and
     uniforms (M + 1,) what is drawn, all from [0, 1). Returns 1 to M + 1 ids.
     """
+    draft = draft.to(target.device)  # a small model may be elsewhere
     last = torch.tensor([uniforms[len(guesses)]], dtype=torch.float64, device=target.device)
     for i, guess in enumerate(guesses):
         p, q = target[i], draft[i]

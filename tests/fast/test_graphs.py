@@ -215,6 +215,19 @@ def test_graphs_go_with_their_cache(made: list[str]):
     assert [len(stack._steps) for stack in stacks] == [0]
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_a_cache_has_outgrown_goes(name: str, made: list[str]):
+    """Graphs of smaller slots would keep their keys and values."""
+    engine = Engine(graphed(name), 2)
+    engine.submit(Request(ids(20, 1).tolist(), Decoding(max_new_tokens=40, temperature=0.0), []))
+    while not made:
+        engine.step()
+    small = weakref.ref(engine._slots.cache.layers[0].read()[0])
+    assert list(engine.run())
+    gc.collect()
+    assert small() is None
+
+
 def test_only_the_graphs_used_last_are_kept(monkeypatch):
     monkeypatch.setattr(graphs, "KEPT", 2)
     model = graphed("gpt-pre-norm")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from qkv.fast.native import NativeLinear, NativeOutput, UnavailableError, librar
 from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.layers import Output
 from qkv.models import Model
+from qkv.ragged import pack
 from qkv.search import Request
 
 try:
@@ -254,11 +259,72 @@ def test_widths_that_the_code_does_not_take_are_computed_by_torch():
         assert optimize(model, "fp32") == Road("torch", "fp32")
 
 
-@native_code
-def test_a_model_is_optimized_once():
-    model = native("gpt-pre-norm", "int8")
+def on_torch(name: str) -> Model:
+    """The model with weights packed for torch's operators, whatever a trial might say."""
+    model = wide(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qkv.fast.roads._fastest", lambda roads, config: roads[-1])
+        assert optimize(model, "bf16") == Road("torch", "bf16")
+    return model
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"num_beams": 3, "num_return_sequences": 3}])
+def test_torchs_operators_decode(name: str, options: dict):
+    """Each answer's score is what the same model says of it without a cache."""
+    model, prompt = on_torch(name), ids(5, 1).tolist()
+    for answer in generate(model, [prompt], Decoding(max_new_tokens=6, logprobs=1, **options), [])[0]:
+        begun = prompt if name.startswith("gpt") else [model.config.pad_id]
+        read = pack([torch.tensor(begun + answer.ids)])
+        with torch.inference_mode():
+            said = model(read) if name.startswith("gpt") else model(pack([torch.tensor(prompt)]), read)
+        scores = said.logits.values.float().log_softmax(-1)[len(begun) - 1 : -1]
+        expected = scores.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        assert_near([torch.tensor([token.logprob for token in answer.tokens])], [expected], 0.05)
+        if "num_beams" not in options:
+            assert all(token.logprob == token.top[0][1] for token in answer.tokens)
+
+
+@pytest.mark.parametrize("make", [partial(native, precision="int8"), on_torch])
+def test_a_model_is_optimized_once(make: Callable[[str], Model]):
+    if make is not on_torch and REASON:
+        pytest.skip(REASON)
+    model = make("gpt-pre-norm")
     with pytest.raises(InputError, match="optimized already: load it anew"):
         optimize(model)
+
+
+@native_code
+def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", "/proc/none")
+    library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):
+            assert optimize(wide("gpt-pre-norm"), "bf16") == Road("torch", "bf16")
+    finally:
+        library.cache_clear()
+
+
+@native_code
+def test_several_processes_may_compile_at_once(tmp_path, monkeypatch):
+    built = Path(library()._name)
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+
+    outs: list[Path] = []
+
+    def copy(compiler: list[str], out: Path) -> None:
+        outs.append(out)
+        shutil.copy(built, out)
+        if len(outs) == 1:
+            library.__wrapped__()  # another process, which is done before this one
+
+    monkeypatch.setattr("qkv.fast.native._compile", copy)
+    library.cache_clear()
+    try:
+        assert library().qkv_pack and len(outs) == 2
+        assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
+    finally:
+        library.cache_clear()
 
 
 @native_code

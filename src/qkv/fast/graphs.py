@@ -56,7 +56,7 @@ class GraphedStack(nn.Module):
         self.stack = stack
         self._capture = Capture()
         self._passes = Graphs()
-        self._steps: WeakKeyDictionary[LayerCache, Graphs] = WeakKeyDictionary()
+        self._steps: WeakKeyDictionary[LayerCache, Steps] = WeakKeyDictionary()
         self._lock = Lock()  # calls share the tensors that graphs read and write
 
     def forward(
@@ -83,8 +83,12 @@ class GraphedStack(nn.Module):
     def _graph(self, call: Call) -> Graph | None:
         if call.caches is None:
             return self._passes.get(_pass_key(call), lambda: Pass(self.stack, call, self._capture))
-        graphs = self._steps.setdefault(call.caches[0], Graphs())
-        return graphs.get(_step_key(call), lambda: Step(self.stack, call, self._capture))
+        rows = _rows(call)
+        steps = self._steps.get(call.caches[0])
+        if steps is None or steps.rows != rows:
+            # Those of smaller slots never come again, and would keep the old keys and values.
+            steps = self._steps[call.caches[0]] = Steps(rows)
+        return steps.get(_step_key(call), lambda: Step(self.stack, call, self._capture))
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """As `layers.Stack`."""
@@ -132,6 +136,14 @@ class Graphs:
         graph = self._known[key] or capture()
         self._known[key] = graph
         return graph
+
+
+class Steps(Graphs):
+    """Those of a cache whose slots, and those of their sources, have so many rows."""
+
+    def __init__(self, rows: tuple[int | None, ...]) -> None:
+        super().__init__()
+        self.rows = rows
 
 
 @dataclass(frozen=True)
@@ -222,8 +234,14 @@ def _pairs(x: Tensor, rotation: KeyValue | None, call: Call) -> list[tuple[Tenso
 # ---------------------------------------------------------------- steps of decoding
 
 
+def _rows(call: Call) -> tuple[int | None, ...]:
+    """Rows of a slot of the cache, and of one of its sources."""
+    patterns = [call.pattern] if call.memory_pattern is None else [call.pattern, call.memory_pattern]
+    return tuple(pattern.keys.stride for pattern in patterns)
+
+
 def _step_key(call: Call) -> Key:
-    """Of steps on a cache of the same capacity, which does not come again once it has grown."""
+    """Of steps on a cache of so many rows."""
     new, slots, sources = call.pattern.queries.lengths, call.pattern.keys, call.memory_pattern
     W, C = max(new, default=0), slots.stride
     stored = call.caches is not None and call.caches[0].key is not None
@@ -233,10 +251,10 @@ def _step_key(call: Call) -> Key:
     if any(n < W and end >= C for n, end in zip(new, slots.lengths, strict=True)):
         return None
     if sources is None:
-        return C, W, _reach(slots)
+        return W, _reach(slots)
     if any(n and not length for n, length in zip(new, sources.keys.lengths, strict=True)):
         return None  # what attends nothing gets zeros, which a mask cannot say
-    return C, W, _reach(slots), sources.keys.stride, _reach(sources.keys)
+    return W, _reach(slots), _reach(sources.keys)
 
 
 def _reach(slots: Layout) -> int:

@@ -19,6 +19,7 @@ from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from qkv.attention import KeyValue, LayerCache, Pattern, Tap, Tappable
 from qkv.config import Activation, ModelConfig
 from qkv.config import InferencePrecision as Precision
-from qkv.files import cache_folder, replace_file
+from qkv.files import cache_folder, reason, sync
 from qkv.layers import Block, Stack
 
 # ---------------------------------------------------------------- the library
@@ -50,7 +51,8 @@ class UnavailableError(Exception):
 def library() -> ctypes.CDLL:
     """The compiled code; built once for a CPU and a version of the source, then kept in the cache folder.
 
-    Raises UnavailableError for a CPU that it is not written for, and where there is no compiler.
+    Raises UnavailableError for a CPU that it is not written for, and where there is no compiler or the folder
+    cannot be written.
     """
     capabilities = torch.cpu.get_capabilities()
     if missing := [name for name in FEATURES if not capabilities.get(name)]:
@@ -59,7 +61,15 @@ def library() -> ctypes.CDLL:
     key = repr((SOURCE.read_bytes(), FLAGS, compiler, sorted(capabilities.items())))
     path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
-        replace_file(path, lambda part: _compile(compiler, part))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=path.parent) as own:  # other processes may be compiling it too
+                made = Path(own) / path.name
+                _compile(compiler, made)
+                sync(made)
+                made.replace(path)
+        except OSError as error:
+            raise UnavailableError(f"cannot write {path}: {reason(error)}") from None
     found = ctypes.CDLL(str(path))
     found.qkv_packed_bytes.restype = found.qkv_scales.restype = c_int64
     return found

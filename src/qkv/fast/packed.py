@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qkv.layers import Output
+
 
 class PackedLinear(nn.Module):
     """x W^T + bias in bfloat16; the residual stream that it joins stays in float32."""
@@ -35,7 +37,7 @@ class PackedLinear(nn.Module):
         return self(x)[..., outputs]  # type: ignore[no-any-return]
 
 
-class PackedOutput(nn.Module):
+class PackedOutput(Output):
     """`layers.Output` with a packed copy of the embeddings."""
 
     def __init__(self, embeddings: Tensor) -> None:

@@ -50,10 +50,9 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
     GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
     fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why, and
     int8 becomes bf16. Weights go once they are packed, so the model only answers from then on: it can
-    neither be trained nor saved. Raises InputError if that was done already, and for int8 on a GPU.
+    neither be trained nor saved. Raises InputError if they are packed already, and for int8 on a GPU.
     """
-    modules = list(model.modules())
-    if any(isinstance(m, GraphedStack) for m in modules) or not any(isinstance(m, Stack) for m in modules):
+    if any(isinstance(module, _QUICK) for module in model.modules()):
         raise InputError("this model is optimized already: load it anew for another precision")
     model.eval().requires_grad_(False)
     device = next(model.parameters()).device
@@ -95,6 +94,8 @@ def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"])
 
 
 # ---------------------------------------------------------------- the modules
+
+_QUICK = (GraphedStack, NativeStack, NativeLinear, NativeOutput, PackedLinear, PackedOutput)
 
 
 def _places(model: Model) -> list[tuple[nn.Module, str]]:
