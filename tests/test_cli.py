@@ -432,6 +432,31 @@ def test_missing_data(tmp_path):
     assert "nowhere.txt" in fail("train", "gpt", "--data", tmp_path / "nowhere.txt")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["--train.growth", "0.7", "1"], "is not a multiple of 1"),
+        (["--train.torch-compile"], "needs samples of equal length"),
+    ],
+)
+def test_what_cannot_work_leaves_no_folder(setting, message, tmp_path):
+    path, run = tmp_path / "a.txt", tmp_path / "run"
+    path.write_text("round and round it goes\n" * 50)
+    sizes = [
+        "--model.context=16",
+        "--model.dim=12",
+        "--model.heads=2",
+        "--model.depth=1",
+        "--train.max-steps=1",
+    ]
+    if "torch-compile" in setting[0]:
+        path = tmp_path / "a.csv"
+        path.write_text("text,label\n" + "a,1\nb c d,2\n" * 20)
+    family = "bert" if path.suffix == ".csv" else "gpt"
+    assert message in fail("train", family, "--data", path, "--out", run, *sizes, *setting)
+    assert not run.exists()
+
+
 def test_missing_column(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("sentence,label\na,1\nb,2\n")

@@ -104,10 +104,11 @@ def test_shares_are_above_0_and_at_most_1(share: float):
 def test_steps_report_the_tokens_that_they_read(family: str, model, tokens: list[int], tmp_path):
     train = TrainConfig(max_steps=2, batch_tokens=64, growth=(0.5, 1.0), precision="fp32")
     data = DataConfig(path=samples.write(tmp_path, family))
-    job = new_job(RunConfig(model=model, tokenizer=TokenizerConfig(kind="char"), data=data, train=train))
+    config = RunConfig(model=model, tokenizer=TokenizerConfig(kind="char"), data=data, train=train)
+    job = new_job(config)
     trainer = Trainer(job.config.train, job.checkpoint, job.train)
     count = 64 // int(job.train.costs[0])
     records = [trainer.step(trainer.data(0, range(count)), step) for step in (1, 2)]
     assert [record["tokens"] for record in records] == tokens
     with pytest.raises(InputError, match="not a multiple"):
-        Trainer(dataclasses.replace(train, growth=(0.3,)), job.checkpoint, job.train)
+        new_job(dataclasses.replace(config, train=dataclasses.replace(train, growth=(0.3,))))

@@ -250,6 +250,11 @@ def test_all_kinds_of_tasks_train_together(tmp_path: Path) -> None:
     assert best["loss"] == pytest.approx(sum(best[f"{name}_loss"] for name in names))
     found = from_pretrained(tmp_path / "run" / "pairs", device="cpu").checkpoint
     assert (found.pooling, found.normalize) == ("mean", True)
+    for task in ("sets", "values", "words"):
+        alone = score(str(tmp_path / "run" / task))
+        assert alone["loss"] == pytest.approx(
+            sum(best[n] for n in best if n.startswith(task) and n.endswith("_loss")), 1e-3
+        )
     heads = {name: from_pretrained(tmp_path / "run" / name).model.config.head for name in kinds}
     assert heads == {"sets": "multi_label", "values": "regression", "pairs": "none", "words": "pretraining"}
 

@@ -22,6 +22,7 @@ from qkv.config import (
     BertConfig,
     DataConfig,
     GPTConfig,
+    LoraConfig,
     RunConfig,
     TokenizerConfig,
     TrainConfig,
@@ -324,6 +325,23 @@ def test_impossible_plans():
             plan(config("gpt"), **wrong)
     with pytest.raises(InputError, match="length is for texts"):
         plan(config("vit"), length=9)
+    with pytest.raises(InputError, match="nothing of adapters"):
+        plan(replace(config("gpt"), lora=LoraConfig(rank=2)))
+
+
+def test_steps_that_grow_are_planned_at_full_size():
+    whole = config("vit")
+    growing = replace(whole, train=replace(whole.train, growth=(0.5, 1.0)))
+    found, expected = plan(growing), plan(whole)
+    assert (found.chosen.memory, found.training_flops) == (expected.chosen.memory, expected.training_flops)
+    assert any("train.growth" in note for note in found.assumptions)
+
+
+def test_what_a_run_computes_again_is_planned_so():
+    whole = config("bert", {"depth": 4})
+    again = plan(replace(whole, train=replace(whole.train, gradient_checkpointing=True)))
+    assert again.chosen.memory.activations < plan(whole).chosen.memory.activations
+    assert again.chosen.checkpointing
 
 
 # ---------------------------------------------------------------- the command

@@ -18,11 +18,14 @@ from test_train import Nobody, assert_equal_runs, run_config
 from qkv.checkpoint import read_metrics
 from qkv.config import DataConfig, RunConfig
 from qkv.console import TrainingBar
+from qkv.data import Samples
 from qkv.errors import InputError
 from qkv.job import Job, new_job, resumed_job
 from qkv.observe import Observer, Observers, Record
 from qkv.pipelines import from_pretrained
+from qkv.report.exhibits import Gaps
 from qkv.report.run import REPORT, SAMPLES, RunReport
+from qkv.tokenizers import Encoding, Tokenizer
 from qkv.train import train
 
 SHOWN = {
@@ -110,6 +113,23 @@ def test_answers_are_what_the_saved_model_says(tmp_path):
     assert [(a["guess"], a["probability"]) for a in line["answers"]] == [
         (guess.name, pytest.approx(guess.probability, rel=1e-4)) for (guess,) in again
     ]
+
+
+def test_a_line_without_end_is_passed_over(tmp_path, monkeypatch):
+    """Each of its words would be hidden in turn."""
+    run = tmp_path / "run"
+    train(new_job(config_of(tmp_path, "bert-documents", max_steps=1)), run, Nobody())
+    encoder, lines = from_pretrained(run), []
+    read = Tokenizer.encode_batch
+
+    def note(self: Tokenizer, texts: list[str], pairs: list[str] | None = None) -> list[Encoding]:
+        lines.extend(texts)
+        return read(self, texts, pairs)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", note)
+    long = "red and green " * 3000
+    assert len(Gaps(Samples("text", [long, "the red thing is fine"])).ask(encoder)) == 1
+    assert sum(map(len, lines)) < 2 * len(long)
 
 
 def test_the_best_row_is_the_kept_model_and_is_pointed_out(tmp_path):

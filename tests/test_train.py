@@ -319,6 +319,41 @@ def test_a_finished_run_resumes_to_its_own_scores(tmp_path):
     assert train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True) == first
 
 
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=5, schedule="constant")
+    train(new_job(config), tmp_path / "run", Nobody())
+    settings = tmp_path / "run" / "config.toml"
+    settings.write_text(settings.read_text().replace("max_steps = 5", "max_steps = 8"))
+    assert train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True).step == 8
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=8))
+    train(new_job(longer), tmp_path / "longer", Nobody())
+    found, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("run", "longer"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_is_not_scored_on_data_that_have_other_labels_by_now(tmp_path):
+    config = run_config(tmp_path, "vit", max_steps=2)
+    train(new_job(config), tmp_path / "run", Nobody())
+    assert score(str(tmp_path / "run"))["samples"] > 0
+    shutil.copytree(Path(config.data.path) / "dark", Path(config.data.path) / "black")
+    with pytest.raises(
+        InputError, match="the data have the labels black, bright, dark, but the model bright, dark"
+    ):
+        score(str(tmp_path / "run"))
+
+
+def test_a_comma_in_the_name_of_a_folder_divides_nothing(tmp_path, monkeypatch):
+    (tmp_path / "en,de").mkdir()
+    config = run_config(tmp_path / "en,de", "gpt", max_steps=1)
+    monkeypatch.chdir(tmp_path)
+    given = dataclasses.replace(config.data, path=str(Path(config.data.path).relative_to(tmp_path)))
+    job = new_job(dataclasses.replace(config, data=given))
+    assert job.config.data.path == config.data.path
+    train(job, tmp_path / "a, run", Nobody())
+    again = new_job(dataclasses.replace(config, init="a, run"))
+    assert again.config.init == str(tmp_path / "a, run")
+
+
 def test_a_run_folder_is_not_overwritten(tmp_path):
     config = run_config(tmp_path, "vit", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())

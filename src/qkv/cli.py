@@ -84,7 +84,7 @@ def train(
         resume: Run folder to continue; takes no other argument.
     """
     from qkv.console import TrainingBar, WorkBar
-    from qkv.distributed import process_group
+    from qkv.distributed import groups, process_group
     from qkv.job import new_job, resumed_job
     from qkv.observe import Observer, Observers
     from qkv.report.run import RunReport
@@ -102,6 +102,8 @@ def train(
             # The first rank decides what the run is; the others read it from the run folder.
             job = new_job(config, watch) if resume is None and ranks.first else None
             if job is not None:
+                groups(ranks, config.train.shard_ranks)  # what cannot be must not leave a folder
+                trackers(config.train.report_to, run)
                 begin(job, run)
             ranks.barrier()
             job = job or resumed_job(run, watch)

@@ -110,6 +110,15 @@ def process_group() -> Iterator[Ranks]:
         torch.distributed.destroy_process_group()
 
 
+def groups(ranks: Ranks, shard_ranks: int) -> int:
+    """How many groups of so many ranks there are. Raises InputError if the ranks cannot be so divided."""
+    if ranks.count > 1 and ranks.count % shard_ranks:
+        raise InputError(
+            f"train.shard_ranks is {shard_ranks}, which does not divide the {ranks.count} ranks of this run"
+        )
+    return ranks.count // shard_ranks
+
+
 def spread(root: nn.Module, ranks: Ranks, shard_ranks: int, bf16: bool) -> None:
     """Divide the weights of an `Objective` over the ranks, in place; each block is gathered on its own.
 
@@ -124,11 +133,7 @@ def spread(root: nn.Module, ranks: Ranks, shard_ranks: int, bf16: bool) -> None:
         register_fsdp_forward_method,
     )
 
-    if ranks.count % shard_ranks:
-        raise InputError(
-            f"train.shard_ranks is {shard_ranks}, which does not divide the {ranks.count} ranks of this run"
-        )
-    shape = (ranks.count // shard_ranks, shard_ranks)
+    shape = (groups(ranks, shard_ranks), shard_ranks)
     mesh = init_device_mesh(ranks.device().type, shape, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False

@@ -14,8 +14,27 @@ import torch
 from numpy.typing import NDArray
 
 from qkv.checkpoint import CONFIG, STATES
-from qkv.config import BertConfig, BleuTokenizer, DataConfig, InferencePrecision, RunConfig, Task, read_toml
-from qkv.data import Dataset, MultiTaskDataset, Sampler, bert_head, build, read, read_held_out
+from qkv.config import (
+    BertConfig,
+    BleuTokenizer,
+    DataConfig,
+    Family,
+    InferencePrecision,
+    RunConfig,
+    Task,
+    read_toml,
+)
+from qkv.data import (
+    Dataset,
+    MultiTaskDataset,
+    Sampler,
+    Samples,
+    bert_head,
+    build,
+    check_labels,
+    read,
+    read_held_out,
+)
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
 from qkv.distributed import ALONE, Ranks
 from qkv.errors import InputError
@@ -179,6 +198,13 @@ def _settings(folder: Path) -> RunConfig | None:
     return None
 
 
+def _held_out(data: DataConfig, family: Family, labels: tuple[str, ...]) -> Samples:
+    """A run's own. Raises InputError if its data have other labels by now."""
+    raw = read(data, family)
+    check_labels(raw, labels)
+    return raw.valid
+
+
 def score(
     source: str,
     data: str = "",
@@ -206,13 +232,18 @@ def score(
     if isinstance(pipeline, Translator):
         translation_scores([""], [""], tokenize)  # fails at once without sacreBLEU
     model = pipeline.model
-    run = settings or RunConfig(model=model.config, data=DataConfig())
+    # The settings of one of several tasks have the encoder's model, without a head.
+    run = (
+        replace(settings, model=model.config)
+        if settings
+        else RunConfig(model=model.config, data=DataConfig())
+    )
     labels: tuple[str, ...] = getattr(model.config, "labels", ())
     family = model.config.family
     if not data and not run.data.path:
         raise InputError(f"{source} is not a run folder: say with --data what to score it on")
     asked = replace(run.data, task=_task(model, run.data))
-    samples = read_held_out(data, asked, family, labels) if data else read(asked, family).valid
+    samples = read_held_out(data, asked, family, labels) if data else _held_out(asked, family, labels)
     if isinstance(model.config, BertConfig):
         head = bert_head(samples.kind)
         if head != "none" and model.config.head != head:

@@ -40,6 +40,14 @@ def blame(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is malformed: {type(error).__name__} ({error})") from error
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Paths in a folder that match, in order; none that is hidden, or in a hidden folder, such as .git."""
+    found = sorted(folder.glob(pattern))
+    return [
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)` and put the result in place of `path` only once it is on the disk.
 

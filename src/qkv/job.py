@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from qkv import hub, lora
-from qkv.checkpoint import (
-    CONFIG,
-)
+from qkv.checkpoint import CONFIG
 from qkv.config import BertHead, DataConfig, RunConfig, read_toml
 from qkv.data import (
     Cache,
@@ -26,6 +26,7 @@ from qkv.data import (
 from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
 from qkv.files import cache_folder
+from qkv.growth import check as check_growth
 from qkv.hub import Checkpoint
 from qkv.hub.folder import locate
 from qkv.images import ImageProcessor
@@ -94,12 +95,14 @@ def _located(data: DataConfig) -> DataConfig:
 
 def _absolute(location: str) -> str:
     """A path, or two with a comma between them, that mean the same from every folder."""
-    return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in location.split(",") if part)
+    parts = [location] if Path(location).expanduser().exists() else location.split(",")
+    return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in parts if part)
 
 
 def _folder_or_id(source: str) -> str:
     """A checkpoint's folder as an absolute path; anything else as it is."""
-    return _absolute(source) if source and Path(source).expanduser().is_dir() else source
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source and path.is_dir() else source
 
 
 def _read(config: RunConfig) -> dict[str, Raw]:
@@ -160,11 +163,14 @@ def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache)
     if raw.kind == "contrastive":
         checkpoint = replace(checkpoint, pooling="mean", normalize=True)
     hub.check_savable(model)
+    check_growth(config.train, model)
     if model.family == "bert" and model.segments < 2 and raw.reads_pairs:
         raise InputError(f"model.segments is {model.segments}; pairs of texts need 2")
     if config.lora.rank:
         hub.adapt(checkpoint, config.lora, config.init)
     train, valid = prepare(raw, config, checkpoint.tokenizer, checkpoint.images, cache)
+    if config.train.torch_compile and len(np.unique(train.costs)) > 1:
+        raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
     summary = summarize(raw, train, valid)
     return Job(config, checkpoint, train, valid, {"": summary}, {"": raw.valid.spread(EXAMPLES)})
 

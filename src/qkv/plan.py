@@ -73,6 +73,8 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
     """
     if config.tasks:
         raise InputError("plans know nothing of several tasks: plan the one that needs most, with data.task")
+    if config.lora.rank:
+        raise InputError("plans know nothing of adapters, which need less: leave out lora.rank")
     if config.data.task == "contrastive":
         raise InputError("plans know nothing of groups of texts: leave out data.task contrastive")
     model, notes = config.model, []
@@ -103,6 +105,9 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
     if train.precision == "auto":
         bf16 = device.type == "cuda" or multiplies_bfloat16(device)
         train = replace(train, precision="bf16" if bf16 else "fp32")
+    if train.growth:
+        train = replace(train, growth=())
+        notes.append("every step at full size, which train.growth makes the last ones")
     return replace(config, model=model, train=train), tuple(notes)
 
 
@@ -484,7 +489,8 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
         enough = bisect_left(more, True, key=lambda a: placement(checkpointing, shards, a).fits)
         return placement(checkpointing, shards, more[min(enough, len(more) - 1)])
 
-    placements = tuple(best(*way) for way in product((False, True) if gpus else (False,), _shards(devices)))
+    checkpointing = (False, True) if gpus else (train.gradient_checkpointing,)
+    placements = tuple(best(*way) for way in product(checkpointing, _shards(devices)))
     one = step(first, False)
     return Plan(
         parameters=one.parameters,

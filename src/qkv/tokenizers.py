@@ -35,6 +35,7 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "merges.txt",
+    "added_tokens.json",
     "source.spm",
     "target.spm",
     "target_vocab.json",
@@ -133,11 +134,10 @@ class Tokenizer:
         return [role for role in _SPECIAL[family] if self._id(role) is None]
 
     def token(self, id: int) -> str:
-        """How the vocabulary writes an id. Raises IndexError for an id that is not in it."""
+        """How the vocabulary writes an id; one that it does not have, such as a row that a model's matrix was
+        padded with, by its number."""
         token = self.backend.id_to_token(id)
-        if token is None:
-            raise IndexError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
-        return token
+        return f"<{id}>" if token is None else token
 
     @property
     def definition(self) -> str:
@@ -246,6 +246,13 @@ class Tokenizer:
         other.backend.enable_truncation(limit)
         return other
 
+    def lowercased(self) -> Tokenizer:
+        """The same tokenizer, which first puts texts in lower case."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        own = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        return Tokenizer(backend, self.special)
+
     # ------------------------------------------------------------ ids to text
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -307,6 +314,8 @@ class Tokenizer:
                     f"{folder} has no tokenizer: neither tokenizer.json, nor vocab.txt, nor vocab.json with "
                     "merges.txt or with source.spm and target.spm"
                 )
+            if "tokenizer.json" not in has:
+                _add_tokens(backend, folder)
             return Tokenizer(backend, _special(folder, backend.get_vocab(with_added_tokens=True)))
         except InputError:
             raise
@@ -372,6 +381,31 @@ def _write_json(path: Path, value: Any) -> None:
 def _json_file(path: Path) -> Any:
     """A JSON file's content; an empty object if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """Put those beside a vocabulary that a folder's files say were added to it, with the ids that they say.
+
+    Raises InputError for other ids than those that follow the vocabulary's.
+    """
+    said = _json_file(folder / "special_tokens_map.json") | _json_file(folder / "tokenizer_config.json")
+    more = said.get("extra_special_tokens", said.get("additional_special_tokens", []))
+    special = {token["content"] if isinstance(token, dict) else token for token in more}
+    found = {
+        id: AddedToken(name, special=name in special, normalized=name not in special)
+        for name, id in _json_file(folder / "added_tokens.json").items()
+    }
+    for id, flags in said.get("added_tokens_decoder", {}).items():
+        found[int(id)] = AddedToken(**{key: value for key, value in flags.items() if key != "__type"})
+    for id, token in sorted(found.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != id:
+            raise InputError(
+                f"{folder} adds {token.content!r} to its vocabulary as id {id}, which would be "
+                f"{backend.token_to_id(token.content)} here"
+            )
+    known = {token.content for token in found.values()}
+    backend.add_special_tokens(_added(sorted(special - known)))
 
 
 def _special(folder: Path, vocab: dict[str, int]) -> dict[Role, str]:
@@ -516,7 +550,8 @@ class MarianTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
         left_out = {self._id(role) for role in self.special}
-        pieces = [self.token(id) for id in ids if id not in left_out]
+        known = (self.backend.id_to_token(id) for id in ids if id not in left_out)
+        pieces = [piece for piece in known if piece is not None]
         text: str = self._model.decode_pieces(pieces)
         return text.replace("▁", " ").strip()
 

@@ -30,7 +30,7 @@ from qkv.checkpoint import (
     step_of,
     write_text,
 )
-from qkv.config import write_toml
+from qkv.config import TrainConfig, write_toml
 from qkv.data import Sampler, prefetch
 from qkv.distributed import ALONE, Ranks
 from qkv.divergence import check_finite, check_trend
@@ -86,6 +86,8 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
             f"train.max_steps is {trainer.config.max_steps}, but {run} is at step {progress.step}: "
             f"raise it in {run / CONFIG}"
         )
+    # The settings may have been raised since.
+    progress.finished = progress.step == trainer.config.max_steps or _exhausted(progress, trainer.config)
     try:
         _loop(job, trainer, run, observer, progress)
     except RuntimeError as error:
@@ -175,10 +177,15 @@ def _evaluate(
             metrics.add({"step": step, "seconds": progress.seconds} | valid)
         if checkpoint:
             observer.evaluated(step, scores, checkpoint)
-    waited = (step - progress.best_step) // config.eval_steps
-    if 0 < config.early_stopping_patience <= waited and not progress.finished:
+    if _exhausted(progress, config) and not progress.finished:
         progress.finished = True
         observer.say(f"Stopped at step {step}: no better score since step {progress.best_step}.")
+
+
+def _exhausted(progress: Progress, config: TrainConfig) -> bool:
+    """Whether the patience with scores that are not better is at its end."""
+    waited = (progress.step - progress.best_step) // config.eval_steps
+    return 0 < config.early_stopping_patience <= waited
 
 
 def _drop_states(run: Path, trainer: Trainer) -> None:

@@ -23,8 +23,6 @@ from qkv.data import (
 from qkv.data.batches import Batch
 from qkv.distributed import ALONE, Ranks, spread, whole
 from qkv.divergence import check_finite
-from qkv.errors import InputError
-from qkv.growth import check as check_growth
 from qkv.growth import share_at, shrunk
 from qkv.hub import Checkpoint
 from qkv.layers import Block
@@ -54,9 +52,6 @@ class Trainer:
         self.config, self.start, self.dataset, self.ranks = config, checkpoint, dataset, ranks
         self.model: Model = checkpoint.model
         self.device = next(self.model.parameters()).device
-        check_growth(config, self.model.config)
-        if config.torch_compile and len(np.unique(dataset.costs)) > 1:
-            raise InputError("train.torch_compile needs samples of equal length: leave it out for these data")
         for block in (module for module in self.model.modules() if isinstance(module, Block)):
             if config.gradient_checkpointing:
                 recomputed = partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)

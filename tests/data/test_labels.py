@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from qkv.config import DataConfig
 from qkv.data import Raw, read, read_held_out
@@ -71,6 +73,23 @@ def test_held_out_data_are_read_as_the_training_data(tmp_path: Path) -> None:
     train = _jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}])
     valid = _jsonl(tmp_path / "b.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 2}])
     assert read(DataConfig(path=train, valid=valid), "bert").valid.values == [1.0, 2.0]
+
+
+def test_labels_that_are_one_number_are_in_one_order(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": label} for label in ("01", "1", "001", "0")]
+    assert _all(_jsonl(tmp_path / "a.jsonl", rows)).labels == ("0", "001", "01", "1")
+
+
+@pytest.mark.parametrize("wrapped", ["list", "feature"])
+def test_parquet_of_older_libraries_names_the_classes_in_lists(wrapped: str, tmp_path: Path) -> None:
+    named = {"names": ["O", "B-X"], "_type": "ClassLabel"}
+    tags = [named] if wrapped == "list" else {"feature": named, "length": -1, "_type": "Sequence"}
+    messages = [{"role": {"dtype": "string", "_type": "Value"}}]
+    columns = {"tokens": [["a", "b"]], "tags": [[0, 1]], "messages": [[{"role": "x"}]]}
+    info = {"info": {"features": {"tags": tags, "messages": messages}}}
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": json.dumps(info)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert _all(str(tmp_path / "a.parquet")).labels == ("O", "B-X")
 
 
 def test_parquet_names_the_classes_in_lists(tmp_path: Path) -> None:

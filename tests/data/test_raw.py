@@ -98,7 +98,7 @@ def test_documents_for_bert_are_separated_by_blank_lines(tmp_path: Path) -> None
 
 
 def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md"):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md", ".cache/d.txt", "sub/.git/e.txt", ".f.txt"):
         _write(tmp_path / name, f"{name} " * 10)
     raw = read(DataConfig(path=str(tmp_path), valid_fraction=0.01), "gpt")
     assert [text[:5] for text in raw.train.texts] == ["a.txt", "b.txt", "sub/c"]
@@ -292,7 +292,10 @@ def test_pairs_that_cannot_train_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_grey_digits(tmp_path: Path) -> None:
-    raw = read(DataConfig(path=_digits(tmp_path)), "vit")
+    path = Path(_digits(tmp_path))
+    _write(path / ".cache" / "huggingface" / "a.json", "{}")
+    _write(path / ".ipynb_checkpoints" / "0.png", _png())
+    raw = read(DataConfig(path=str(path)), "vit")
     assert raw.kind == "images" and raw.labels == ("0", "2", "10")
     assert (raw.image_size, raw.channels) == (8, 1)
     assert (len(raw.train), len(raw.valid)) == (27, 3)

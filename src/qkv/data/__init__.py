@@ -69,16 +69,20 @@ def prepare(
     Raises InputError for samples that the model cannot take: too long, broken, or with other labels.
     """
     _check_settings(raw.kind, config)
-    known = getattr(config.model, "labels", ())
-    if raw.labels != known:
-        raise InputError(
-            f"the data have the labels {', '.join(raw.labels)}, but the model {', '.join(known)}"
-        )
+    check_labels(raw, getattr(config.model, "labels", ()))
     train = build(raw.train, config, tokenizer, images, training=True, cache=cache)
     valid = build(raw.valid, config, tokenizer, images, training=False, cache=cache)
     if cache.problem:
         train.notes = (*train.notes, cache.problem)
     return train, valid
+
+
+def check_labels(raw: Raw, labels: tuple[str, ...]) -> None:
+    """Raise InputError for data with other labels than a model's, which number its answers."""
+    if raw.labels != labels:
+        raise InputError(
+            f"the data have the labels {', '.join(raw.labels)}, but the model {', '.join(labels)}"
+        )
 
 
 def trained_tokenizer(

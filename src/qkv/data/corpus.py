@@ -8,6 +8,7 @@ from typing import Any
 
 from qkv.data.files import each_csv_row, each_json_row, each_line, parquet_errors, parquet_file
 from qkv.errors import InputError
+from qkv.files import visible
 
 
 class Corpus:
@@ -150,8 +151,7 @@ class ImageFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        found = (file for file in path.rglob("*") if not file.name.startswith(".") and file.is_file())
-        self.files = sorted(found)
+        self.files = [file for file in visible(path, "**/*") if file.is_file()]
         if not self.files:
             raise InputError(f"folder {path} holds no files")
         self.read = 0

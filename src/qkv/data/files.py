@@ -297,10 +297,18 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
         table = file.read([name for name in wanted if schema.names.count(name) == 1], use_threads=False)
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
-    elements = {name: f.get("feature") or f for name, f in features.items()}  # of lists, their elements
+    elements = {name: _element(feature) for name, feature in features.items()}
     class_names = {name: tuple(f["names"]) for name, f in elements.items() if f.get("_type") == "ClassLabel"}
     columns = {name: table[name].to_pylist() for name in table.column_names}
     return Table(path, tuple(schema.names), columns, class_names)
+
+
+def _element(feature: Any) -> dict[str, Any]:
+    """What datasets says of a column, or of the elements of its lists, in any notation that it has had."""
+    inner = feature[:1] if isinstance(feature, list) else [feature.get("feature")]
+    if inner and isinstance(inner[0], dict | list):
+        return _element(inner[0])
+    return feature if isinstance(feature, dict) else {}
 
 
 def parquet_file(path: Path) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -98,8 +98,8 @@ def divide(values: Sequence[int], lengths: Iterable[int]) -> list[list[int]]:
 def index(found: list[str], known: Names, path: Path, noun: str = "label") -> tuple[list[int], Names]:
     """Each name's index among the known ones; with none known, among those found, numbers by size."""
     if not known:
-        key: Callable[[str], Any] = int if all(re.fullmatch(r"-?\d{1,18}", name) for name in found) else str
-        known = tuple(sorted(set(found), key=key))
+        numbers = all(re.fullmatch(r"-?\d{1,18}", name) for name in found)
+        known = tuple(sorted(set(found), key=lambda name: (int(name) if numbers else 0, name)))
     places = {name: i for i, name in enumerate(known)}
     if strange := sorted(set(found) - places.keys()):
         raise InputError(

@@ -38,6 +38,7 @@ from qkv.data.labels import (
 )
 from qkv.data.text import pieces
 from qkv.errors import InputError
+from qkv.files import visible
 from qkv.images import ImageProcessor, Region
 
 Kind = Literal["text", "pairs", "images"] | Task
@@ -373,7 +374,7 @@ def _read_task(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[S
 def _text_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = sorted(path.rglob("*.txt"))
+    files = visible(path, "**/*.txt")
     if not files:
         raise InputError(f"folder {path} holds no .txt files")
     return files
@@ -408,7 +409,7 @@ def _read_pairs(location: str, data: DataConfig) -> Samples:
 
 def _read_images(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[Samples, tuple[str, ...]]:
     if path.is_dir():
-        files = [file for file in sorted(path.glob("*/*")) if not file.name.startswith(".")]
+        files = visible(path, "*/*")
         if not files or any(file.is_dir() for file in files):
             raise InputError(f"folder {path} must hold one folder a class with its images, as in cat/1.png")
         indices, labels = index([file.parent.name for file in files], labels, path)

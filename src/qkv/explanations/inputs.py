@@ -148,7 +148,8 @@ def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> S
     if target is not None:
         raise InputError("a similarity has no target")
     first = encoder.checkpoint.pooling == "cls"
-    encodings = [_encoding(encoder, (text,)) for text in texts]
+    limit = encoder.checkpoint.max_tokens  # as `Encoder.embed`
+    encodings = [_encoding(encoder, (text,), limit) for text in texts]
     sizes = [len(encoding.ids) for encoding in encodings]
 
     def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
@@ -183,15 +184,17 @@ def _bert(
     return BertSubject(encoder.model, sequence, ids, segments, lengths, encoder.tokenizer.mask_id, reading)
 
 
-def _encoding(encoder: Encoder, texts: tuple[str, ...]) -> tokenizers.Encoding:
+def _encoding(encoder: Encoder, texts: tuple[str, ...], limit: int | None = None) -> tokenizers.Encoding:
     encoding = encoder.tokenizer.located(*texts)
-    _check_length(encoder, len(encoding.ids))
+    _check_length(encoder, len(encoding.ids), limit=limit)
     return encoding
 
 
-def _check_length(pipeline: AnyPipeline, tokens: int, kind: str = "text") -> None:
-    if tokens > (context := cast(int, pipeline.model.config.context)):  # type: ignore[union-attr]
-        raise InputError(f"the {kind} has {tokens} tokens; this model reads at most {context}: shorten it")
+def _check_length(pipeline: AnyPipeline, tokens: int, kind: str = "text", limit: int | None = None) -> None:
+    """Raise InputError for more tokens than the limit; None: than the model's context."""
+    most = limit or cast(int, pipeline.model.config.context)  # type: ignore[union-attr]
+    if tokens > most:
+        raise InputError(f"the {kind} has {tokens} tokens; this model reads at most {most}: shorten it")
 
 
 def _label(labels: tuple[str, ...], target: str | None) -> int | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qkv.errors import InputError
 from qkv.export.onnx import DECODER, DECODER_WITH_PAST, ENCODER, MODEL
+from qkv.export.padded import image_side
 from qkv.hub import Checkpoint
 from qkv.models import GPT, Bert, Transformer, ViT
 from qkv.ragged import Ragged, pack
@@ -56,7 +57,7 @@ def compare(checkpoint: Checkpoint, run: Run, lengths: Sequence[int]) -> Pairs:
     """
     model, random = checkpoint.model, torch.Generator().manual_seed(0)
     if isinstance(model, ViT):
-        return _vit(model, run, len(lengths), random)
+        return _vit(checkpoint, model, run, len(lengths), random)
     lengths = [min(length, model.config.context) for length in lengths]
     if isinstance(model, GPT):
         return _gpt(model, run, lengths, random)
@@ -100,9 +101,9 @@ def _vectors(checkpoint: Checkpoint, hidden: Ragged) -> Tensor:
     return F.normalize(vectors) if checkpoint.normalize else vectors
 
 
-def _vit(model: ViT, run: Run, count: int, random: torch.Generator) -> Pairs:
-    config = model.config
-    images = torch.randn(count, config.channels, config.image_size, config.image_size, generator=random)
+def _vit(checkpoint: Checkpoint, model: ViT, run: Run, count: int, random: torch.Generator) -> Pairs:
+    side = image_side(checkpoint, model)
+    images = torch.randn(count, model.config.channels, side, side, generator=random)
     found = run(MODEL, {"pixel_values": images})
     out = model(images)
     expected = torch.stack(out.hidden.split()) if out.logits is None else out.logits

@@ -54,7 +54,7 @@ def graphs(checkpoint: Checkpoint) -> dict[str, Padded]:
             DECODER: padded.PaddedDecoder(model),
             DECODER_WITH_PAST: padded.PaddedDecoderWithPast(model),
         }
-    return {MODEL: padded.PaddedViT(model)}
+    return {MODEL: padded.PaddedViT(model, checkpoint)}
 
 
 def write(path: Path, graph: Padded) -> None:

@@ -84,13 +84,18 @@ class PaddedBert(Padded):
         return self.model.pooler(first).tanh()  # type: ignore[no-any-return]
 
 
+def image_side(checkpoint: Checkpoint, model: ViT) -> int:
+    """Pixels of a side of the images that a checkpoint's preprocessor makes."""
+    return model.config.image_size if checkpoint.images is None else checkpoint.images.size
+
+
 class PaddedViT(Padded):
     """ViT on images of the size that its preprocessor makes."""
 
-    def __init__(self, model: ViT) -> None:
+    def __init__(self, model: ViT, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.model = model
-        side = model.config.image_size
+        side = image_side(checkpoint, model)
         self.inputs = {"pixel_values": (BATCH, model.config.channels, side, side)}
         self.outputs = ("last_hidden_state",) if model.classifier is None else ("logits",)
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Checkpoint:
     """Whether such vectors are scaled to length 1."""
     max_tokens: int | None = None
     """How many tokens of a text such a vector is of; None: as many as the model reads."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What its users put before a text, by purpose; kept for them, and put before none here."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
     base: str = ""
@@ -105,7 +107,8 @@ def load(
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
         return _load_adapted(found, adapter, family, head, labels)
-    folder, pooling, normalize, max_tokens = sentence.read(found)
+    own = sentence.read(found)
+    folder, max_tokens = own.folder, own.max_tokens
     theirs = files.read_json(folder / folders.CONFIG)
     with files.blame(folder / folders.CONFIG):
         if (model_type := theirs.get("model_type")) not in _FORMATS:
@@ -131,13 +134,15 @@ def load(
     if max_tokens is not None and isinstance(config, BertConfig):
         max_tokens = min(max_tokens, config.context)
     has_images = (folder / images.FILE).is_file()
+    tokenizer = _tokenizer(folder, config)
     return Checkpoint(
         model=model,
-        tokenizer=_tokenizer(folder, config),
+        tokenizer=tokenizer.lowercased() if tokenizer and own.lowercase else tokenizer,
         images=ImageProcessor.load(folder) if has_images else None,
-        pooling=pooling,
-        normalize=normalize,
+        pooling=own.pooling,
+        normalize=own.normalize,
         max_tokens=max_tokens,
+        prompts=own.prompts,
         fresh=fresh,
     )
 
@@ -162,7 +167,13 @@ def _load_adapted(
     has_images = (folder / images.FILE).is_file()
     own = sentence.read(folder)
     if own.pooling is not None:
-        base = replace(base, pooling=own.pooling, normalize=own.normalize, max_tokens=own.max_tokens)
+        base = replace(
+            base,
+            pooling=own.pooling,
+            normalize=own.normalize,
+            max_tokens=own.max_tokens,
+            prompts=own.prompts,
+        )
     return replace(
         base,
         tokenizer=_tokenizer(folder, config) or base.tokenizer,
@@ -375,6 +386,7 @@ def _writer(checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None
             checkpoint.images.save(staging)
         if checkpoint.pooling is not None and isinstance(config, BertConfig):
             max_tokens = checkpoint.max_tokens or config.context
-            sentence.write(staging, config.dim, checkpoint.pooling, checkpoint.normalize, max_tokens)
+            how = checkpoint.pooling, checkpoint.normalize, max_tokens, checkpoint.prompts
+            sentence.write(staging, config.dim, *how)
 
     return write

@@ -25,11 +25,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LABELS = "labels.json"
 MODULES = "modules.json"
 SENTENCE = "sentence_bert_config.json"
+PROMPTS = "config_sentence_transformers.json"
 CODE = "modeling_*.py"
 ONNX = ("*.onnx", "*.onnx.data")
 
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
-_FILES = (*_MODEL_FILES, GENERATION, MODULES, ADAPTER, ADAPTER_WEIGHTS, LABELS)
+_FILES = (*_MODEL_FILES, GENERATION, MODULES, PROMPTS, ADAPTER, ADAPTER_WEIGHTS, LABELS)
 """What a checkpoint may consist of, as patterns, but for the modules of sentence-transformers."""
 _WEIGHTS = (WEIGHTS, ADAPTER_WEIGHTS)
 _STAGING = ".saving-"

@@ -140,6 +140,8 @@ class Persimmon(Format[GPTConfig]):
             "qk_norm": ("qk_layernorm",),
         },
         activation="hidden_act",
+        # Without these, an older file means what is not supported.
+        defaults={"tie_word_embeddings": False, "rope_parameters": None},
         fixed={
             "tie_word_embeddings": (True,),
             "rope_parameters": (

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qkv.errors import InputError
 from qkv.files import blame, read_json
-from qkv.hub.folder import MODULES, SENTENCE
+from qkv.hub.folder import MODULES, PROMPTS, SENTENCE
 
 Pooling = Literal["mean", "cls"]
 
 _FLAGS: dict[Pooling, str] = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """What a folder says about its encoder."""
 
     folder: Path
@@ -23,6 +26,10 @@ class Found(NamedTuple):
     pooling: Pooling | None = None
     normalize: bool = False
     max_tokens: int | None = None
+    lowercase: bool = False
+    """Whether texts are put in lower case before the tokenizer sees them."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What may be put before a text, by purpose."""
 
 
 def read(folder: Path) -> Found:
@@ -42,7 +49,30 @@ def read(folder: Path) -> Found:
         if "Transformer" not in modules or "Pooling" not in modules:
             raise InputError("it must name a Transformer and a Pooling")
     encoder = modules["Transformer"]
-    return Found(encoder, _pooling(modules["Pooling"]), "Normalize" in modules, _max_tokens(encoder))
+    said = read_json(encoder / SENTENCE) if (encoder / SENTENCE).is_file() else {}
+    with blame(encoder / SENTENCE):
+        lowercase = bool(said.get("do_lower_case"))
+    return Found(
+        encoder,
+        _pooling(modules["Pooling"]),
+        "Normalize" in modules,
+        _max_tokens(encoder),
+        lowercase,
+        _prompts(folder / PROMPTS),
+    )
+
+
+def _prompts(path: Path) -> Mapping[str, str]:
+    """The prompts of a folder, of which none is put before every text."""
+    said = read_json(path) if path.is_file() else {}
+    with blame(path):
+        prompts: dict[str, str] = dict(said.get("prompts") or {})
+        if prompts.get(said.get("default_prompt_name") or ""):
+            raise InputError(
+                f"default_prompt_name is {said['default_prompt_name']!r}, but no prompt is put before a text "
+                "here: make it null, and write the prompt into the texts"
+            )
+    return prompts
 
 
 def _max_tokens(folder: Path) -> int | None:
@@ -68,7 +98,9 @@ def _pooling(folder: Path) -> Pooling:
         raise InputError(f"it pools by {' and '.join(modes) or 'nothing'}; supported are mean and cls alone")
 
 
-def write(folder: Path, dim: int, pooling: Pooling, normalize: bool, max_tokens: int) -> None:
+def write(
+    folder: Path, dim: int, pooling: Pooling, normalize: bool, max_tokens: int, prompts: Mapping[str, str]
+) -> None:
     """Say beside a saved encoder, whose states have that dimension, how they are pooled."""
     names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
     modules = [
@@ -90,5 +122,7 @@ def write(folder: Path, dim: int, pooling: Pooling, normalize: bool, max_tokens:
     }
     if normalize:
         files["2_Normalize/config.json"] = {}
+    if prompts:
+        files[PROMPTS] = {"prompts": dict(prompts), "default_prompt_name": None}
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")

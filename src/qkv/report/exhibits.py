@@ -155,11 +155,14 @@ class Gaps(Exhibit[Encoder]):
         tokenizer, context = pipeline.tokenizer, pipeline.model.config.context
         for text in self.samples.texts:
             line = text.partition("\n")[0]
+            if mask in line or len(tokenizer.encode(line).ids) > context:
+                continue
             for word in sorted(re.finditer(r"\w+", line), key=lambda word: -len(word[0])):
                 before, after = line[: word.start()], line[word.end() :]
-                tokens, ids = tokenizer.plain(word[0]), tokenizer.encode(f"{before}{mask}{after}").ids
-                fits = len(ids) <= context and mask not in before + after
-                if fits and len(tokens) == 1 and tokens[0] != tokenizer.unk_id:
+                tokens = tokenizer.plain(word[0])
+                if len(tokens) != 1 or tokens[0] == tokenizer.unk_id:
+                    continue
+                if len(tokenizer.encode(f"{before}{mask}{after}").ids) <= context:
                     yield before, tokenizer.token(tokens[0]), after
                     break
 

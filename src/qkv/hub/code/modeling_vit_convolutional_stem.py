@@ -44,7 +44,7 @@ class ConvolutionalStem(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
         self.activation = ACT2FN[config.hidden_act]
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """pixel_values (N, C, height, width) -> (N, P, D), patches row by row."""
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
