@@ -50,9 +50,9 @@ def tokenizer(family: Family, kind: str, size: int) -> Tokenizer:
     return train_tokenizer(TokenizerConfig(kind=kind, vocab_size=size), family, TEXTS * 3)  # type: ignore[arg-type]
 
 
-def generator(context: int = 40) -> TextGenerator:
+def generator(context: int = 40, spare: int = 0) -> TextGenerator:
     made = tokenizer("gpt", "bpe", 300)
-    config = GPTConfig(**{**SIZES, "context": context}, vocab_size=made.vocab_size)
+    config = GPTConfig(**{**SIZES, "context": context}, vocab_size=made.vocab_size + spare)
     return pipeline(Checkpoint(tiny(config, torch.float32), made), "cpu")  # type: ignore[return-value]
 
 

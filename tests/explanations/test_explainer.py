@@ -129,6 +129,21 @@ def test_a_value_and_a_similarity_stand_where_a_probability_does():
         assert (values[np.array(sequence.segments) != text] == 0).all()
 
 
+def test_texts_are_as_long_as_their_vectors_allow():
+    pipeline = encoder("none", pooling="mean", max_tokens=5)
+    for ask in (pipeline.embed, lambda texts: quick(pipeline, tuple(texts))):
+        with pytest.raises(InputError, match=r"tokens; .* 5: shorten it"):
+            ask(["A quick brown fox jumps over it", "Two dogs run."])
+
+
+def test_a_model_may_have_more_rows_than_there_are_tokens():
+    """Those that only pad a matrix have no names but their numbers."""
+    pipeline = generator(spare=2)
+    size = pipeline.tokenizer.vocab_size
+    (choice, *_) = quick(pipeline, "The quick", max_new_tokens=1, alternatives=size + 2).choices
+    assert {f"<{size}>", f"<{size + 1}>"} <= {guess.name for guess in choice.alternatives}
+
+
 @pytest.mark.parametrize(
     ("name", "outcome"), [("classification", "class"), ("multi_label", "label"), ("regression", "value")]
 )
