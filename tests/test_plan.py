@@ -359,6 +359,7 @@ def test_command(tmp_path):
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('[model]\nfamily = "gpt"\ndim = 32\ndepth = 1\nheads = 2\nmlp_dim = 64\ncontext = 16\n')
     assert json.loads(succeed("plan", recipe, "--gpus=1", "--json"))["assumptions"]
+    assert "Roofline" in succeed("plan", recipe, "--data", "corpus.txt")  # as of a command that trains
 
 
 def test_a_published_size_is_planned_as_it_was_published():

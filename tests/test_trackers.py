@@ -75,7 +75,7 @@ def tensorboard_points(run: Path) -> Points:
 
 def test_tensorboard_has_the_records_of_metrics(tmp_path):
     run = tmp_path / "run"
-    config = run_config(tmp_path, "vit", max_steps=6, logging_steps=2, eval_steps=3)
+    config = run_config(tmp_path, "vit", max_steps=7, logging_steps=2, eval_steps=3)
     train(new_job(config), run, Observers(trackers(("tensorboard",), run)))
     found = tensorboard_points(run)
     records = read_metrics(run)

@@ -157,6 +157,7 @@ def plan(
 
 def _plan_command(arguments: list[str]) -> Callable[[], None]:
     """Parse what follows `qkv plan`: a family, a published size or a recipe file, and settings."""
+    arguments = _with_data_path(arguments)
     named = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if not named and "--help" not in arguments and "-h" not in arguments:
         raise InputError(f"name what to plan: a recipe file, a preset or one of {', '.join(FAMILIES)}")
@@ -164,6 +165,11 @@ def _plan_command(arguments: list[str]) -> Callable[[], None]:
     return tyro.cli(
         command, args=arguments, prog=f"qkv plan {named}".rstrip(), config=(tyro.conf.AvoidSubcommands,)
     )
+
+
+def _with_data_path(arguments: list[str]) -> list[str]:
+    """The setting that `--data` is short for."""
+    return [re.sub(r"--data(?=$|=)", "--data.path", argument) for argument in arguments]
 
 
 def _planned_config(named: str) -> RunConfig:
@@ -184,7 +190,7 @@ def _planned_config(named: str) -> RunConfig:
 
 def _train_command(arguments: list[str]) -> Callable[[], None]:
     """Parse what follows `qkv train`: the recipe decides which settings there are and their defaults."""
-    arguments = [re.sub(r"--data(?=$|=)", "--data.path", argument) for argument in arguments]
+    arguments = _with_data_path(arguments)
     options = [argument.partition("=")[0] for argument in arguments]
     if "--resume" in options:
         folder = arguments[0].removeprefix("--resume=") if len(arguments) == 1 else arguments[1]

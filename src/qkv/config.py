@@ -405,6 +405,10 @@ class TrainConfig:
         if self.ema_decay and self.average_checkpoints > 1:
             raise InputError("set train.ema_decay or train.average_checkpoints, not both")
 
+    def records(self, step: int) -> bool:
+        """Whether the training loss of a step is recorded."""
+        return step in (1, self.max_steps) or step % self.logging_steps == 0
+
 
 LoraTarget = Literal["qkv", "out", "up", "down"]
 

@@ -63,7 +63,6 @@ ImageLike = Image.Image | str | Path | bytes
 AnyImage = TypeVar("AnyImage", bound=ImageLike)
 OneOrMany = TypeVar("OneOrMany", str, list[str], Iterator[str])
 """A text, a list of texts or an iterator of them; the answer is of the same type."""
-Input = TypeVar("Input")
 Answer = TypeVar("Answer")
 
 

@@ -71,8 +71,8 @@ class Layout:
     @cached_property
     def positions(self) -> Tensor:
         """Position of each token in its own sequence, int64 (T,)."""
-        ends = self.sizes.cumsum(0) - self.sizes
-        return torch.arange(self.tokens, device=self.device) - ends[self.owner]
+        begins = self.sizes.cumsum(0) - self.sizes
+        return torch.arange(self.tokens, device=self.device) - begins[self.owner]
 
     @cached_property
     def rows(self) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qkv.checkpoint import CONFIG
-from qkv.config import RunConfig, TrackerName
+from qkv.config import RunConfig, TrackerName, TrainConfig
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
@@ -27,6 +27,8 @@ class Tracker(Observer):
 
     package: str
     """What is imported."""
+    settings: TrainConfig
+    """Of the run, once it has begun."""
 
     def __init__(self, run: Path) -> None:
         """Raises InputError if the package is not installed."""
@@ -38,18 +40,17 @@ class Tracker(Observer):
             raise InputError(
                 f"train.report_to names {name}, which is not installed: pip install 'qkv[log]'"
             ) from None
-        self.every = 1
         self.tracked: Any = None
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Start, or continue behind `step`."""
-        self.every = config.train.logging_steps
+        self.settings = config.train
         with redirect_stdout(sys.stderr):  # standard output is for a command's result
             self.tracked = self.open(config, step)
 
     def step(self, step: int, record: Record) -> None:
         """Log the training's numbers, as often as metrics.jsonl does."""
-        if step == 1 or step % self.every == 0:
+        if self.settings.records(step):
             self.log({f"train/{name}": value for name, value in record.items()}, step)
 
     def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:

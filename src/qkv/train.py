@@ -135,7 +135,7 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
             progress.finished = step == config.max_steps
             record |= {"step": step, "seconds": progress.seconds}
             observer.step(step, record)
-            if metrics and (step % config.logging_steps == 0 or progress.finished or step == 1):
+            if metrics and config.records(step):
                 metrics.add(record)
             progress.trend.add(record["loss"])
             check_trend(step, config, progress.trend)

@@ -23,6 +23,7 @@ from qkv.config import (
 )
 from qkv.data import Raw, prepare, read, read_held_out
 from qkv.data.batches import ImageBatch, LabelledBatch, LanguageBatch, MaskedBatch, PairBatch
+from qkv.data.summary import summarize
 from qkv.errors import InputError
 from qkv.images import ImageProcessor
 from qkv.tokenizers import Tokenizer, train_tokenizer
@@ -141,6 +142,8 @@ def test_files_too_large_for_memory_train_as_if_they_were_not(
         assert one.fingerprint == two.fingerprint and one.size_in_bytes == two.size_in_bytes
         indices = range(len(one))
         assert one.batch(indices, 1).ids.values.tolist() == two.batch(indices, 1).ids.values.tolist()  # type: ignore[attr-defined]
+    summary = summarize(large, *prepare(large, config, tokenizer, None))
+    assert (summary.leaked, summary.train.repeated) == (None, None)
 
 
 def test_large_files_that_are_no_text_are_refused_as_small_ones(

@@ -37,7 +37,7 @@ class MaskedBatch(Batch):
     """Pairs of segments in which tokens were hidden."""
 
     ids: Ragged
-    """(T,): [CLS] A [SEP] B [SEP] with 15 % of the tokens replaced."""
+    """(T,): [CLS] A [SEP] B [SEP] with most of the selected tokens replaced."""
     segments: Tensor
     """(T,): 0 up to the first [SEP], 1 behind it."""
     selected: Tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -87,10 +86,7 @@ class Summary:
             yield f"Warning: no training sample is labelled {', '.join(map(repr, missing[:5]))}{more}."
         for name, split in (("training", self.train), ("held-out", self.valid)):
             if split.repeated is None:
-                yield (
-                    f"The {name} images were not compared with others: they have more than "
-                    f"{COMPARED_BYTES >> 30} GiB."
-                )
+                yield f"The {name} samples were not compared with others: there is too much of them."
             elif split.repeated:
                 yield f"{split.repeated:,} of {split.samples:,} {name} samples are repetitions."
             if split.empty:
@@ -165,6 +161,8 @@ def _split(samples: Samples, dataset: Dataset, keys: list[Hashable] | None, clas
 
 def _keys(samples: Samples) -> list[Hashable] | None:
     """What is equal for equal samples; None if it takes too long to tell."""
+    if samples.files:
+        return None
     if samples.images:
         return _image_keys(samples.images)
     if samples.pairs:
@@ -180,17 +178,9 @@ def _texts(samples: Samples) -> list[str]:
 
 def _image_keys(images: Sequence[ImageFile]) -> list[Hashable] | None:
     """A hash of each file's bytes."""
-    if sum(map(_size, images)) > COMPARED_BYTES:
+    if sum(image.size() for image in images) > COMPARED_BYTES:
         return None
-    return [hashlib.blake2b(_content(image), digest_size=16).digest() for image in images]
-
-
-def _size(image: ImageFile) -> int:
-    return image.source.stat().st_size if isinstance(image.source, Path) else len(image.source)
-
-
-def _content(image: ImageFile) -> bytes:
-    return image.source.read_bytes() if isinstance(image.source, Path) else image.source
+    return [hashlib.blake2b(image.content(), digest_size=16).digest() for image in images]
 
 
 def _name(samples: Samples, index: int) -> str:

@@ -62,12 +62,12 @@ def compare_page(first: Explanation, second: Explanation) -> str:
     return _page("What is different?", first, second)
 
 
-def frame(explanation: Explanation, height: int = 720) -> str:
+def frame(explanation: Explanation) -> str:
     """The page as an element of another one, such as a notebook, with which it shares nothing."""
     inner = escape(page(explanation))
     return (
         f'<iframe sandbox="allow-scripts" srcdoc="{inner}" title="{escape(asked(explanation))}" '
-        f'style="width:100%;height:{height}px;border:0" loading="lazy"></iframe>'
+        'style="width:100%;height:720px;border:0" loading="lazy"></iframe>'
     )
 
 
