@@ -108,7 +108,7 @@ def load(
     if (adapter := adapters.read(found)) is not None:
         return _load_adapted(found, adapter, family, head, labels)
     own = sentence.read(found)
-    folder, max_tokens = own.folder, own.max_tokens
+    folder = own.folder
     theirs = files.read_json(folder / folders.CONFIG)
     with files.blame(folder / folders.CONFIG):
         if (model_type := theirs.get("model_type")) not in _FORMATS:
@@ -131,19 +131,30 @@ def load(
         except InputError as error:
             raise InputError(f"the tensors in {folder} do not fit its {folders.CONFIG}: {error}") from None
     model.eval()
+    has_images = (folder / images.FILE).is_file()
+    loaded = Checkpoint(
+        model=model,
+        tokenizer=_tokenizer(folder, config),
+        images=ImageProcessor.load(folder) if has_images else None,
+        fresh=fresh,
+    )
+    return _for_sentences(loaded, own)
+
+
+def _for_sentences(checkpoint: Checkpoint, own: sentence.Found) -> Checkpoint:
+    """The checkpoint with what a folder says of its vectors, if it is one of sentence-transformers."""
+    if own.pooling is None:
+        return checkpoint
+    config, tokenizer, max_tokens = checkpoint.model.config, checkpoint.tokenizer, own.max_tokens
     if max_tokens is not None and isinstance(config, BertConfig):
         max_tokens = min(max_tokens, config.context)
-    has_images = (folder / images.FILE).is_file()
-    tokenizer = _tokenizer(folder, config)
-    return Checkpoint(
-        model=model,
+    return replace(
+        checkpoint,
         tokenizer=tokenizer.lowercased() if tokenizer and own.lowercase else tokenizer,
-        images=ImageProcessor.load(folder) if has_images else None,
         pooling=own.pooling,
         normalize=own.normalize,
         max_tokens=max_tokens,
         prompts=own.prompts,
-        fresh=fresh,
     )
 
 
@@ -165,21 +176,13 @@ def _load_adapted(
     except InputError as error:
         raise InputError(f"the adapter in {folder} does not fit {adapter.base}: {error}") from None
     has_images = (folder / images.FILE).is_file()
-    own = sentence.read(folder)
-    if own.pooling is not None:
-        base = replace(
-            base,
-            pooling=own.pooling,
-            normalize=own.normalize,
-            max_tokens=own.max_tokens,
-            prompts=own.prompts,
-        )
-    return replace(
+    adapted = replace(
         base,
         tokenizer=_tokenizer(folder, config) or base.tokenizer,
         images=ImageProcessor.load(folder) if has_images else base.images,
         fresh=(),
     )
+    return _for_sentences(adapted, sentence.read(folder))
 
 
 def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
