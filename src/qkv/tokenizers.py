@@ -390,7 +390,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     """
     said = _json_file(folder / "special_tokens_map.json") | _json_file(folder / "tokenizer_config.json")
     more = said.get("extra_special_tokens", said.get("additional_special_tokens", []))
-    special = {token["content"] if isinstance(token, dict) else token for token in more}
+    named = more.values() if isinstance(more, dict) else more
+    special = {token["content"] if isinstance(token, dict) else token for token in named}
     found = {
         id: AddedToken(name, special=name in special, normalized=name not in special)
         for name, id in _json_file(folder / "added_tokens.json").items()
@@ -404,8 +405,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
                 f"{folder} adds {token.content!r} to its vocabulary as id {id}, which would be "
                 f"{backend.token_to_id(token.content)} here"
             )
-    known = {token.content for token in found.values()}
-    backend.add_special_tokens(_added(sorted(special - known)))
+    added = {token.content for token in found.values()}
+    backend.add_special_tokens(_added(sorted(special.intersection(backend.get_vocab()) - added)))
 
 
 def _special(folder: Path, vocab: dict[str, int]) -> dict[Role, str]:
