@@ -102,7 +102,9 @@ def train(
             # The first rank decides what the run is; the others read it from the run folder.
             job = new_job(config, watch) if resume is None and ranks.first else None
             if job is not None:
-                groups(ranks, config.train.shard_ranks)  # what cannot be must not leave a folder
+                # What cannot be must not leave a folder.
+                if ranks.count > 1:
+                    groups(ranks, config.train.shard_ranks)
                 trackers(config.train.report_to, run)
                 begin(job, run)
             ranks.barrier()

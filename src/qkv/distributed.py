@@ -112,7 +112,7 @@ def process_group() -> Iterator[Ranks]:
 
 def groups(ranks: Ranks, shard_ranks: int) -> int:
     """How many groups of so many ranks there are. Raises InputError if the ranks cannot be so divided."""
-    if ranks.count > 1 and ranks.count % shard_ranks:
+    if ranks.count % shard_ranks:
         raise InputError(
             f"train.shard_ranks is {shard_ranks}, which does not divide the {ranks.count} ranks of this run"
         )
