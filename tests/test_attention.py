@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import math
 import weakref
-from itertools import pairwise
 
 import pytest
 import torch
+import varlen
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -521,35 +520,11 @@ def test_a_row_that_a_sequence_lacks_is_an_error():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_varlen_kernel_is_called_as_its_signature_and_contract_say(causal, monkeypatch):
-    """Without a GPU: a plain stand-in with the kernel's own signature must give what the dense road gives."""
-    import torch.nn.attention.varlen as varlen
-
-    signature = inspect.signature(varlen.varlen_attn)
-
-    def stand_in(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        a = given.arguments
-        assert a["cu_seq_q"].dtype == a["cu_seq_k"].dtype == torch.int32
-        answers = []
-        edges = zip(pairwise(a["cu_seq_q"].tolist()), pairwise(a["cu_seq_k"].tolist()), strict=True)
-        for (q0, q1), (k0, k1) in edges:
-            assert q1 - q0 <= a["max_q"] and k1 - k0 <= a["max_k"]
-            q, k, v = (x.transpose(0, 1) for x in (a["query"][q0:q1], a["key"][k0:k1], a["value"][k0:k1]))
-            scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5  # (H, Lq, Lk)
-            left, right = a["window_size"]  # -1: without limit; positions are aligned at the ends
-            assert left == -1
-            distance = torch.arange(k1 - k0) - torch.arange(q1 - q0)[:, None] - (k1 - k0) + (q1 - q0)
-            if right >= 0:
-                scores = scores.masked_fill(distance > right, -torch.inf)
-            answers.append((scores.softmax(-1) @ v).transpose(0, 1))
-        return torch.cat(answers)
-
+    """A plain stand-in with the kernel's own signature must give what the dense road gives."""
     pattern = Pattern(layout((2, 1, 4)), layout((3, 5, 4)), causal)
     query, key, value = (torch.randn(n, 2, 8) for n in (7, 12, 12))
     dense = attend(query, key, value, pattern)
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr("qkv.attention._varlen_kernel_takes", lambda *_: True)
+    varlen.use_stand_in(monkeypatch)
     torch.testing.assert_close(attend(query, key, value, pattern), dense)
     attention, own = Attention(16, 2), Pattern(layout((2, 1, 4)), layout((2, 1, 4)), causal)
     with record(_Model([attention])) as maps:

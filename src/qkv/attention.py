@@ -268,7 +268,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout:
     query (Tq, H, E), key and value (Tk, H, E) -> (Tq, H, E). A sequence without keys gets zeros.
     dropout: probability with which an attention weight is zeroed.
     """
-    if _varlen_kernel_takes(query, pattern, dropout):
+    if varlen_kernel_takes(query, pattern, dropout):
         from torch.nn.attention.varlen import varlen_attn  # takes over a second to import
 
         window = (-1, 0) if pattern.causal else (-1, -1)
@@ -317,8 +317,8 @@ def _dense(
         return drop(scores.softmax(-1), dropout) @ value
 
 
-def _varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool:
-    """The CUDA kernel for ragged sequences: half precision, packed keys, no dropout.
+def varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool:
+    """Whether the CUDA kernel for ragged sequences takes this: half precision, packed keys, no dropout.
 
     For equal lengths the dense kernel is as good.
     """

@@ -9,20 +9,22 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import varlen
 from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
 from torch import Tensor
 
 from qkv.attention import Pattern, record
-from qkv.config import Decoding
+from qkv.config import AnyModelConfig, Decoding
 from qkv.decode import generate
 from qkv.engine import Engine
 from qkv.errors import InputError
 from qkv.fast import graphs, optimize
-from qkv.fast.graphs import GraphedStack, Pass, Step
+from qkv.fast.graphs import GraphedStack, Pass, RaggedPass, Step
 from qkv.fast.roads import Road
 from qkv.layers import Stack
 from qkv.models import Model
@@ -53,7 +55,7 @@ def stand_in(monkeypatch):
 def made(monkeypatch) -> list[str]:
     """Which graphs are captured."""
     kinds: list[str] = []
-    for kind in (Pass, Step):
+    for kind in (Pass, RaggedPass, Step):
 
         def note(self, *given, begin=kind.__init__, name=kind.__name__):
             kinds.append(name)
@@ -63,11 +65,11 @@ def made(monkeypatch) -> list[str]:
     return kinds
 
 
-def plain(name: str) -> Model:
+def plain(name: AnyModelConfig | str) -> Model:
     return tiny(name, torch.float32).to(DEVICE)
 
 
-def graphed(name: str) -> Model:
+def graphed(name: AnyModelConfig | str) -> Model:
     """The same model with graphs in the place of its stacks."""
     model = plain(name).requires_grad_(False)
     for parent in list(model.modules()):
@@ -101,8 +103,32 @@ def test_passes_of_the_same_lengths_are_answered_each_with_its_own(name: str, ma
     assert made == ["Pass"]
 
 
+@pytest.mark.parametrize("name", ["gpt-rotary", "bert-masked-lm", "transformer-post-norm"])
+def test_passes_of_different_lengths_share_one_that_has_room_for_them(
+    name: str, made: list[str], monkeypatch
+):
+    if not GPU:
+        varlen.use_stand_in(monkeypatch)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    config = replace(CONFIGS[name], dim=16)  # heads 8 wide, as the kernel wants them
+    model, expected = graphed(config).to(dtype), plain(config)
+    for seed, lengths in enumerate([(7, 2, 20), (1, 25, 3, 1), (9, 9, 9, 2), (27, 1, 1, 1), (8, 9, 12)]):
+        with torch.inference_mode():
+            batch = on_device(samples(model, [(n, n) for n in lengths], seed))
+            found = flat(answers(model, batch))
+            kept = [x.clone() for x in found]
+            answers(model, on_device(samples(model, [(n, n) for n in lengths], seed + 10)))
+            for a, b in zip(found, flat(answers(expected, batch)), strict=True):
+                assert (a.float() - b).norm() <= (0.1 if GPU else 1e-4) * b.norm().clamp(min=1)
+            assert_equal(found, kept)  # what was answered is not overwritten later
+    # There are 29 to 32 tokens, of 3 or 4 sequences of at most 16 or 32.
+    assert made == ["RaggedPass"] * 2
+
+
 @pytest.mark.parametrize("name", ["gpt-pre-norm", "bert-masked-lm"])
-def test_passes_of_different_lengths_are_computed(name: str, made: list[str]):
+def test_where_there_is_no_kernel_for_them_passes_of_different_lengths_are_computed(
+    name: str, made: list[str]
+):
     model = graphed(name)
     for _ in range(3):
         with torch.inference_mode():

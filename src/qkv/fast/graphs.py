@@ -3,15 +3,16 @@
 A step of decoding is some hundred kernels of a few microseconds each, and Python needs longer than that to
 start one. A graph starts all of them at once, on the addresses on which it was captured.
 
-Legend: T tokens of the batch, S slots of a cache, C rows of a slot, W columns of a step (most new tokens of a
-slot), L keys that a step reads of a slot, M those of its source, D model width, E head width.
+Legend: T tokens of the batch, N sequences, L tokens of the longest, S slots of a cache, C rows of a slot, W
+columns of a step (most new tokens of a slot), L keys that a step reads of a slot, M those of its source, D
+model width, H heads, E head width.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import KeyValue, LayerCache, Masked, Pattern, Tappable
+from qkv.attention import KeyValue, LayerCache, Masked, Pattern, Tappable, varlen_kernel_takes
 from qkv.layers import Stack
 from qkv.ragged import Layout
 
@@ -82,13 +83,27 @@ class GraphedStack(nn.Module):
 
     def _graph(self, call: Call) -> Graph | None:
         if call.caches is None:
-            return self._passes.get(_pass_key(call), lambda: Pass(self.stack, call, self._capture))
+            made = Pass if call.pattern.queries.equal else RaggedPass
+            return self._passes.get(self._pass_key(call), lambda: made(self.stack, call, self._capture))
         rows = _rows(call)
         steps = self._steps.get(call.caches[0])
         if steps is None or steps.rows != rows:
             # Those of smaller slots never come again, and would keep the old keys and values.
             steps = self._steps[call.caches[0]] = Steps(rows)
         return steps.get(_step_key(call), lambda: Step(self.stack, call, self._capture))
+
+    def _pass_key(self, call: Call) -> Key:
+        """Of self-attention without a cache."""
+        x, pattern = call.x, call.pattern
+        queries, keys = pattern.queries, pattern.keys
+        if call.memory or pattern.masks or isinstance(pattern, Masked) or not 0 < len(x) <= PASS_TOKENS:
+            return None
+        if queries.equal and keys.equal:
+            return len(queries), queries.longest, keys.longest, pattern.causal, x.dtype
+        heads = x.view(len(x), self.attentions()[0].heads, -1)  # (T, H, E)
+        if queries.lengths != keys.lengths or not varlen_kernel_takes(heads, pattern, 0.0):
+            return None
+        return *_room(call), pattern.causal, x.dtype
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """As `layers.Stack`."""
@@ -167,41 +182,35 @@ class Capture:
         return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     @cached_property
-    def _memory(self) -> Any:
-        return torch.cuda.graph_pool_handle()
+    def _first(self) -> Captured:
+        """A graph that is kept, because torch gives the memory up with the last graph that uses it."""
+        return self._captured(lambda: torch.zeros(1, device="cuda"), torch.cuda.graph_pool_handle())
 
     def __call__(self, work: Callable[[], Tensor], device: torch.device) -> Captured:
         """The work of some kernels on that device."""
         with torch.cuda.device(device):
-            stream, graph = self._stream, torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 work()  # what the first run makes for later ones must not be part of the graph
-                # `torch.cuda.graph` would give all free memory back to the driver first, which takes longer.
-                graph.capture_begin(self._memory, capture_error_mode="thread_local")
-                try:
-                    answer = work()
-                finally:
-                    graph.capture_end()
-            torch.cuda.current_stream().wait_stream(stream)
-        return Captured(graph, answer)
+                captured = self._captured(work, self._first.graph.pool())
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return captured
+
+    def _captured(self, work: Callable[[], Tensor], memory: Any) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        # `torch.cuda.graph` would give all free memory back to the driver first, which takes longer.
+        graph.capture_begin(memory, capture_error_mode="thread_local")
+        try:
+            return Captured(graph, work())
+        finally:
+            graph.capture_end()
 
 
 # ---------------------------------------------------------------- passes without a cache
 
 
-def _pass_key(call: Call) -> Key:
-    """Of sequences of one length, such as ViT's: those of different ones hardly ever come again."""
-    pattern = call.pattern
-    if call.memory or pattern.masks or isinstance(pattern, Masked) or not 0 < len(call.x) <= PASS_TOKENS:
-        return None
-    if not pattern.queries.equal or not pattern.keys.equal:
-        return None
-    return len(pattern.queries), pattern.queries.longest, pattern.keys.longest, pattern.causal, call.x.dtype
-
-
 class Pass:
-    """All blocks for so many sequences of one length."""
+    """All blocks for so many sequences of one length, such as ViT's."""
 
     def __init__(self, stack: Stack, call: Call, capture: Capture) -> None:
         self.x, self.rotation = call.x.clone(), _copy(call.rotation)
@@ -221,6 +230,69 @@ class Pass:
 
 def _copy(rotation: KeyValue | None) -> KeyValue | None:
     return None if rotation is None else (rotation[0].clone(), rotation[1].clone())
+
+
+def _room(call: Call) -> tuple[int, int, int]:
+    """T, N and L of a `RaggedPass` for a call: of T four sizes to each power of two, powers of two else."""
+    T, layout = len(call.x), call.pattern.queries
+    step = 1 << max((T - 1).bit_length() - 3, 0)
+    N, L = (1 << (n - 1).bit_length() for n in (len(layout), layout.longest))
+    return -(-T // step) * step, N, L
+
+
+@dataclass(frozen=True, eq=False)
+class Room(Layout):
+    """Room for N sequences, at most as long as the lengths say; where they begin is read at each replay."""
+
+    told: Tensor = field(kw_only=True)
+    """First row of each sequence and, last, T: int32 (N + 1,)."""
+
+    @property
+    def boundaries(self) -> Tensor:
+        """As of any layout."""
+        return self.told
+
+    @property
+    def equal(self) -> bool:
+        """They may differ."""
+        return False
+
+
+class RaggedPass:
+    """All blocks for up to N sequences of up to L tokens, T in all, by the kernel for ragged sequences.
+
+    Rows that a call does not have belong to no sequence, and are computed in vain.
+    """
+
+    def __init__(self, stack: Stack, call: Call, capture: Capture) -> None:
+        T, N, L = _room(call)
+        device = call.x.device
+        self.x = call.x.new_zeros(T, *call.x.shape[1:])
+        self.rotation: KeyValue | None = None  # (T, 1, E) each
+        if call.rotation is not None:
+            cosine, sine = (turn.new_zeros(T, *turn.shape[1:]) for turn in call.rotation)
+            self.rotation = cosine, sine
+        self.boundaries = torch.zeros(N + 1, dtype=torch.int32, device=device)
+        room = Room((L,) * N, device, told=self.boundaries)
+        pattern = Pattern(room, room, call.pattern.causal)
+
+        def work() -> Tensor:
+            return stack(self.x, pattern, rotation=self.rotation)  # type: ignore[no-any-return]
+
+        self._fill(call)
+        self.captured = capture(work, device)
+
+    def __call__(self, call: Call) -> Tensor:
+        """(T, D)."""
+        self._fill(call)
+        return self.captured.replay()[: len(call.x)].clone()
+
+    def _fill(self, call: Call) -> None:
+        T, layout = len(call.x), call.pattern.queries
+        for mine, given in _pairs(self.x, self.rotation, call):
+            mine[:T].copy_(given)
+        self.boundaries.fill_(T)
+        self.boundaries[: len(layout)].copy_(layout.boundaries[:-1])
 
 
 def _pairs(x: Tensor, rotation: KeyValue | None, call: Call) -> list[tuple[Tensor, Tensor]]:
