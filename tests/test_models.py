@@ -520,7 +520,7 @@ def test_heads_that_bert_does_not_have_are_named():
     model = tiny("bert-tagging")
     hidden = model.features(pack([ids(3, 0)]))
     with pytest.raises(InputError, match="no pooler"):
-        model.pool(hidden)
+        model.pool(hidden.first())
     with pytest.raises(InputError, match="no masked language model head"):
         model.word_logits(hidden.values)
 
@@ -592,12 +592,12 @@ def test_images_that_vit_cannot_read_and_a_missing_head_are_named():
         with pytest.raises(InputError, match="this model reads 2 channels and sides that are multiples of 4"):
             model(torch.zeros(shape, dtype=torch.float64))
     model.reset_head(())
-    hidden = model.features(torch.zeros(1, 2, 8, 8, dtype=torch.float64))
+    first = model.features(torch.zeros(1, 2, 8, 8, dtype=torch.float64)).first()
     assert model(torch.zeros(1, 2, 8, 8, dtype=torch.float64)).logits is None
     with pytest.raises(InputError, match="no classification head"):
-        model.head(hidden)
+        model.head(first)
     model.reset_head(("x", "y"))
-    assert model.head(hidden).shape == (1, 2)
+    assert model.head(first).shape == (1, 2)
     assert model.config.labels == ("x", "y")
 
 

@@ -342,7 +342,7 @@ def test_embeddings_of_long_texts_are_of_the_tokens_that_the_checkpoint_says(tmp
     ours.save_pretrained(tmp_path)
     assert SentenceTransformer(str(tmp_path), device="cpu").max_seq_length == 256
     again = from_pretrained(tmp_path, device="cpu")
-    assert again.checkpoint.max_tokens == 256
+    assert again.checkpoint.pooling.max_tokens == 256
 
 
 @pytest.mark.parametrize("rest", [{}, {"pooling": "cls"}, {"pooling": "mean", "normalize": True}])

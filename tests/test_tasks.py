@@ -17,6 +17,7 @@ from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig
 from qkv.errors import InputError
 from qkv.evaluate import derived, evaluate, score
+from qkv.hub.sentence import Pooling
 from qkv.job import Job, new_job, resumed_job
 from qkv.objectives import Objective
 from qkv.pipelines import Encoder, from_pretrained
@@ -196,7 +197,7 @@ def test_a_task_goes_on_from_another(tmp_path: Path) -> None:
         job = new_job(dataclasses.replace(config, init=str(tmp_path / "a" / "run")))
         body = from_pretrained(tmp_path / "a" / "run").model.tokens.weight
         assert torch.equal(job.checkpoint.model.tokens.weight, body)
-        assert (job.checkpoint.pooling == "mean") == (task == "contrastive")
+        assert (job.checkpoint.pooling == Pooling("mean", True)) == (task == "contrastive")
 
 
 def test_a_checkpoint_s_head_says_how_data_are_read(runs: dict[str, Trained], tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_adapters_learn_each_task_and_say_what_it_is(task: str, tmp_path: Path) 
     found = from_pretrained(tmp_path / "run", device="cpu").checkpoint
     assert found.model.config.head == ("none" if task == "contrastive" else task)
     assert found.model.config.labels == job.checkpoint.model.config.labels
-    assert (found.pooling, found.normalize) == (("mean", True) if task == "contrastive" else (None, False))
+    assert (found.pooling is not None) == (task == "contrastive")
 
 
 def test_the_report_shows_tags_word_by_word(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from qkv.files import cache_folder
 from qkv.growth import check as check_growth
 from qkv.hub import Checkpoint
 from qkv.hub.folder import locate
+from qkv.hub.sentence import CONTRASTIVE
 from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
 from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
@@ -161,7 +162,7 @@ def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache)
     model = checkpoint.model.config
     config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
     if raw.kind == "contrastive":
-        checkpoint = replace(checkpoint, pooling="mean", normalize=True)
+        checkpoint = replace(checkpoint, pooling=CONTRASTIVE)
     hub.check_savable(model)
     check_growth(config.train, model)
     if model.family == "bert" and model.segments < 2 and raw.reads_pairs:

@@ -275,19 +275,19 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
         case Bert(), MaskedBatch():
             hidden = model.features(batch.ids, batch.segments)
             words = model.word_logits(hidden.values[batch.selected])  # (M, V): of the selected tokens only
-            follows = model.next_logits(hidden)  # (N, 2)
+            follows = model.next_logits(hidden.first())  # (N, 2)
             return {
                 "masked_word": CrossEntropy(words, batch.labels),
                 "next_sentence": CrossEntropy(follows, batch.next_labels),
             }
         case Bert(), LabelledBatch():
-            logits = model.class_logits(model.features(batch.ids, batch.segments))
+            logits = model.class_logits(model.features(batch.ids, batch.segments).first())
             return {"label": CrossEntropy(logits, batch.labels)}
         case Bert(), MultiLabelBatch():
-            logits = model.class_logits(model.features(batch.ids, batch.segments))
+            logits = model.class_logits(model.features(batch.ids, batch.segments).first())
             return {"labels": BinaryCrossEntropy(logits, batch.labels)}
         case Bert(), ValueBatch():
-            values = model.class_logits(model.features(batch.ids, batch.segments))
+            values = model.class_logits(model.features(batch.ids, batch.segments).first())
             return {"value": SquaredError(values, batch.values)}
         case Bert(), TaggedBatch():
             logits = model.tag_logits(model.features(batch.ids).values[batch.first])  # (M, K)
@@ -302,7 +302,7 @@ def loss_terms(model: Model, batch: Batch) -> dict[str, Term]:
                 "target_token": CrossEntropy(model(batch.source, batch.inputs).logits.values, batch.labels)
             }
         case ViT(), ImageBatch():
-            return {"label": CrossEntropy(model.head(model.features(batch.images)), batch.labels)}
+            return {"label": CrossEntropy(model.head(model.features(batch.images).first()), batch.labels)}
         case _:
             raise TypeError(f"a {type(model).__name__} does not learn from a {type(batch).__name__}")
 

@@ -30,7 +30,6 @@ from typing import (
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -43,6 +42,7 @@ from qkv.config import BertHead, InferencePrecision
 from qkv.decode import Decoding, engine_for, generate
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
+from qkv.hub.sentence import Pooling
 from qkv.images import ImageProcessor
 from qkv.models.bert import Bert, BertOutput
 from qkv.models.gpt import GPT, GPTOutput
@@ -408,7 +408,7 @@ class Encoder(Pipeline[Bert]):
         that counts them. Raises InputError for such a text otherwise.
         """
         _check_list(texts)
-        limit = self.checkpoint.max_tokens or self.model.config.context
+        limit = self.pooling.max_tokens or self.model.config.context
         found = self._encoded(texts, truncate, self._vectors, limit)
         if isinstance(texts, Iterator):
             return found
@@ -421,8 +421,12 @@ class Encoder(Pipeline[Bert]):
     def _vectors(self, encodings: list[Encoding]) -> list[NDArray[np.float32]]:
         """Of each text (D,)."""
         hidden = self.model.features(*self._batch(encodings))
-        pooled = (hidden.first() if self.checkpoint.pooling == "cls" else hidden.mean()).float()  # (N, D)
-        return list((F.normalize(pooled) if self.checkpoint.normalize else pooled).cpu().numpy())
+        return list(self.pooling.vectors(hidden).cpu().numpy())
+
+    @property
+    def pooling(self) -> Pooling:
+        """How `embed` makes vectors."""
+        return self.checkpoint.pooling or Pooling()
 
     @overload
     def classify(
@@ -492,7 +496,8 @@ class Encoder(Pipeline[Bert]):
     @torch.inference_mode()
     def _class_logits(self, encodings: list[Encoding]) -> Tensor:
         """float32 (N, K), on the CPU."""
-        return self.model.class_logits(self.model.features(*self._batch(encodings))).float().cpu()
+        hidden = self.model.features(*self._batch(encodings))
+        return self.model.class_logits(hidden.first()).float().cpu()
 
     @overload
     def tag(self, texts: str, truncate: bool = False) -> list[TaggedWord]: ...

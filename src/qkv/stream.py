@@ -103,8 +103,8 @@ def answer_all(
 def work(pipeline: AnyPipeline, *settings: object) -> str:
     """A fingerprint of a model and its settings: the same work gives the same answers."""
     checkpoint = pipeline.checkpoint
-    about = (checkpoint.pooling, checkpoint.normalize, checkpoint.max_tokens, checkpoint.images)
-    sha = hashlib.sha256(repr((settings, pipeline.model.config, *about)).encode())
+    about = (settings, pipeline.model.config, checkpoint.pooling, checkpoint.images)
+    sha = hashlib.sha256(repr(about).encode())
     if checkpoint.tokenizer is not None:
         sha.update(checkpoint.tokenizer.definition.encode())
     for name, tensor in pipeline.model.state_dict().items():

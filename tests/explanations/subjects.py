@@ -15,9 +15,12 @@ from torch import Tensor
 from qkv.attention import Pattern
 from qkv.explanations.inputs import subject_of
 from qkv.explanations.subjects import Subject
+from qkv.hub.sentence import Pooling
 from qkv.pipelines import AnyPipeline
 
 Case = tuple[AnyPipeline, str | tuple[str, str] | Image.Image, str | None]
+
+TWO = "Two dogs run.", "A quick fox"
 
 CASES: dict[str, Callable[[], Case]] = {
     "gpt": lambda: (generator(), "The quick brown", " fox jumps"),
@@ -28,8 +31,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "bert-regression": lambda: (encoder("regression", ("value",)), "A quick fox", None),
     "bert-masked": lambda: (encoder(), "The [MASK] brown [MASK] jumps", None),
     "bert-tagging": lambda: (encoder("tagging", ("a", "b")), "The quick brown fox", None),
-    "bert-similarity": lambda: (encoder("none", pooling="mean"), ("Two dogs run.", "A quick fox"), None),
-    "bert-first-token": lambda: (encoder("none", pooling="cls"), ("Two dogs run.", "A quick fox"), None),
+    "bert-similarity": lambda: (encoder("none", pooling=Pooling()), TWO, None),
+    "bert-first-token": lambda: (encoder("none", pooling=Pooling("cls")), TWO, None),
     "vit": lambda: (classifier(), image(0), None),
 }
 ALONE = [name for name in CASES if name not in ("bert-similarity", "bert-first-token")]

@@ -15,6 +15,7 @@ from explanations.subjects import CASES
 from qkv.errors import InputError
 from qkv.explanations.explanation import Method
 from qkv.fast import Road
+from qkv.hub.sentence import Pooling
 
 LABELS = ("a", "b", "c")
 
@@ -117,7 +118,7 @@ def test_a_value_and_a_similarity_stand_where_a_probability_does():
     (choice,) = quick(pipeline, "A quick fox").choices
     assert choice.answer == "stars"
     assert choice.probability == pytest.approx(pipeline.estimate(["A quick fox"])[0, 0], rel=1e-4)
-    pipeline = encoder("none", pooling="mean", normalize=True)
+    pipeline = encoder("none", pooling=Pooling(normalize=True))
     one, other = pipeline.embed(["Two dogs run.", "A quick fox"])
     found = quick(pipeline, ("Two dogs run.", "A quick fox"))
     (sequence,) = found.sequences
@@ -130,7 +131,7 @@ def test_a_value_and_a_similarity_stand_where_a_probability_does():
 
 
 def test_texts_are_as_long_as_their_vectors_allow():
-    pipeline = encoder("none", pooling="mean", max_tokens=5)
+    pipeline = encoder("none", pooling=Pooling(max_tokens=5))
     for ask in (pipeline.embed, lambda texts: quick(pipeline, tuple(texts))):
         with pytest.raises(InputError, match=r"tokens; .* 5: shorten it"):
             ask(["A quick brown fox jumps over it", "Two dogs run."])

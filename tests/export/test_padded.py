@@ -15,6 +15,7 @@ from qkv.errors import InputError
 from qkv.export.check import Run, check, compare
 from qkv.export.onnx import MODEL, graphs
 from qkv.hub import Checkpoint
+from qkv.hub.sentence import Pooling
 from qkv.ragged import pack
 
 CONFIGS = {
@@ -59,17 +60,17 @@ def test_up_to_the_whole_context(name):
     same(Checkpoint(tiny.tiny(name, torch.float32)), [tiny.CONTEXT, 1, tiny.CONTEXT])
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("mode", ["mean", "cls"])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_sentence_vectors(pooling, normalized):
+def test_sentence_vectors(mode, normalized):
     model = tiny.tiny(CONFIGS["bert-pooler"], torch.float32)
-    checkpoint = Checkpoint(model, pooling=pooling, normalize=normalized)
+    checkpoint = Checkpoint(model, pooling=Pooling(mode, normalized))
     same(checkpoint, [1, 9, 4])
     ids = tiny.ids(9, 1)
     mask = torch.tensor([[1] * 6 + [0] * 3])
     inputs = {"input_ids": ids[None], "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
     hidden = model(pack([ids[:6]])).hidden.values
-    expected = hidden.mean(0) if pooling == "mean" else hidden[0]
+    expected = hidden.mean(0) if mode == "mean" else hidden[0]
     found = eager(checkpoint)(MODEL, inputs)["sentence_embedding"][0]
     torch.testing.assert_close(
         found, normalize(expected, dim=0) if normalized else expected, atol=1e-5, rtol=1e-4

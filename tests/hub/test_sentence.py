@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from qkv import hub
 from qkv.errors import InputError
+from qkv.hub import sentence
 from qkv.ragged import pack
 
 from . import theirs
@@ -33,8 +34,8 @@ def embed(checkpoint: hub.Checkpoint, texts: list[str]) -> np.ndarray:
     assert checkpoint.tokenizer is not None
     with torch.no_grad():
         hidden = checkpoint.model.features(pack([e.ids for e in checkpoint.tokenizer.encode_batch(texts)]))
-    vectors = hidden.mean() if checkpoint.pooling == "mean" else hidden.first()
-    return (normalize(vectors) if checkpoint.normalize else vectors).numpy()
+    vectors = hidden.mean() if checkpoint.pooling.mode == "mean" else hidden.first()
+    return (normalize(vectors) if checkpoint.pooling.normalize else vectors).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def minilm() -> hub.Checkpoint:
 
 
 def test_minilm_is_read_as_it_is(minilm: hub.Checkpoint) -> None:
-    assert (minilm.pooling, minilm.normalize, minilm.model.config.head) == ("mean", True, "pooler")
+    assert (minilm.pooling, minilm.model.config.head) == (sentence.Pooling("mean", True, 256), "pooler")
     assert sum(p.numel() for p in minilm.model.parameters()) == 22_713_216
 
 
@@ -85,7 +86,7 @@ def test_minilm_embeddings_are_sentence_transformers(minilm: hub.Checkpoint, tmp
         reopened = SentenceTransformer(str(tmp_path), device="cpu")
     np.testing.assert_allclose(reopened.encode(TEXTS), expected, atol=1e-5)
     again = hub.load(tmp_path)
-    assert (again.pooling, again.normalize) == ("mean", True)
+    assert again.pooling == sentence.Pooling("mean", True, 256)
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls"])
@@ -99,7 +100,7 @@ def test_what_sentence_transformers_saves(
     model = SentenceTransformer(modules=modules, device="cpu")
     model.save_pretrained(str(tmp_path / "model"))
     loaded = hub.load(tmp_path / "model")
-    assert (loaded.pooling, loaded.normalize) == (mode, normalized)
+    assert (loaded.pooling.mode, loaded.pooling.normalize) == (mode, normalized)
     np.testing.assert_allclose(embed(loaded, TEXTS[:3]), model.encode(TEXTS[:3]), atol=1e-5)
     hub.save(tmp_path / "ours", loaded)
     again = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
@@ -124,7 +125,7 @@ def test_lower_case_and_prompts_are_kept(minilm: hub.Checkpoint, tmp_path: Path)
     np.testing.assert_allclose(again.encode(texts), expected, atol=1e-5)
     assert again.prompts == prompts
     np.testing.assert_allclose(again.encode_query(texts), model.encode_query(texts), atol=1e-5)
-    assert hub.load(tmp_path / "ours").prompts == prompts
+    assert hub.load(tmp_path / "ours").pooling.prompts == prompts
 
 
 def test_a_prompt_before_every_text_is_refused(minilm: hub.Checkpoint, tmp_path: Path) -> None:
@@ -166,9 +167,9 @@ def test_how_many_tokens_are_embedded(
         if values is not None:
             (tmp_path / name).write_text(json.dumps(values))
     loaded = hub.load(tmp_path)
-    assert loaded.max_tokens == max_tokens
+    assert loaded.pooling.max_tokens == max_tokens
     hub.save(tmp_path, loaded)
-    assert hub.load(tmp_path).max_tokens == (max_tokens or 64)
+    assert hub.load(tmp_path).pooling.max_tokens == (max_tokens or 64)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_an_encoder_in_a_folder_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
-    assert hub.load(tmp_path).pooling == "cls"
+    assert hub.load(tmp_path).pooling.mode == "cls"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from qkv import hub
 from qkv.config import BertConfig, GPTConfig, TokenizerConfig, TransformerConfig, ViTConfig
 from qkv.errors import InputError
+from qkv.hub.sentence import Pooling
 from qkv.models import build
 from qkv.tokenizers import train_tokenizer
 
@@ -286,4 +287,4 @@ def test_models_that_cannot_be_saved(config, message: str, tmp_path: Path) -> No
 def test_pooling_is_for_bert(tmp_path: Path) -> None:
     model = build(replace(GPTConfig(), **TEXT))
     with pytest.raises(InputError, match="pooling is for bert"):
-        hub.save(tmp_path / "new", hub.Checkpoint(model, pooling="mean"))
+        hub.save(tmp_path / "new", hub.Checkpoint(model, pooling=Pooling()))

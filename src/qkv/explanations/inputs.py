@@ -33,7 +33,7 @@ from qkv.explanations.subjects import (
 )
 from qkv.models.bert import SEQUENCE
 from qkv.pipelines import BEAMS, AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
-from qkv.ragged import Layout, Ragged
+from qkv.ragged import Layout
 
 Input = ImageLike | tuple[str, str]
 """A text, two texts, or an image."""
@@ -77,8 +77,7 @@ def _classified(encoder: Encoder, texts: tuple[str, ...], target: str | None) ->
     outcomes: dict[BertHead, Outcome] = {"multi_label": "label", "regression": "value"}
 
     def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
-        hidden = Ragged(state.flatten(0, 1), Layout((state.shape[1],) * len(state), state.device))
-        return model.class_logits(hidden)[:, None].expand(-1, len(questions), -1)
+        return model.class_logits(state[:, 0])[:, None].expand(-1, len(questions), -1)
 
     reading = Reading(head, len(labels), labels.__getitem__, outcomes.get(model.config.head, "class"))
     encoding = _encoding(encoder, texts)
@@ -147,14 +146,13 @@ def _compared(encoder: Encoder, texts: tuple[str, ...], target: str | None) -> S
         raise InputError("this model makes vectors of texts: give two, whose similarity is explained")
     if target is not None:
         raise InputError("a similarity has no target")
-    first = encoder.checkpoint.pooling == "cls"
-    limit = encoder.checkpoint.max_tokens  # as `Encoder.embed`
+    first, limit = encoder.pooling.mode == "cls", encoder.pooling.max_tokens
     encodings = [_encoding(encoder, (text,), limit) for text in texts]
     sizes = [len(encoding.ids) for encoding in encodings]
 
     def head(state: Tensor, questions: Sequence[Question]) -> Tensor:
         parts = torch.split(state, sizes, dim=1)  # (N, units of a text, D)
-        one, other = (part[:, 0] if first else part.mean(1) for part in parts)  # as `Encoder.embed`
+        one, other = (part[:, 0] if first else part.mean(1) for part in parts)
         return F.cosine_similarity(one, other)[:, None, None].expand(-1, len(questions), 1)
 
     both = [units.of_encoding("text", (text,), e) for text, e in zip(texts, encodings, strict=True)]

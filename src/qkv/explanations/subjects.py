@@ -303,8 +303,7 @@ class ViTSubject(Subject):
         stacks: dict[Stack, tuple[str, str]] = {"encoder": ("image", "image")}
 
         def outputs(state: Tensor, questions: Sequence[Question]) -> Tensor:
-            assert model.classifier is not None
-            logits: Tensor = model.classifier(model.norm(state[:, 0]))  # (N, K)
+            logits = model.head(model.norm(state[:, 0]))  # (N, K)
             return logits[:, None].expand(-1, len(questions), -1)
 
         reading = Reading(outputs, len(model.config.labels), name)

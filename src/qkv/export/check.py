@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qkv.errors import InputError
@@ -85,7 +84,7 @@ def _bert(
         "pooler_output": out.pooled,
         "seq_relationship_logits": out.next_logits,
         "logits": out.class_logits,
-        "sentence_embedding": _vectors(checkpoint, out.hidden),
+        "sentence_embedding": None if checkpoint.pooling is None else checkpoint.pooling.vectors(out.hidden),
     }
     for name, values in found.items():
         expected = tokens.get(name) if values.dim() == 3 else sequences.get(name)
@@ -93,12 +92,6 @@ def _bert(
         yield from (
             _text(expected, values) if isinstance(expected, Ragged) else zip(expected, values, strict=True)
         )
-
-
-def _vectors(checkpoint: Checkpoint, hidden: Ragged) -> Tensor:
-    """hidden (T, D) -> (N, D) as sentence-transformers makes them."""
-    vectors = hidden.first() if checkpoint.pooling == "cls" else hidden.mean()
-    return F.normalize(vectors) if checkpoint.normalize else vectors
 
 
 def _vit(checkpoint: Checkpoint, model: ViT, run: Run, count: int, random: torch.Generator) -> Pairs:

@@ -42,7 +42,7 @@ class PaddedBert(Padded):
     def __init__(self, model: Bert, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.model = model
-        self.pooling, self.normalize = checkpoint.pooling, checkpoint.normalize
+        self.pooling = checkpoint.pooling
         self.inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (BATCH, LENGTH))
         if self.pooling is not None:
             self.outputs = ("last_hidden_state", "sentence_embedding")
@@ -67,21 +67,21 @@ class PaddedBert(Padded):
         """What the head says of hidden (N, L, D), with the mask (N, L)."""
         model, first = self.model, hidden[:, 0]
         if self.pooling is not None:
-            vector = first if self.pooling == "cls" else _mean(hidden, attention_mask)
-            return hidden, F.normalize(vector) if self.normalize else vector
-        if model.words is not None:
-            words = model.word_logits(hidden)
-            return (
-                (words,) if model.next_sentence is None else (words, model.next_sentence(self._pool(first)))
-            )
-        if model.classifier is not None:
-            return (model.classifier(hidden if model.pooler is None else self._pool(first)),)
-        return (hidden,) if model.pooler is None else (hidden, self._pool(first))
-
-    def _pool(self, first: Tensor) -> Tensor:
-        """(N, D) -> (N, D)."""
-        assert self.model.pooler is not None
-        return self.model.pooler(first).tanh()  # type: ignore[no-any-return]
+            vector = first if self.pooling.mode == "cls" else _mean(hidden, attention_mask)
+            return hidden, F.normalize(vector) if self.pooling.normalize else vector
+        match model.config.head:
+            case "none":
+                return (hidden,)
+            case "pooler":
+                return hidden, model.pool(first)
+            case "pretraining":
+                return model.word_logits(hidden), model.next_logits(first)
+            case "masked_lm":
+                return (model.word_logits(hidden),)
+            case "tagging":
+                return (model.tag_logits(hidden),)
+            case _:
+                return (model.class_logits(first),)
 
 
 def image_side(checkpoint: Checkpoint, model: ViT) -> int:
@@ -104,7 +104,7 @@ class PaddedViT(Padded):
         x = self.model.embed(pixel_values)  # (N, L, D)
         everything = torch.ones(x.shape[0], 1, 1, x.shape[1], dtype=torch.bool)
         hidden = self.model.run(x.flatten(0, 1), Masked.by(everything)).view_as(x)
-        return (hidden if self.model.classifier is None else self.model.classifier(hidden[:, 0]),)
+        return (hidden if self.model.classifier is None else self.model.head(hidden[:, 0]),)
 
 
 class PaddedGPT(Padded):

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian
-from qkv.hub.sentence import Pooling
+from qkv.hub.sentence import CONTRASTIVE, Pooling
 from qkv.hub.table import Format
 from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.images import ImageProcessor
@@ -72,12 +72,6 @@ class Checkpoint:
     images: ImageProcessor | None = None
     pooling: Pooling | None = None
     """How a sentence-transformers folder makes one vector of a text; None: it is not such a folder."""
-    normalize: bool = False
-    """Whether such vectors are scaled to length 1."""
-    max_tokens: int | None = None
-    """How many tokens of a text such a vector is of; None: as many as the model reads."""
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    """What its users put before a text, by purpose; kept for them, and put before none here."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
     base: str = ""
@@ -145,17 +139,12 @@ def _for_sentences(checkpoint: Checkpoint, own: sentence.Found) -> Checkpoint:
     """The checkpoint with what a folder says of its vectors, if it is one of sentence-transformers."""
     if own.pooling is None:
         return checkpoint
-    config, tokenizer, max_tokens = checkpoint.model.config, checkpoint.tokenizer, own.max_tokens
-    if max_tokens is not None and isinstance(config, BertConfig):
-        max_tokens = min(max_tokens, config.context)
-    return replace(
-        checkpoint,
-        tokenizer=tokenizer.lowercased() if tokenizer and own.lowercase else tokenizer,
-        pooling=own.pooling,
-        normalize=own.normalize,
-        max_tokens=max_tokens,
-        prompts=own.prompts,
-    )
+    config, tokenizer, pooling = checkpoint.model.config, checkpoint.tokenizer, own.pooling
+    if pooling.max_tokens is not None and isinstance(config, BertConfig):
+        pooling = replace(pooling, max_tokens=min(pooling.max_tokens, config.context))
+    if tokenizer is not None and own.lowercase:
+        tokenizer = tokenizer.lowercased()
+    return replace(checkpoint, tokenizer=tokenizer, pooling=pooling)
 
 
 def _load_adapted(
@@ -320,7 +309,7 @@ def by_task(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     found = {task: replace(checkpoint, model=model) for task, model in checkpoint.model.tasks.items()}
     for task, model in checkpoint.model.tasks.items():
         if model.config.head == "none":  # contrastive learning
-            found[task] = replace(found[task], pooling="mean", normalize=True)
+            found[task] = replace(found[task], pooling=CONTRASTIVE)
     return found
 
 
@@ -388,8 +377,6 @@ def _writer(checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None
         if checkpoint.images is not None:
             checkpoint.images.save(staging)
         if checkpoint.pooling is not None and isinstance(config, BertConfig):
-            max_tokens = checkpoint.max_tokens or config.context
-            how = checkpoint.pooling, checkpoint.normalize, max_tokens, checkpoint.prompts
-            sentence.write(staging, config.dim, *how)
+            sentence.write(staging, checkpoint.pooling, config)
 
     return write

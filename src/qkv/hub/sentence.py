@@ -8,13 +8,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.nn.functional as F
+from torch import Tensor
+
+from qkv.config import BertConfig
 from qkv.errors import InputError
 from qkv.files import blame, read_json
 from qkv.hub.folder import MODULES, PROMPTS, SENTENCE
+from qkv.ragged import Ragged
 
-Pooling = Literal["mean", "cls"]
+Mode = Literal["mean", "cls"]
 
-_FLAGS: dict[Pooling, str] = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+_FLAGS: dict[Mode, str] = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How an encoder's states become one vector of a text."""
+
+    mode: Mode = "mean"
+    """The mean over a text's tokens, or its first token's state."""
+    normalize: bool = False
+    """Whether vectors are scaled to length 1."""
+    max_tokens: int | None = None
+    """How many tokens of a text a vector is of; None: as many as the model reads."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What its users put before a text, by purpose; kept for them, and put before none here."""
+
+    def vectors(self, hidden: Ragged) -> Tensor:
+        """hidden (T, D) -> float32 (N, D)."""
+        pooled = (hidden.first() if self.mode == "cls" else hidden.mean()).float()
+        return F.normalize(pooled) if self.normalize else pooled
+
+
+CONTRASTIVE = Pooling(normalize=True)
+"""What contrastive learning compares texts by."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +52,9 @@ class Found:
     folder: Path
     """Where the encoder itself is."""
     pooling: Pooling | None = None
-    normalize: bool = False
-    max_tokens: int | None = None
+    """None: it is not a folder of sentence-transformers."""
     lowercase: bool = False
     """Whether texts are put in lower case before the tokenizer sees them."""
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    """What may be put before a text, by purpose."""
 
 
 def read(folder: Path) -> Found:
@@ -52,14 +77,10 @@ def read(folder: Path) -> Found:
     said = read_json(encoder / SENTENCE) if (encoder / SENTENCE).is_file() else {}
     with blame(encoder / SENTENCE):
         lowercase = bool(said.get("do_lower_case"))
-    return Found(
-        encoder,
-        _pooling(modules["Pooling"]),
-        "Normalize" in modules,
-        _max_tokens(encoder),
-        lowercase,
-        _prompts(folder / PROMPTS),
+    pooling = Pooling(
+        _mode(modules["Pooling"]), "Normalize" in modules, _max_tokens(encoder), _prompts(folder / PROMPTS)
     )
+    return Found(encoder, pooling, lowercase)
 
 
 def _prompts(path: Path) -> Mapping[str, str]:
@@ -85,24 +106,22 @@ def _max_tokens(folder: Path) -> int | None:
     return None
 
 
-def _pooling(folder: Path) -> Pooling:
+def _mode(folder: Path) -> Mode:
     """The one mode of pooling that a folder's config.json switches on."""
     values: dict[str, Any] = read_json(folder / "config.json")
     with blame(folder / "config.json"):
         modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
         if (mode := values.get("pooling_mode")) is not None:
             modes.append(_FLAGS.get(mode, mode))
-        for pooling, flag in _FLAGS.items():
+        for known, flag in _FLAGS.items():
             if modes == [flag]:
-                return pooling
+                return known
         raise InputError(f"it pools by {' and '.join(modes) or 'nothing'}; supported are mean and cls alone")
 
 
-def write(
-    folder: Path, dim: int, pooling: Pooling, normalize: bool, max_tokens: int, prompts: Mapping[str, str]
-) -> None:
-    """Say beside a saved encoder, whose states have that dimension, how they are pooled."""
-    names = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
+def write(folder: Path, pooling: Pooling, config: BertConfig) -> None:
+    """Say beside a saved encoder how its states are pooled."""
+    names = ["Transformer", "Pooling", *(["Normalize"] if pooling.normalize else [])]
     modules = [
         {
             "idx": i,
@@ -114,15 +133,15 @@ def write(
     ]
     for module in modules[1:]:
         (folder / str(module["path"])).mkdir()
-    flags = {flag: mode == pooling for mode, flag in _FLAGS.items()}
+    flags = {flag: mode == pooling.mode for mode, flag in _FLAGS.items()}
     files = {
         MODULES: modules,
-        SENTENCE: {"max_seq_length": max_tokens, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": dim, **flags},
+        SENTENCE: {"max_seq_length": pooling.max_tokens or config.context, "do_lower_case": False},
+        "1_Pooling/config.json": {"word_embedding_dimension": config.dim, **flags},
     }
-    if normalize:
+    if pooling.normalize:
         files["2_Normalize/config.json"] = {}
-    if prompts:
-        files[PROMPTS] = {"prompts": dict(prompts), "default_prompt_name": None}
+    if pooling.prompts:
+        files[PROMPTS] = {"prompts": dict(pooling.prompts), "default_prompt_name": None}
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")

@@ -117,10 +117,10 @@ class Bert(nn.Module):
         words, tags = head in ("pretraining", "masked_lm"), head == "tagging"
         return BertOutput(
             hidden=hidden,
-            pooled=None if self.pooler is None else self.pool(hidden),
+            pooled=None if self.pooler is None else self.pool(hidden.first()),
             word_logits=hidden.like(self.word_logits(hidden.values)) if words else None,
-            next_logits=self.next_logits(hidden) if head == "pretraining" else None,
-            class_logits=self.class_logits(hidden) if head in SEQUENCE else None,
+            next_logits=self.next_logits(hidden.first()) if head == "pretraining" else None,
+            class_logits=self.class_logits(hidden.first()) if head in SEQUENCE else None,
             tag_logits=hidden.like(self.tag_logits(hidden.values)) if tags else None,
         )
 
@@ -141,11 +141,11 @@ class Bert(nn.Module):
         """x (T, D), embedded tokens that attend as the pattern says -> hidden (T, D)."""
         return self.blocks(x, pattern)  # type: ignore[no-any-return]
 
-    def pool(self, hidden: Ragged) -> Tensor:
-        """hidden (T, D) -> (N, D). Raises InputError where the model has no pooler."""
+    def pool(self, first: Tensor) -> Tensor:
+        """first tokens' states (N, D) -> (N, D). Raises InputError where the model has no pooler."""
         if self.pooler is None:
             raise InputError("this model has no pooler")
-        return self.pooler(hidden.first()).tanh()  # type: ignore[no-any-return]
+        return self.pooler(first).tanh()  # type: ignore[no-any-return]
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> masked language model logits (..., V). Raises InputError without that head."""
@@ -153,20 +153,20 @@ class Bert(nn.Module):
             raise InputError("this model has no masked language model head")
         return self.words(hidden, self.tokens.weight)  # type: ignore[no-any-return]
 
-    def next_logits(self, hidden: Ragged) -> Tensor:
-        """hidden (T, D) -> next-sentence logits (N, 2). Raises InputError without that head."""
+    def next_logits(self, first: Tensor) -> Tensor:
+        """first tokens' states (N, D) -> next-sentence logits (N, 2). Raises InputError without that head."""
         if self.next_sentence is None:
             raise InputError("this model has no next-sentence head")
-        return self.next_sentence(self.pool(hidden))  # type: ignore[no-any-return]
+        return self.next_sentence(self.pool(first))  # type: ignore[no-any-return]
 
-    def class_logits(self, hidden: Ragged) -> Tensor:
-        """hidden (T, D) -> (N, K) of each sequence: logits of classes or of independent labels, or values.
+    def class_logits(self, first: Tensor) -> Tensor:
+        """first tokens' states (N, D) -> (N, K): logits of classes or of independent labels, or values.
 
         Raises InputError without a head of `SEQUENCE`.
         """
         if self.config.head not in SEQUENCE or self.classifier is None:
             raise InputError("this model has no classification head")
-        return self.classifier(self.dropout(self.pool(hidden)))  # type: ignore[no-any-return]
+        return self.classifier(self.dropout(self.pool(first)))  # type: ignore[no-any-return]
 
     def tag_logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., K) of each token's class. Raises InputError without that head."""

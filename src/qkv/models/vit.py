@@ -122,7 +122,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> ViTOutput:
         """images (N, C, height, width), normalised. Raises InputError unless sides are multiples of p."""
         hidden = self.features(images)
-        return ViTOutput(hidden, None if self.classifier is None else self.head(hidden))
+        return ViTOutput(hidden, None if self.classifier is None else self.head(hidden.first()))
 
     def features(self, images: Tensor) -> Ragged:
         """images (N, C, height, width) -> hidden: 1 + P tokens (., D) for each image."""
@@ -158,11 +158,11 @@ class ViT(nn.Module):
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
         return torch.cat([self.positions[:1], grid[0].flatten(1).T])
 
-    def head(self, hidden: Ragged) -> Tensor:
-        """Class logits (N, K) from the class token (equation 4). Raises InputError without a head."""
+    def head(self, first: Tensor) -> Tensor:
+        """class tokens' states (N, D) -> logits (N, K) (equation 4). Raises InputError without a head."""
         if self.classifier is None:
             raise InputError("this model has no classification head")
-        return self.classifier(hidden.first())  # type: ignore[no-any-return]
+        return self.classifier(first)  # type: ignore[no-any-return]
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention, first layer first."""
