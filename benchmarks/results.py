@@ -37,10 +37,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qkv.checkpoint import CONFIG, read_metrics, write_text
+from qkv.checkpoint import CONFIG, read_metrics
 from qkv.data.batches import LanguageBatch
 from qkv.data.dataset import Ids, join, lay
 from qkv.data.text import LanguageDataset
+from qkv.files import replace_text
 from qkv.job import resumed_job
 from qkv.models import GPT
 from qkv.objectives import Objective
@@ -293,7 +294,7 @@ def found(name: str, result: Result, seed: int, data: Path, out: Path, minilm: s
     commands = tuple(shlex.join(["qkv", *command]) for command in (training, scoring))
     seconds = max(record["seconds"] for record in read_metrics(run))
     done = Seed(scores, seconds, machine(), commands)
-    write_text(run / FOUND, json.dumps(asdict(done), indent=2))
+    replace_text(run / FOUND, json.dumps(asdict(done), indent=2))
     return done
 
 

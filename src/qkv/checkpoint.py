@@ -31,7 +31,7 @@ from qkv.config import from_dict
 from qkv.distributed import ALONE, Ranks
 from qkv.divergence import LossTrend
 from qkv.errors import InputError
-from qkv.files import blame, read_json, reason, replace_file, sync
+from qkv.files import blame, read_json, reason, replace_text, sync
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -55,11 +55,6 @@ class Progress:
     """Whether nothing is left to do: all steps are done, or the run stopped early."""
     trend: LossTrend = field(default_factory=LossTrend)
     """Whether the run diverges."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file whole."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 # ---------------------------------------------------------------- states
@@ -245,7 +240,7 @@ class Metrics:
         """Continue after `step`: records of later steps, from a run that was cut off, are dropped."""
         self.path = run / METRICS
         kept = [record for record in read_metrics(run) if record["step"] <= step] if step else []
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def add(self, record: dict[str, float]) -> None:
         """Append one record; it has a `step`. Raises InputError if it cannot be written."""

@@ -53,12 +53,16 @@ P = ParamSpec("P")
 Answer = TypeVar("Answer")
 
 Model = Annotated[str, arg(metavar="RUN_OR_HUB_ID")]
-Precision = InferencePrecision | Literal["auto"] | None
+Precision = Annotated[
+    InferencePrecision | Literal["auto"] | None,
+    arg(help="Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16."),
+]
+Truncate = Annotated[bool, arg(help="Cut texts longer than the context, and say how many.")]
 Settings = Annotated[RunConfig, arg(name="")]
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none: lines of standard input)")]
 Data = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(none)")]
-Column = Annotated[str, arg(metavar="NAME")]
+Column = Annotated[str, arg(metavar="NAME", help="Where a table has them.")]
 Columns = Annotated[
     tuple[str, ...], arg(metavar="NAME", help_behavior_hint="(text, and text_pair if there is one)")
 ]
@@ -239,7 +243,6 @@ def evaluate(
         data: A file or folder in the form that the model was trained on; default: the run's held-out data.
         num_beams: Beam width of translations, whose BLEU is measured.
         tokenize: How BLEU splits them into words; none for text that is tokenised already.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     from qkv.evaluate import score
 
@@ -264,7 +267,6 @@ def generate(
         stop: Answers end before this text; may be given several times.
         draft: A smaller GPT with the same tokens, which guesses those that --speculate asks for.
         as_json: Print a JSON line an answer: its text, its tokens, why it ended; with --logprobs, how likely.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     generator = cast("TextGenerator", _load(model, "gpt", precision))
     guesser = None if draft is None else cast("TextGenerator", _load(draft, "gpt", precision))
@@ -295,7 +297,7 @@ def translate(
     output: Out = None,
     num_beams: int = 4,
     length_penalty: float = 1.0,
-    truncate: bool = False,
+    truncate: Truncate = False,
     precision: Precision = None,
 ) -> None:
     """Translate texts, one line each.
@@ -304,12 +306,9 @@ def translate(
         model: Run folder, checkpoint folder or hub id of an encoder-decoder Transformer.
         texts: What to translate.
         data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
-        column: Where a table has them.
         output: A .txt file to write. With --data, an interrupted command can be given again to go on.
         num_beams: Beam width; 1 is greedy.
         length_penalty: Hypotheses compete by log-probability / length ** penalty.
-        truncate: Cut texts longer than the context, and say how many.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     translator = cast("Translator", _load(model, "transformer"))
     _answer(
@@ -335,7 +334,6 @@ def fill(
         model: Run folder, checkpoint folder or hub id of a BERT with its masked language model head.
         texts: Texts with one mask token, [MASK] in BERT's vocabulary.
         top_k: How many answers.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     encoder = cast("Encoder", _load(model, "bert", precision))
     for text in _lines(texts):
@@ -350,7 +348,7 @@ def classify(
     output: Out = None,
     pair: Annotated[str | None, arg(metavar="TEXT")] = None,
     top_k: int | None = None,
-    truncate: bool = False,
+    truncate: Truncate = False,
     precision: Precision = None,
 ) -> None:
     """Name the class of texts or images, all labels of a multi-label model, or the value of a regression
@@ -365,8 +363,6 @@ def classify(
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
         pair: Second text of all, for a model of text pairs.
         top_k: How many classes; default 5, but all labels of a multi-label model.
-        truncate: Cut texts longer than the context, and say how many.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     from qkv import from_pretrained  # as a public name it comes faster
     from qkv.pipelines import ImageClassifier
@@ -414,7 +410,7 @@ def tag(
     data: Data = None,
     column: Column = "text",
     output: Out = None,
-    truncate: bool = False,
+    truncate: Truncate = False,
     precision: Precision = None,
 ) -> None:
     """Name the tag of each word of texts, with its place in the text; a JSON line each.
@@ -423,10 +419,7 @@ def tag(
         model: Run folder, checkpoint folder or hub id of a BERT with a tagging head.
         texts: What to tag.
         data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
-        column: Where a table has them.
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
-        truncate: Cut texts longer than the context, and say how many.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     encoder = cast("Encoder", _load(model, "bert"))
     source = _texts(texts, data, [column])
@@ -440,7 +433,7 @@ def embed(
     data: Data = None,
     column: Column = "text",
     output: Out = None,
-    truncate: bool = False,
+    truncate: Truncate = False,
     precision: Precision = None,
 ) -> None:
     """Turn texts into vectors: a JSON line each, or a NumPy file.
@@ -449,11 +442,8 @@ def embed(
         model: Run folder, checkpoint folder or hub id of a BERT.
         texts: What to embed.
         data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
-        column: Where a table has them.
         output: A .npy file for the (N, D) float32 array. With --data, an interrupted command can be given
             again to go on.
-        truncate: Cut texts longer than the context, and say how many.
-        precision: Answer faster, at fp32, bf16 or int8; auto: at the faster one of fp32 and bf16.
     """
     encoder = cast("Encoder", _load(model, "bert"))
     _answer(

@@ -29,6 +29,16 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
+def json_or_empty(path: Path) -> Any:
+    """A JSON file's content; an empty object if there is no file. Raises InputError if it is malformed."""
+    return read_json(path) if path.is_file() else {}
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file for people to read, in a folder that is being made."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def blame(path: Path) -> Iterator[None]:
     """Around the use of what was read: whatever is wrong with it is an InputError that names the path."""
@@ -65,6 +75,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink()
         kept = "; the last complete file is kept" if path.exists() else ""
         raise InputError(f"cannot write {path}: {reason(error)}{kept}") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put a small text file in place of what is there; errors as for `replace_file`."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def sync(path: Path) -> None:
@@ -113,7 +128,7 @@ def measured(file: str, key: str, measure: Callable[[], float]) -> float:
     if key not in known:
         known[key] = measure()
         with suppress(InputError, OSError):
-            replace_file(path, lambda temporary: temporary.write_text(json.dumps(known, indent=2) + "\n"))
+            replace_text(path, json.dumps(known, indent=2) + "\n")
     return known[key]
 
 

@@ -6,7 +6,6 @@ Legend: C channels, S side of the square result in pixels.
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from qkv.config import from_dict
 from qkv.errors import InputError
-from qkv.files import blame, read_json
+from qkv.files import blame, read_json, write_json
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
@@ -115,7 +114,7 @@ class ImageProcessor:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
-        (Path(folder) / FILE).write_text(json.dumps(values, indent=2), encoding="utf-8")
+        write_json(Path(folder) / FILE, values)
 
     @staticmethod
     def load(folder: str | Path) -> ImageProcessor:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import BinaryIO
 
 from qkv.errors import InputError
-from qkv.files import blame, locked, read_json, reason, replace_file, sync
+from qkv.files import blame, locked, read_json, reason, replace_text, sync
 
 SAVE_SECONDS = 10.0
 """How often it is noted how far the answers on the disk go: a kill loses no more than these seconds."""
@@ -129,7 +129,7 @@ class Output:
         sync(self.part)
         rows, size = self.at
         said = {"made_from": self.made_from, "rows": rows, "bytes": size}
-        replace_file(self.about, lambda path: path.write_text(json.dumps(said), encoding="utf-8"))
+        replace_text(self.about, json.dumps(said))
         self.kept = rows
         self.saved = time.monotonic()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from qkv.config import Family, TokenizerConfig
 from qkv.errors import InputError
+from qkv.files import json_or_empty, write_json
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -292,7 +292,7 @@ class Tokenizer:
             values["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         if context is not None:
             values["model_max_length"] = context
-        _write_json(folder / "tokenizer_config.json", values)
+        write_json(folder / "tokenizer_config.json", values)
 
     @staticmethod
     def load(folder: str | Path) -> Tokenizer:
@@ -374,27 +374,18 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def _json_file(path: Path) -> Any:
-    """A JSON file's content; an empty object if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     """Put those beside a vocabulary that a folder's files say were added to it, with the ids that they say.
 
     Raises InputError for other ids than those that follow the vocabulary's.
     """
-    said = _json_file(folder / "special_tokens_map.json") | _json_file(folder / "tokenizer_config.json")
+    said = json_or_empty(folder / "special_tokens_map.json") | json_or_empty(folder / "tokenizer_config.json")
     more = said.get("extra_special_tokens", said.get("additional_special_tokens", []))
     named = more.values() if isinstance(more, dict) else more
     special = {token["content"] if isinstance(token, dict) else token for token in named}
     found = {
         id: AddedToken(name, special=name in special, normalized=name not in special)
-        for name, id in _json_file(folder / "added_tokens.json").items()
+        for name, id in json_or_empty(folder / "added_tokens.json").items()
     }
     for id, flags in said.get("added_tokens_decoder", {}).items():
         found[int(id)] = AddedToken(**{key: value for key, value in flags.items() if key != "__type"})
@@ -411,7 +402,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
 
 def _special(folder: Path, vocab: dict[str, int]) -> dict[Role, str]:
     """Which token plays which part: as the folder's files say, otherwise by the usual names."""
-    said = _json_file(folder / "special_tokens_map.json") | _json_file(folder / "tokenizer_config.json")
+    said = json_or_empty(folder / "special_tokens_map.json") | json_or_empty(folder / "tokenizer_config.json")
     found: dict[Role, str] = {}
     for role in ROLES:
         token = said.get(f"{role}_token")
@@ -475,7 +466,7 @@ def _template(backend: tokenizers.Tokenizer, family: Family) -> None:
 def _wordpiece_files(folder: Path) -> tokenizers.Tokenizer:
     """BERT's vocab.txt, one token a line."""
     lines = (folder / "vocab.txt").read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    said = _json_file(folder / "tokenizer_config.json")
+    said = json_or_empty(folder / "tokenizer_config.json")
     backend = _wordpiece(
         models.WordPiece({token: id for id, token in enumerate(lines)}, unk_token="[UNK]"),
         lowercase=said.get("do_lower_case", True),
@@ -527,7 +518,7 @@ class MarianTokenizer(Tokenizer):
             raise InputError(f"{folder} has a second vocabulary, target_vocab.json; it must share one")
         source = SentencePieceProcessor(model_file=str(folder / "source.spm"))
         target = SentencePieceProcessor(model_file=str(folder / "target.spm"))
-        return MarianTokenizer(_json_file(folder / "vocab.json"), source, target)
+        return MarianTokenizer(json_or_empty(folder / "vocab.json"), source, target)
 
     @property
     def target(self) -> Tokenizer:
@@ -559,7 +550,7 @@ class MarianTokenizer(Tokenizer):
     def save(self, folder: str | Path, context: int | None = None) -> None:
         """Write what `load` and transformers' AutoTokenizer open. context: the model's longest sequence."""
         folder = Path(folder)
-        _write_json(folder / "vocab.json", self.vocab)
+        write_json(folder / "vocab.json", self.vocab)
         (folder / "source.spm").write_bytes(self.source_model.serialized_model_proto())
         (folder / "target.spm").write_bytes(self.target_model.serialized_model_proto())
         self._save_config(folder, "MarianTokenizer", context)

@@ -28,7 +28,6 @@ from qkv.checkpoint import (
     save_state,
     saved_states,
     step_of,
-    write_text,
 )
 from qkv.config import TrainConfig, write_toml
 from qkv.data import Sampler, prefetch
@@ -36,7 +35,7 @@ from qkv.distributed import ALONE, Ranks
 from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
-from qkv.files import locked, reason
+from qkv.files import locked, reason, replace_text
 from qkv.job import Job
 from qkv.observe import Observer
 from qkv.runtime import keep_few_kernels, keep_freed_memory
@@ -60,7 +59,7 @@ def begin(job: Job, run: Path) -> None:
                 part.save(run)
     except OSError as error:
         raise InputError(f"cannot write {run}: {reason(error)}") from error
-    write_text(run / CONFIG, write_toml(job.config))  # last: what has it can be resumed
+    replace_text(run / CONFIG, write_toml(job.config))  # last: what has it can be resumed
 
 
 def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: Ranks = ALONE) -> Progress:

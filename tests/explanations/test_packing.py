@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,14 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from explanations import made
 from qkv.explanations.explanation import Picture
-from qkv.explanations.packing import pack, pack_attention, quantise, thumbnails, unpack
+from qkv.explanations.packing import pack, pack_attention, quantise, thumbnails
+
+
+def unpack(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights that a page shows, from what `pack` wrote."""
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
+    return (levels.astype(np.float32) / np.float32(255)) ** 2
+
 
 shapes = array_shapes(min_dims=2, max_dims=2, max_side=20)
 matrices = arrays(np.float16, shapes, elements=st.floats(0, 1, width=16))

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from qkv.checkpoint import write_text
 from qkv.config import Family
 from qkv.demo import bert, gpt, transformer, vit
 from qkv.demo.lab import Lab, Part
 from qkv.errors import InputError
+from qkv.files import replace_text
 from qkv.report import page
 
 PARTS: dict[Family, Callable[[Lab], Part]] = {
@@ -65,7 +65,7 @@ def _claim(out: Path) -> None:
     if not (out / SCORES).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is there and is not an earlier demo's: choose another --out")
-        write_text(out / SCORES, "{}\n")
+        replace_text(out / SCORES, "{}\n")
 
 
 def _write(out: Path, parts: list[Part], numbers: dict[str, object]) -> None:
@@ -75,6 +75,6 @@ def _write(out: Path, parts: list[Part], numbers: dict[str, object]) -> None:
         f"have not seen, beside honest baselines. Python {platform.python_version()}, "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads."
     )
-    write_text(out / SCORES, json.dumps(numbers, indent=2) + "\n")
+    replace_text(out / SCORES, json.dumps(numbers, indent=2) + "\n")
     cards, sections = [part.card() for part in parts], [part.section() for part in parts]
-    write_text(out / "report.html", page("Four Transformers, one attention", lead, cards, sections))
+    replace_text(out / "report.html", page("Four Transformers, one attention", lead, cards, sections))

@@ -101,10 +101,3 @@ def pack(levels: Bytes) -> str:
     # Only runs, of zeros, are looked for: as small as by thorough search, and up to a hundred times as fast.
     deflate = zlib.compressobj(strategy=zlib.Z_RLE)
     return base64.b64encode(deflate.compress(levels.tobytes()) + deflate.flush()).decode("ascii")
-
-
-def unpack(text: str, shape: tuple[int, ...]) -> Floats:
-    """The weights that a page shows, from what `pack` wrote."""
-    levels = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape)
-    weights: Floats = (levels.astype(np.float32) / np.float32(255)) ** 2
-    return weights

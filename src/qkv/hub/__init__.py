@@ -8,7 +8,6 @@ beside this one, and peft's adapters of them. A format that transformers lacks h
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -362,8 +361,7 @@ def _writer(checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None
     def write(staging: Path) -> None:
         for name, values in texts.items():
             if values:
-                text = json.dumps(values, indent=2, ensure_ascii=False)
-                (staging / name).write_text(text + "\n", encoding="utf-8")
+                files.write_json(staging / name, values)
         if write_weights is not None:
             write_weights(staging)
         else:

@@ -122,7 +122,7 @@ def read(folder: Path) -> Adapter | None:
             targets = re.compile(targets) if isinstance(targets, str) else tuple(targets)
         except re.error as error:
             raise InputError(f"target_modules is {targets!r}, no regular expression: {error}") from None
-        ours = files.read_json(folder / LABELS) if (folder / LABELS).is_file() else {}
+        ours = files.json_or_empty(folder / LABELS)
         return Adapter(
             base=theirs["base_model_name_or_path"],
             revision=theirs.get("revision"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from qkv.config import BertConfig
 from qkv.errors import InputError
-from qkv.files import blame, read_json
+from qkv.files import blame, json_or_empty, read_json, write_json
 from qkv.hub.folder import MODULES, PROMPTS, SENTENCE
 from qkv.ragged import Ragged
 
@@ -74,7 +73,7 @@ def read(folder: Path) -> Found:
         if "Transformer" not in modules or "Pooling" not in modules:
             raise InputError("it must name a Transformer and a Pooling")
     encoder = modules["Transformer"]
-    said = read_json(encoder / SENTENCE) if (encoder / SENTENCE).is_file() else {}
+    said = json_or_empty(encoder / SENTENCE)
     with blame(encoder / SENTENCE):
         lowercase = bool(said.get("do_lower_case"))
     pooling = Pooling(
@@ -85,7 +84,7 @@ def read(folder: Path) -> Found:
 
 def _prompts(path: Path) -> Mapping[str, str]:
     """The prompts of a folder, of which none is put before every text."""
-    said = read_json(path) if path.is_file() else {}
+    said = json_or_empty(path)
     with blame(path):
         prompts: dict[str, str] = dict(said.get("prompts") or {})
         if prompts.get(said.get("default_prompt_name") or ""):
@@ -99,7 +98,7 @@ def _prompts(path: Path) -> Mapping[str, str]:
 def _max_tokens(folder: Path) -> int | None:
     """Tokens of a text that the encoder is given, as sentence-transformers finds the number."""
     for name, key in ((SENTENCE, "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
-        values = read_json(folder / name) if (folder / name).is_file() else {}
+        values = json_or_empty(folder / name)
         with blame(folder / name):
             if values.get(key) is not None:
                 return int(values[key])
@@ -144,4 +143,4 @@ def write(folder: Path, pooling: Pooling, config: BertConfig) -> None:
     if pooling.prompts:
         files[PROMPTS] = {"prompts": dict(pooling.prompts), "default_prompt_name": None}
     for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")
+        write_json(folder / name, values)

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from qkv.checkpoint import read_metrics, write_text
+from qkv.checkpoint import read_metrics
 from qkv.config import Family, RunConfig, write_toml
 from qkv.data.summary import Split, Spread, Summary
+from qkv.files import replace_text
 from qkv.hub import Checkpoint, by_task
 from qkv.job import Job
 from qkv.models import Model
@@ -81,7 +82,7 @@ class RunReport(Observer):
                     answers = shown.ask(pipeline(checkpoints[task], device))
                     self.history.append({"step": step, "task": task, "answers": answers})
             lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in self.history)
-            write_text(self.run / SAMPLES, "".join(lines))
+            replace_text(self.run / SAMPLES, "".join(lines))
         self.write()
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class RunReport(Observer):
             self._setting(),
         ]
         html = page(f"{family}: {self.run.name}", lead, self._cards(steps, scores), sections)
-        write_text(self.run / REPORT, html)
+        replace_text(self.run / REPORT, html)
 
     def _cards(self, steps: Sequence[Record], scores: Sequence[Record]) -> Iterator[Card]:
         done, of = steps[-1]["step"], self.job.config.train.max_steps
