@@ -130,6 +130,18 @@ def test_two_ranks_train_as_one(family, shard_ranks, alone, tmp_path):
     assert not list(folder.glob("two"))
 
 
+@pytest.mark.parametrize("family", ["gpt", "transformer"])
+def test_two_ranks_train_and_score_in_bfloat16(family, alone, tmp_path):
+    _, config, one = alone[family]
+    half = dataclasses.replace(config.train, precision="bf16", shard_ranks=2)
+    two = run(2, tmp_path, dataclasses.replace(config, train=half), tmp_path / "two")
+    losses = [
+        [record["valid_loss"] for record in read_metrics(path) if "valid_loss" in record]
+        for path in (one, two)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 @pytest.mark.parametrize("family", ["transformer", "bert"])
 def test_loss_and_gradients_of_a_step_do_not_depend_on_how_it_is_divided(family, tmp_path):
     config = recipe(tmp_path, family)

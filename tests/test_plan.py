@@ -189,10 +189,11 @@ def test_checkpointing_computes_blocks_again_instead_of_keeping_them(family):
     assert again.backward_flops - plain.backward_flops == sum(c.flops("forward") for c in blocks[1:])
 
 
-def test_attention_on_gpus_stores_no_probabilities():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_on_gpus_stores_no_probabilities(precision: str):
     """With dropout, too: the activations of a token do not grow with its sequence, as they do on a CPU."""
     model = {"attention_dropout": 0.1, "context": 256}
-    given = config("gpt", model)
+    given = config("gpt", model, precision=precision)
     short, long = ({"length": n, "samples": 1024 // n} for n in (64, 256))
     on_gpu = [measured(given, gpu_kernels=True, **sizes).most_activations for sizes in (short, long)]
     assert on_gpu[1] == pytest.approx(on_gpu[0], rel=0.02)
@@ -264,6 +265,8 @@ def test_what_data_would_decide_is_assumed_and_said():
     tagger = replace(default_recipe("bert"), data=DataConfig(task="tagging"))
     found, notes = assume(tagger, CPU)
     assert (found.model.head, len(found.model.labels), notes[-1]) == ("tagging", 2, "2 classes")
+    with pytest.raises(InputError, match=r"train\.r_drop is for classes, not for regression"):
+        assume(replace(config("bert", r_drop=1.0), data=DataConfig(task="regression")), CPU)
     with pytest.raises(InputError, match=r"leave out data\.task contrastive"):
         assume(replace(tagger, data=DataConfig(task="contrastive")), CPU)
 

@@ -49,6 +49,13 @@ def lines_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / SAMPLES).read_text("utf-8").split("\n")[:-1]]
 
 
+def test_a_gpt_goes_on_behind_text_that_is_too_large_for_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("qkv.data.raw.IN_MEMORY_BYTES", 0)
+    job = new_job(config_of(tmp_path, "gpt"))
+    train(job, tmp_path / "run", RunReport(job, tmp_path / "run", full_rate=1e6))
+    assert all(len(line["answers"]) == 3 for line in lines_of(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("kind", SHOWN)
 def test_a_run_with_a_report_ends_with_the_weights_of_one_without(kind, tmp_path):
     config, run = config_of(tmp_path, kind), tmp_path / "with"

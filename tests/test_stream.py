@@ -196,6 +196,13 @@ def test_mistakes_about_files_are_one_line(models, tmp_path):
     assert "writes .npy files" in fail("embed", models["embed"], "--data", data, "-o", tmp_path / "a.txt")
     same = ["--data", data, "-o", data, "--column", "text"]
     assert "is the input itself" in fail("translate", models["translate"], *same)
+    later = write(tmp_path / "later.jsonl", [{"text": "a"}, {"text": "b", "text_pair": "c"}])
+    said = fail("classify", models["classify"], "--data", later)
+    assert re.search("row 2 of .*later.jsonl has a column 'text_pair', which the first row has not", said)
+    (tmp_path / "photos").mkdir()
+    image(0).save(tmp_path / "photos" / "a.png")
+    inside = ["--data", tmp_path / "photos", "-o", tmp_path / "photos" / "out.jsonl"]
+    assert "is in the folder that is read" in fail("classify", models["images"], *inside)
     assert data.read_text() == "fox\n"
     (tmp_path / "long.txt").write_text("fox\n" + "dog " * 60 + "\n")
     with pytest.warns(UserWarning, match="1 of 2 texts were longer"):

@@ -135,6 +135,14 @@ def test_wandb_writes_a_run_to_be_sent_later(tmp_path, config, monkeypatch):
     assert points() == expected
 
 
+def test_a_run_that_is_made_longer_keeps_its_name(tmp_path, config):
+    (tracker,) = trackers(("trackio",), tmp_path / "run")
+    name = tracker.name()
+    os.utime(tmp_path / "run" / CONFIG, (1, 1))  # as if the file were edited
+    (again,) = trackers(("trackio",), tmp_path / "run")
+    assert again.name() == name
+
+
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_missing_package_is_one_line(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, TRACKERS[name].package, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from qkv.checkpoint import read_metrics, saved_states
+from qkv import hub
+from qkv.checkpoint import CONFIG, read_metrics, saved_states
 from qkv.config import (
     AugmentConfig,
     BertConfig,
@@ -178,6 +180,18 @@ def test_fresh_weights_read_the_tokens_of_another_run(tmp_path, monkeypatch):
     )
     with pytest.raises(InputError, match=r"the tokenizer of .*run has no bos token, which a gpt needs"):
         new_job(gpt)
+
+
+def test_tokens_that_frame_a_text_in_another_way_than_a_family_learns_it_are_refused(tmp_path):
+    """Prompts and sources would begin or end with tokens that were never trained, or lack one that was."""
+    train(new_job(run_config(tmp_path, "transformer", max_steps=1)), tmp_path / "run", Nobody())
+    tokens = TokenizerConfig(path=str(tmp_path / "run"))
+    config = dataclasses.replace(run_config(tmp_path, "transformer"), tokenizer=tokens)
+    assert new_job(config).checkpoint.tokenizer.encode("a").ids
+    path = tmp_path / "run" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    with pytest.raises(InputError, match="frames a text with other tokens than a transformer learns it with"):
+        new_job(config)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -361,6 +375,24 @@ def test_a_run_folder_is_not_overwritten(tmp_path):
         train(new_job(config), tmp_path / "run", Nobody())
 
 
+def test_a_checkpoint_is_not_overwritten(tmp_path):
+    config = run_config(tmp_path, "gpt", max_steps=1)
+    hub.save(tmp_path / "model", new_job(config).checkpoint)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with pytest.raises(InputError, match="holds a checkpoint, which would be lost: choose another --out"):
+        train(new_job(config), tmp_path / "model", Nobody())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("qkv.trainer.Trainer.step", out_of_memory)
+    with pytest.raises(InputError, match=r"out of memory behind step 0: raise train\.gradient_accumulation"):
+        train(new_job(run_config(tmp_path, "gpt")), tmp_path / "run", Nobody())
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     job = new_job(run_config(tmp_path, "gpt"))
     with torch.no_grad():
@@ -405,10 +437,15 @@ def test_a_fresh_head_is_a_function_of_the_seed(tmp_path):
     assert torch.equal(*heads)
 
 
-def test_changed_data_are_noticed_even_if_no_length_changes(tmp_path):
+@pytest.mark.parametrize("which", ["path", "valid"])
+def test_changed_data_are_noticed_even_if_no_length_changes(which, tmp_path):
     config = run_config(tmp_path, "bert", max_steps=2)
+    shutil.copy(config.data.path, tmp_path / "valid.csv")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, valid=str(tmp_path / "valid.csv"))
+    )
     train(new_job(config), tmp_path / "run", Nobody())
-    path = Path(config.data.path)
+    path = Path(getattr(config.data, which))
     path.write_text(path.read_text().replace("red", "old"))
     with pytest.raises(InputError, match="have changed"):
         train(resumed_job(tmp_path / "run"), tmp_path / "run", Nobody(), resume=True)
@@ -466,6 +503,18 @@ def test_a_run_stops_early_at_the_right_evaluation_also_when_it_was_resumed(cut,
     assert "Stopped at step 14: no better score since step 8." in nobody.said
     assert [r["step"] for r in read_metrics(run) if "valid_loss" in r] == [2, 4, 6, 8, 10, 12, 14]
     assert train(resumed_job(run), run, Nobody(), resume=True) == done
+
+
+def test_patience_counts_evaluations_also_behind_a_best_step_between_two(tmp_path, monkeypatch):
+    """The last step of a run is scored whatever it is; then the run is made longer."""
+    config = run_config(tmp_path, "vit", max_steps=5, eval_steps=2, save_steps=3, early_stopping_patience=2)
+    losses, run = [5.0, 4.0, 3.0, 3.5, 3.5, 1.0], tmp_path / "run"
+    monkeypatch.setattr("qkv.train.evaluate", lambda *_, ranks: {"loss": losses[given_scores(run)]})
+    train(new_job(config), run, Nobody())
+    text = (run / CONFIG).read_text()
+    (run / CONFIG).write_text(text.replace("max_steps = 5", "max_steps = 40"))
+    done = train(resumed_job(run), run, Nobody(), resume=True)
+    assert (done.step, done.best_step) == (8, 5)
 
 
 def given_scores(run: Path) -> int:

@@ -44,7 +44,7 @@ class Progress:
     """Where a run is: what of its state is not a tensor."""
 
     data: str
-    """Fingerprint of the training data."""
+    """Fingerprint of the training and held-out data."""
     step: int = 0
     seconds: float = 0.0
     """Training time so far, evaluation included."""

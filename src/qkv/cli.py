@@ -632,6 +632,8 @@ def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
     header = partial(npy_header, dim=target.dim) if target.dim else no_header
     if source.path is not None and target.path.exists() and target.path.samefile(source.path):
         raise InputError(f"{target.path} is the input itself: write to another file")
+    if source.path is not None and target.path.resolve().is_relative_to(source.path.resolve()):
+        raise InputError(f"{target.path} is in the folder that is read: write to another one")
     identity = source.identity()
     made_from = None if identity is None else work(pipeline, identity, target.precision, *target.settings)
     return Output(target.path, header, made_from)

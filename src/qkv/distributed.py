@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
 
@@ -26,6 +26,9 @@ from qkv.runtime import pick_device
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others before it gives them up as lost."""
 
+PATIENCE = timedelta(days=30)
+"""The same at a barrier; a rank that is gone is noticed at once."""
+
 T = TypeVar("T")
 
 
@@ -37,6 +40,8 @@ class Ranks:
     count: int = 1
     local: int = 0
     """Its number among those on this machine."""
+    patient: torch.distributed.ProcessGroup | None = None
+    """All of them, waiting for each other as long as it takes."""
 
     @property
     def first(self) -> bool:
@@ -49,9 +54,9 @@ class Ranks:
         return torch.device("cuda", self.local) if device.type == "cuda" else device
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, one of which may be preparing data for hours."""
         if self.count > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.patient)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each of the values, added up over all ranks."""
@@ -103,7 +108,7 @@ def process_group() -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield ranks
+        yield replace(ranks, patient=torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
     except RuntimeError as error:
         raise InputError(ranks.failure(error)) from error
     finally:

@@ -29,6 +29,14 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: {error}") from None
 
 
+def expanded(location: str | Path) -> Path:
+    """A path with ~ and ~user as the home they mean; as it is where there is no such user."""
+    try:
+        return Path(location).expanduser()
+    except RuntimeError:
+        return Path(location)
+
+
 def json_or_empty(path: Path) -> Any:
     """A JSON file's content; an empty object if there is no file. Raises InputError if it is malformed."""
     return read_json(path) if path.is_file() else {}
@@ -114,7 +122,7 @@ def reason(error: OSError | SafetensorError) -> str:
 def cache_folder() -> Path:
     """The user's folder for what can be made again: $QKV_CACHE, or qkv in $XDG_CACHE_HOME or ~/.cache."""
     if chosen := os.environ.get("QKV_CACHE"):
-        return Path(chosen).expanduser()
+        return expanded(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qkv"
 
 

@@ -25,7 +25,7 @@ from qkv.data import (
 )
 from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
-from qkv.files import cache_folder
+from qkv.files import cache_folder, expanded
 from qkv.growth import check as check_growth
 from qkv.hub import Checkpoint
 from qkv.hub.folder import locate
@@ -96,13 +96,13 @@ def _located(data: DataConfig) -> DataConfig:
 
 def _absolute(location: str) -> str:
     """A path, or two with a comma between them, that mean the same from every folder."""
-    parts = [location] if Path(location).expanduser().exists() else location.split(",")
-    return ",".join(str(Path(part.strip()).expanduser().absolute()) for part in parts if part)
+    parts = [location] if expanded(location).exists() else location.split(",")
+    return ",".join(str(expanded(part.strip()).absolute()) for part in parts if part)
 
 
 def _folder_or_id(source: str) -> str:
     """A checkpoint's folder as an absolute path; anything else as it is."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return str(path.absolute()) if source and path.is_dir() else source
 
 
@@ -229,6 +229,11 @@ def _tokenizer(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Tokeniz
         raise InputError(
             f"the tokenizer of {path} has no {lacking[0]} token, which a {family} needs: choose another "
             "tokenizer.path"
+        )
+    if tokenizer.encode("a").ids != tokenizer.framed("a", family):
+        raise InputError(
+            f"the tokenizer of {path} frames a text with other tokens than a {family} learns it with: choose "
+            "another tokenizer.path"
         )
     return tokenizer
 

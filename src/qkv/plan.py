@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from qkv import attention
 from qkv.config import BertConfig, GPTConfig, RunConfig, TransformerConfig, ViTConfig
-from qkv.data import bert_head
+from qkv.data import bert_head, check_settings
 from qkv.data.batches import (
     Batch,
     ImageBatch,
@@ -93,6 +94,8 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
             notes.append(f"a vocabulary of {model.vocab_size:,} tokens")
         if isinstance(model, BertConfig):
             head = model.head if config.data.task == "auto" else bert_head(config.data.task)
+            if head == "regression":
+                check_settings("regression", config)
             if head not in LABELLED:
                 model = replace(model, head="pretraining", labels=())
             elif head != model.head or not model.labels:
@@ -305,7 +308,7 @@ def _gpu_attention(bf16: bool) -> Iterator[None]:
 
     torch has no GPU's choice of kernels where there is no GPU, so its function is replaced for a while.
     """
-    before = F.scaled_dot_product_attention
+    before, products = F.scaled_dot_product_attention, attention._PRODUCTS
 
     def fused(
         query: Tensor,
@@ -322,10 +325,11 @@ def _gpu_attention(bf16: bool) -> Iterator[None]:
         return kernel(query, key, value, attn_mask, True, dropout_p, is_causal)[0]  # type: ignore[no-any-return]
 
     F.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    attention._PRODUCTS = 0  # what CPUs compute in another way
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = before
+        F.scaled_dot_product_attention, attention._PRODUCTS = before, products
 
 
 # ---------------------------------------------------------------- layouts

@@ -133,6 +133,12 @@ class Tokenizer:
         """The special tokens that a family's models need and this vocabulary does not have."""
         return [role for role in _SPECIAL[family] if self._id(role) is None]
 
+    def framed(self, text: str, family: Family) -> list[int]:
+        """A text's ids as a family learns it: between that family's special tokens, which must be there."""
+        before = [self.cls_id] if family == "bert" else []
+        behind = {"bert": [self.sep_id], "transformer": [self.eos_id]}.get(family, [])
+        return [id for id in (*before, *self.plain(text), *behind) if id is not None]
+
     def token(self, id: int) -> str:
         """How the vocabulary writes an id; one that it does not have, such as a row that a model's matrix was
         padded with, by its number."""

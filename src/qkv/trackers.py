@@ -15,9 +15,12 @@ from typing import Any
 from qkv.checkpoint import CONFIG
 from qkv.config import RunConfig, TrackerName, TrainConfig
 from qkv.errors import InputError
+from qkv.files import replace_text
 from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
 
+NAME = "tracked-as.txt"
+"""In the run folder: the name of its record."""
 PROJECT = "qkv"
 """What trackers file all runs under."""
 
@@ -63,11 +66,13 @@ class Tracker(Observer):
             with redirect_stdout(sys.stderr):
                 self.end()
 
-    @property
     def name(self) -> str:
         """The run folder's name and when the run began: a resumed run keeps it, and no two runs share it."""
-        began = time.gmtime((self.run / CONFIG).stat().st_mtime)
-        return f"{self.run.name}-{time.strftime('%Y%m%d-%H%M%S', began)}"
+        kept = self.run / NAME
+        if not kept.exists():
+            began = time.gmtime((self.run / CONFIG).stat().st_mtime)
+            replace_text(kept, f"{self.run.name}-{time.strftime('%Y%m%d-%H%M%S', began)}")
+        return kept.read_text(encoding="utf-8")
 
     @abstractmethod
     def open(self, config: RunConfig, step: int) -> Any:
@@ -130,7 +135,7 @@ class Trackio(_Dashboard):
 
     def open(self, config: RunConfig, step: int) -> Any:
         """A resumed run goes on under its name."""
-        return self.module.init(PROJECT, self.name, config=asdict(config), resume="allow", embed=False)
+        return self.module.init(PROJECT, self.name(), config=asdict(config), resume="allow", embed=False)
 
 
 class WandB(_Dashboard):
@@ -140,7 +145,7 @@ class WandB(_Dashboard):
 
     def open(self, config: RunConfig, step: int) -> Any:
         """A resumed run goes on under its id. Raises InputError if wandb does not start."""
-        name, settings = self.name, asdict(config)
+        name, settings = self.name(), asdict(config)
         try:
             return self.module.init(
                 project=PROJECT, id=name, name=name, dir=str(self.run), config=settings, resume="allow"

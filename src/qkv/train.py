@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from qkv import hub
 from qkv.average import average_of, replaced
 from qkv.checkpoint import (
@@ -31,11 +33,13 @@ from qkv.checkpoint import (
 )
 from qkv.config import TrainConfig, write_toml
 from qkv.data import Sampler, prefetch
+from qkv.data.cache import fingerprint
 from qkv.distributed import ALONE, Ranks
 from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
 from qkv.evaluate import evaluate
 from qkv.files import locked, reason, replace_text
+from qkv.hub.folder import holds_checkpoint
 from qkv.job import Job
 from qkv.observe import Observer
 from qkv.runtime import keep_few_kernels, keep_freed_memory
@@ -45,14 +49,16 @@ from qkv.trainer import Trainer
 def begin(job: Job, run: Path) -> None:
     """Make the run folder, with the state before the first step.
 
-    Raises InputError if the folder holds a run already or cannot be written.
+    Raises InputError if the folder holds a run or a checkpoint already or cannot be written.
     """
     if (run / CONFIG).exists() or any(map(step_of, saved_states(run))):
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
+    if holds_checkpoint(run):
+        raise InputError(f"{run} holds a checkpoint, which would be lost: choose another --out")
     model = job.checkpoint.model
-    save_state(run, model, [], average_of(model, job.config.train).state, Progress(job.train.fingerprint))
+    save_state(run, model, [], average_of(model, job.config.train).state, Progress(_data_of(job)))
     try:
         for part in (job.checkpoint.tokenizer, job.checkpoint.images):
             if part is not None:
@@ -78,7 +84,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     job.checkpoint.model.to(ranks.device())
     trainer = Trainer(job.config.train, job.checkpoint, job.train, ranks)
     progress = load_state(run, trainer.model, trainer.optimizers, trainer.average.state)
-    if progress.data != job.train.fingerprint:
+    if progress.data != _data_of(job):
         raise InputError(f"the data of {run} have changed since it began: train anew")
     if progress.step > trainer.config.max_steps:
         raise InputError(
@@ -89,6 +95,11 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     progress.finished = progress.step == trainer.config.max_steps or _exhausted(progress, trainer.config)
     try:
         _loop(job, trainer, run, observer, progress)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"out of memory behind step {progress.step}: raise train.gradient_accumulation_steps in "
+            f"{run / CONFIG}, or switch train.gradient_checkpointing on; then continue with --resume {run}"
+        ) from error
     except RuntimeError as error:
         if ranks.count > 1:
             raise InputError(
@@ -101,6 +112,11 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
             f"{run} holds the model of step {progress.best_step}, which had the lowest held-out loss."
         )
     return progress
+
+
+def _data_of(job: Job) -> str:
+    """Fingerprint of what is trained on, and of what scores it."""
+    return fingerprint(job.train.fingerprint, job.valid.fingerprint)
 
 
 def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: Progress) -> None:
@@ -163,7 +179,10 @@ def _evaluate(
     """Score the averaged weights; if they are the best so far, they go into the run folder."""
     config, step = trainer.config, progress.step
     with replaced(trainer.model, trainer.average.weights(trainer.model, run)):
-        scores = evaluate(trainer.objective, job.valid, ranks=trainer.ranks)
+        # Weights that are gathered in bfloat16 are multiplied so; otherwise scores are float32.
+        gathered = trainer.bf16 and trainer.ranks.count > 1
+        with torch.autocast(trainer.device.type, torch.bfloat16, enabled=gathered):
+            scores = evaluate(trainer.objective, job.valid, ranks=trainer.ranks)
         check_finite(step, config, scores["loss"])
         checkpoint = trainer.checkpoint()
         if scores["loss"] < progress.best_scores.get("loss", math.inf):
@@ -183,7 +202,7 @@ def _evaluate(
 
 def _exhausted(progress: Progress, config: TrainConfig) -> bool:
     """Whether the patience with scores that are not better is at its end."""
-    waited = (progress.step - progress.best_step) // config.eval_steps
+    waited = progress.step // config.eval_steps - progress.best_step // config.eval_steps
     return 0 < config.early_stopping_patience <= waited
 
 

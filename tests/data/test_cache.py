@@ -140,7 +140,7 @@ def _all(dataset: Dataset) -> list[object]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "photos")
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -357,7 +357,8 @@ def test_least_recently_used_entries_are_dropped_beyond_the_limit(
     _get(Cache(tmp_path), _chunks(), "old")  # a use
     size = sum(path.stat().st_size for path in entry.iterdir())
     monkeypatch.setattr(qkv.data.cache, "LIMIT_BYTES", 3 * size + 100)
-    (tmp_path / "left by a killed process").mkdir()
+    (tmp_path / f"{7:064x}").mkdir()  # left by a killed process
+    (tmp_path / "photos").mkdir()
     _get(Cache(tmp_path), _chunks(1000), "newest")
     assert len(_entries(tmp_path)) == 3
     for key, size in (("old", 1000), ("new", 1000), ("newest", 1000), ("older when used", 2)):
@@ -365,6 +366,7 @@ def test_least_recently_used_entries_are_dropped_beyond_the_limit(
     monkeypatch.setattr(qkv.data.cache, "LIMIT_BYTES", 0)
     assert len(_get(Cache(tmp_path), _chunks(9), "larger than the limit")["a"]) == 9
     assert len(_entries(tmp_path)) == 1
+    assert (tmp_path / "photos").is_dir()  # whatever else a folder holds that QKV_CACHE names
 
 
 def test_an_entry_is_made_by_one_of_those_who_want_it(tmp_path: Path) -> None:

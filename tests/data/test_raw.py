@@ -237,6 +237,13 @@ def test_labelled_texts_that_cannot_train_are_refused(tmp_path: Path) -> None:
         read(DataConfig(path=_sentiment(tmp_path / "c.csv", labels=("good",))), "bert")
     with pytest.raises(InputError, match=r"no column 'label'; it has text: .* data\.label"):
         read(DataConfig(path=_write(tmp_path / "d.csv", "text\na\nb\n")), "bert")
+    pairs = _write(tmp_path / "pairs.csv", "text,text_pair,label\na,b,good\nc,d,bad\n")
+    for one, other in ((pairs, train), (train, pairs)):
+        with pytest.raises(InputError, match=r"pairs\.csv has second texts, but .*a\.csv has none"):
+            read(DataConfig(path=one, valid=other), "bert")
+    half = _write(tmp_path / "half.jsonl", '{"text": "a", "label": 1}\n{"text": "\\ud83d", "label": 0}')
+    with pytest.raises(InputError, match=r"row 2 of column 'text' has half a surrogate pair"):
+        read(DataConfig(path=half), "bert")
     with pytest.raises(InputError, match=r"no column 'other'.* data\.text_pair"):
         read(DataConfig(path=train, text_pair="other"), "bert")
     with pytest.raises(InputError, match=r"row 2 of column 'label' holds 0\.5, not a class"):

@@ -68,7 +68,7 @@ def prepare(
 
     Raises InputError for samples that the model cannot take: too long, broken, or with other labels.
     """
-    _check_settings(raw.kind, config)
+    check_settings(raw.kind, config)
     check_labels(raw, getattr(config.model, "labels", ()))
     train = build(raw.train, config, tokenizer, images, training=True, cache=cache)
     valid = build(raw.valid, config, tokenizer, images, training=False, cache=cache)
@@ -109,7 +109,7 @@ def trained_tokenizer(
     return Tokenizer.from_json(json.loads(found["json"].tobytes()))
 
 
-def _check_settings(kind: Kind, config: RunConfig) -> None:
+def check_settings(kind: Kind, config: RunConfig) -> None:
     """Raise InputError for settings that would do nothing for such data, or do not go together."""
     if (config.model.family, kind) != ("bert", "text"):
         for name in ("whole_words", "masked_share"):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from qkv.files import reason, sync
 from qkv.watch import Watch, unwatched
@@ -170,14 +171,18 @@ class _Entry:
 
     def _drop_others(self) -> None:
         """Remove what was used least recently beyond the limit, and what killed processes left."""
-        others = [_Entry(self.cache, path.name) for path in self.cache.iterdir() if path.is_dir()]
+        names = [path.name for path in self.cache.iterdir() if path.is_dir()]
+        # The user may have named a folder that has others in it.
+        others = [_Entry(self.cache, name) for name in names if re.fullmatch("[0-9a-f]{64}", name)]
         total = self._size()
         for other in sorted(others, key=_Entry._last_used, reverse=True):
             if other.key != self.key:
                 total += other._size()
                 if total > LIMIT_BYTES or not other.index.exists():
-                    with suppress(Timeout), other._lock(timeout=0):  # not while it is being written
-                        other._remove()
+                    # Not while it is being written, nor if it is another user's.
+                    with suppress(OSError), other._lock(timeout=0):
+                        if total > LIMIT_BYTES or not other.index.exists():
+                            other._remove()
 
     def _size(self) -> int:
         """Bytes of all files; 0 if they are gone."""

@@ -6,7 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qkv.data.files import each_csv_row, each_json_row, each_line, parquet_errors, parquet_file
+from qkv.data.files import (
+    check_unicode,
+    each_csv_row,
+    each_json_row,
+    each_line,
+    parquet_errors,
+    parquet_file,
+)
 from qkv.errors import InputError
 from qkv.files import visible
 
@@ -73,6 +80,8 @@ class Corpus:
         names: list[str] = []
         for number, row in enumerate(each_json_row(self.path, self._lines())):
             names = names or self._present(list(row))
+            if late := [name for name in self.perhaps if name in row and name not in names]:
+                raise InputError(f"{self.name(number)} has a column {late[0]!r}, which the first row has not")
             yield self._complete(number, names, [row.get(name) for name in names])
 
     def _parquet(self) -> Iterator[tuple[Any, ...]]:
@@ -122,17 +131,8 @@ class TextCorpus(Corpus):
             for value in values:
                 if not isinstance(value, str):
                     raise InputError(f"{self.name(number)} holds {value!r}, not text")
-                if not value.isascii() and not _is_unicode(value):  # JSON can say so
-                    raise InputError(f"{self.name(number)} has half a surrogate pair: it is not Unicode")
+                check_unicode(value, self.name(number))
             yield values
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class ImageCorpus(Corpus):

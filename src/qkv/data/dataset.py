@@ -239,5 +239,7 @@ def check_context(lengths: Ids, texts: Sequence[str], context: int, truncate: bo
 
 def check_vocabulary(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[str, ...]:
     """A note about tokens that the vocabulary cannot say; scores count each as one token."""
-    count = 0 if tokenizer.unk_id is None else int((ids == tokenizer.unk_id).sum())
+    # GPT-2's end of text is also its unknown token, which nothing is to it.
+    known = tokenizer.unk_id in (None, tokenizer.eos_id)
+    count = 0 if known else int((ids == tokenizer.unk_id).sum())
     return (f"{count:,} of {len(ids):,} tokens are unknown to the tokenizer.",) if count else ()

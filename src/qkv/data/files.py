@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from qkv.errors import InputError
+from qkv.files import expanded
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def existing(location: str) -> Path:
     """A path that is there. Raises InputError if it is not."""
-    path = Path(location).expanduser()
+    path = expanded(location)
     if not path.exists():
         raise InputError(f"no such file or folder: {location}")
     return path
@@ -223,6 +224,8 @@ class Table:
         for row, value in enumerate(values, start=1):
             if value is None:
                 raise InputError(f"{self.path}: row {row} has no value in column {name!r}")
+            if isinstance(value, str):
+                check_unicode(value, f"{self.path}: row {row} of column {name!r}")
         return values
 
 
@@ -266,6 +269,14 @@ def each_csv_row(path: Path, lines: Iterable[str], longest: int) -> Iterator[lis
         raise InputError(f"{path} is not a table: line {reader.line_num}: {error}") from None
     finally:
         csv.field_size_limit(usual_limit)
+
+
+def check_unicode(text: str, place: str) -> None:
+    """Raise InputError for half a surrogate pair, which JSON can say."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{place} has half a surrogate pair: it is not Unicode") from None
 
 
 def _read_json_lines(path: Path, wanted: Sequence[str]) -> Table:

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any
 
 from qkv.config import DataConfig, Task
-from qkv.data.files import Table
+from qkv.data.files import Table, check_unicode
 from qkv.errors import InputError
 
 Names = tuple[str, ...]
@@ -81,6 +81,7 @@ def read_tagged(
     for row, (words, theirs) in enumerate(zip(sentences, tags, strict=True), start=1):
         if not _is_list(words, str) or not words:
             raise InputError(f"{table.path}: row {row} of column {data.tokens!r} is not a list of words")
+        check_unicode(" ".join(words), f"{table.path}: row {row} of column {data.tokens!r}")
         if not _is_list(theirs, str | int):
             raise InputError(f"{table.path}: row {row} of column {data.tags!r} is not a list of tags")
         if len(words) != len(theirs):

@@ -285,6 +285,11 @@ def read(data: DataConfig, family: Family) -> Raw:
         valid = read_held_out(data.valid, replace(data, task=samples.task), family, labels)
         if valid.kind != samples.kind:
             raise InputError(f"{data.path} holds {samples.kind} data, but {data.valid} {valid.kind} data")
+        if bool(valid.pairs) != bool(samples.pairs):
+            some, none = (data.valid, data.path) if valid.pairs else (data.path, data.valid)
+            raise InputError(
+                f"{some} has second texts, but {none} has none: name their column data.text_pair"
+            )
         return Raw(samples, valid, labels, f"all of {data.valid}")
     share = f"{100 * data.valid_fraction:g} %"
     if samples.kind == "text":

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from qkv import files, images, tokenizers
 from qkv.errors import InputError
+from qkv.files import expanded
 from qkv.hub.table import Stored
 
 CONFIG = "config.json"
@@ -39,12 +40,17 @@ _STAGING = ".saving-"
 # ---------------------------------------------------------------- finding
 
 
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether there is a model in a folder."""
+    return any((folder / name).exists() for name in (CONFIG, INDEX, *_WEIGHTS))
+
+
 def locate(source: str | Path, revision: str | None = None) -> Path:
     """The folder itself, or that of a Hub id in the cache of huggingface_hub, downloaded if need be.
 
     Raises InputError if there is no such folder, or the id cannot be had.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:

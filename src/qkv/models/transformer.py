@@ -120,8 +120,9 @@ class Transformer(nn.Module):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (T,) -> sqrt(D) times their embeddings, plus positions: (T, D) (3.4, 3.5)."""
-        x = self.tokens(ids) * math.sqrt(self.config.dim) + self.position_table[positions]
-        return self.dropout(x)  # type: ignore[no-any-return]
+        x = self.tokens(ids) * math.sqrt(self.config.dim)
+        # FSDP2 gathers parameters in bfloat16, but no buffers.
+        return self.dropout(x + self.position_table[positions].to(x.dtype))  # type: ignore[no-any-return]
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the matrix that also embeds sources and targets (3.4)."""
