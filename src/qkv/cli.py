@@ -372,6 +372,8 @@ def classify(
     if isinstance(pipeline, ImageClassifier):
         if pair is not None or truncate:
             raise InputError(f"{model} classifies images: leave out --pair and --truncate")
+        if len(column) > 1:
+            raise InputError(f"images are in one column: name it, not {len(column)}")
         count = 5 if top_k is None else top_k
         source = _images(inputs, data, column)
         _answer(pipeline, source, lambda given: pipeline.classify(given, top_k=count), _rows, target)
@@ -379,6 +381,8 @@ def classify(
     encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
     if pair is not None and len(column) > 1:
         raise InputError("the second text is either --pair or a column: leave one out")
+    if len(column) > 2:
+        raise InputError(f"texts are in one column, or pairs in two: name them, not {len(column)}")
     perhaps = ["text_pair"] if not column and pair is None else []
     source = _texts(inputs, data, column or ["text"], perhaps)
 

@@ -6,6 +6,8 @@ Legend: C channels, S side of the square result in pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -86,6 +88,8 @@ class ImageProcessor:
         Raises InputError as a call does.
         """
         image = source if isinstance(source, Image.Image) else open_image(source)
+        with _readable("an image"):
+            image.load()  # one that was given may not have been read to its end
         image = _convert(image, "L" if self.channels == 1 else "RGB")
         box = None if region is None else region.box(*image.size)
         image = image.resize((self.size, self.size), Image.Resampling[self.resample.upper()], box)
@@ -154,9 +158,16 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     Raises InputError, naming the file, if it is missing or broken.
     """
     name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with _readable(name), Image.open(file) as image:
+        return ImageOps.exif_transpose(image)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Around what Pillow reads: its errors as an InputError that names the image."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image)
+        yield
     except FileNotFoundError:
         raise InputError(f"no image file {name}") from None
     except IsADirectoryError:

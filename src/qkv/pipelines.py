@@ -575,6 +575,8 @@ class Encoder(Pipeline[Bert]):
         limit = _Limit(tokens or self.model.config.context, truncate)
 
         def read(window: list[TextOrPair], first: int) -> list[Encoding]:
+            if self.model.config.segments < 2 and not all(isinstance(text, str) for text in window):
+                raise InputError("this model does not tell a second text from the first: give single texts")
             return limit.encode(self.tokenizer, window, first)
 
         yield from in_order(
@@ -727,6 +729,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[TextOrPair]) -> list[Encoding]
     """Texts and pairs, all at once."""
     alone = [text for text in texts if isinstance(text, str)]
     pairs = [text for text in texts if not isinstance(text, str)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise InputError("a pair is two texts in a tuple; several texts are given in a list")
     of_alone = iter(tokenizer.encode_batch(alone))
     of_pairs = iter(tokenizer.encode_batch([one for one, _ in pairs], [other for _, other in pairs]))
     return [next(of_alone if isinstance(text, str) else of_pairs) for text in texts]

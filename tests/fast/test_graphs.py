@@ -125,6 +125,20 @@ def test_passes_of_different_lengths_share_one_that_has_room_for_them(
     assert made == ["RaggedPass"] * 2
 
 
+def test_passes_of_both_kinds_are_told_apart(made: list[str], monkeypatch):
+    """16 texts of 4 tokens are no room for 16 tokens in at most 4 texts of at most 4."""
+    if not GPU:
+        varlen.use_stand_in(monkeypatch)
+    config = replace(CONFIGS["bert-masked-lm"], dim=16)
+    model = graphed(config).to(torch.bfloat16 if GPU else torch.float32)
+    with torch.inference_mode():
+        for lengths in [(4,) * 16] * 2 + [(4, 4, 4, 3)] * 2:
+            batch = on_device(samples(model, [(n, n) for n in lengths]))
+            for a, b in zip(flat(answers(model, batch)), flat(answers(plain(config), batch)), strict=True):
+                assert (a.float() - b).norm() <= (0.1 if GPU else 1e-4) * b.norm().clamp(min=1)
+    assert made == ["Pass", "RaggedPass"]
+
+
 @pytest.mark.parametrize("name", ["gpt-pre-norm", "bert-masked-lm"])
 def test_where_there_is_no_kernel_for_them_passes_of_different_lengths_are_computed(
     name: str, made: list[str]
@@ -261,7 +275,7 @@ def test_only_the_graphs_used_last_are_kept(monkeypatch):
         for length in (3, 4, 5, 3, 3):
             answers(model, on_device(samples(model, [(length, 1)])))
     (stack,) = [module for module in model.modules() if isinstance(module, GraphedStack)]
-    assert [key[1] for key in stack._passes._known] == [5, 3]
+    assert [key[2] for key in stack._passes._known] == [5, 3]
 
 
 @pytest.mark.parametrize("name", ["gpt-rotary", "transformer-post-norm", "bert-masked-lm", "vit-pre-norm"])

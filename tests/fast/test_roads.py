@@ -292,6 +292,11 @@ def test_torchs_operators_decode(name: str, options: dict):
             assert all(token.logprob == token.top[0][1] for token in answer.tokens)
 
 
+def test_a_precision_that_there_is_not_is_named():
+    with pytest.raises(InputError, match="no precision 'fp16'; there are fp32, bf16, int8 and auto"):
+        optimize(tiny("gpt-pre-norm", torch.float32), "fp16")
+
+
 @pytest.mark.parametrize("make", [partial(native, precision="int8"), on_torch])
 def test_a_model_is_optimized_once(make: Callable[[str], Model]):
     if make is not on_torch and REASON:

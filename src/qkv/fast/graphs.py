@@ -11,7 +11,8 @@ model width, H heads, E head width.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -74,7 +75,7 @@ class GraphedStack(nn.Module):
         call = Call(x, pattern, rotation, caches, memory, memory_pattern)
         tapped = any(module.tap is not None for module in [*self.attentions(), *self.crosses()])
         if torch.is_inference_mode_enabled() and not tapped:
-            with self._lock:
+            with self._lock, self._capture.in_turn(x.device):
                 if (graph := self._graph(call)) is not None:
                     return graph(call)
         return self.stack(  # type: ignore[no-any-return]
@@ -83,8 +84,9 @@ class GraphedStack(nn.Module):
 
     def _graph(self, call: Call) -> Graph | None:
         if call.caches is None:
-            made = Pass if call.pattern.queries.equal else RaggedPass
-            return self._passes.get(self._pass_key(call), lambda: made(self.stack, call, self._capture))
+            key = self._pass_key(call)
+            kind = RaggedPass if key and key[0] is RaggedPass else Pass
+            return self._passes.get(key, lambda: kind(self.stack, call, self._capture))
         rows = _rows(call)
         steps = self._steps.get(call.caches[0])
         if steps is None or steps.rows != rows:
@@ -99,11 +101,11 @@ class GraphedStack(nn.Module):
         if call.memory or pattern.masks or isinstance(pattern, Masked) or not 0 < len(x) <= PASS_TOKENS:
             return None
         if queries.equal and keys.equal:
-            return len(queries), queries.longest, keys.longest, pattern.causal, x.dtype
+            return Pass, len(queries), queries.longest, keys.longest, pattern.causal, x.dtype
         heads = x.view(len(x), self.attentions()[0].heads, -1)  # (T, H, E)
         if queries.lengths != keys.lengths or not varlen_kernel_takes(heads, pattern, 0.0):
             return None
-        return *_room(call), pattern.causal, x.dtype
+        return RaggedPass, *_room(call), pattern.causal, x.dtype
 
     def read(self, memory: Tensor) -> list[KeyValue]:
         """As `layers.Stack`."""
@@ -180,6 +182,21 @@ class Capture:
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def _replayed(self) -> torch.cuda.Event:
+        return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def in_turn(self, device: torch.device) -> Iterator[None]:
+        """What is given to the GPU inside comes behind what was inside before, also on another stream."""
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(self._replayed)
+        yield
+        stream.record_event(self._replayed)
 
     @cached_property
     def _first(self) -> Captured:

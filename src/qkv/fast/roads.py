@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -50,8 +50,11 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
     GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
     fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why, and
     int8 becomes bf16. Weights go once they are packed, so the model only answers from then on: it can
-    neither be trained nor saved. Raises InputError if they are packed already, and for int8 on a GPU.
+    neither be trained nor saved. Raises InputError if they are packed already, for int8 on a GPU, and for a
+    precision that there is not.
     """
+    if precision not in (*get_args(InferencePrecision), "auto"):
+        raise InputError(f"no precision {precision!r}; there are fp32, bf16, int8 and auto")
     if any(isinstance(module, _QUICK) for module in model.modules()):
         raise InputError("this model is optimized already: load it anew for another precision")
     model.eval().requires_grad_(False)
