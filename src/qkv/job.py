@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from qkv import hub, lora
 from qkv.checkpoint import CONFIG
@@ -32,7 +33,7 @@ from qkv.hub.folder import locate
 from qkv.hub.sentence import CONTRASTIVE
 from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
-from qkv.runtime import multiplies_bfloat16, pick_device, seed_all
+from qkv.runtime import multiplies_bfloat16, pick_device
 from qkv.tokenizers import Tokenizer
 from qkv.watch import Watch, unwatched
 
@@ -76,7 +77,7 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
         init=_folder_or_id(config.init),
     )
     raws = _read(config)
-    seed_all(config.train.seed)
+    torch.manual_seed(config.train.seed)
     cache = Cache(cache_folder() / "data", watch)
     return _job(config, raws, _load(config, raws) if config.init else _fresh(config, raws, cache), cache)
 

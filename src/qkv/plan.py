@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +45,7 @@ from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.layers import Block
 from qkv.meter import Meter
-from qkv.models import Model, build
+from qkv.models import allocate, build
 from qkv.models.bert import LABELLED
 from qkv.ragged import Layout, Ragged
 from qkv.roofline import Roofline, measure_roofline
@@ -256,7 +256,7 @@ def measure_step(
         if gpu_kernels:
             stack.enter_context(_gpu_attention(config.train.precision == "bf16"))
         meter = stack.enter_context(Meter())
-        _move(model, device)
+        allocate(model, device)
         data = SyntheticDataset(config, length, samples)
         trainer = Trainer(config.train, Checkpoint(model), data)
         _make_state(trainer.optimizers)
@@ -287,15 +287,6 @@ def _make_state(steppers: Sequence[torch.optim.Optimizer]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
         stepper.step()
         stepper.zero_grad(set_to_none=True)
-
-
-def _move(model: Model, device: torch.device) -> None:
-    """Empty weights on a device in place of those on the meta device (fake tensors cannot be swapped)."""
-    for module in model.modules():
-        for name, old in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty(old.shape, dtype=old.dtype, device=device)))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
 
 
 def _bytes(values: Iterable[object]) -> int:

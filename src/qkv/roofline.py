@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from qkv.files import measured
 from qkv.meter import Work
 from qkv.models import Model
 from qkv.objectives import loss_terms
-from qkv.runtime import device_name
+from qkv.runtime import device_name, shortest, wait
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SECONDS = 0.3
@@ -53,20 +53,15 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     for side in (256 << i for i in range(7)):
         a, b = (torch.full((side, side), 0.5, device=device, dtype=dtype) for _ in range(2))  # (S, S)
         for _ in range(4):  # the first warms up
-            _wait(device)
+            wait(device)
             began = time.perf_counter()
             torch.mm(a, b)
-            _wait(device)
+            wait(device)
             done = time.perf_counter()
             best = max(best, 2 * side**3 / (done - began))
             if done > end:
                 return best
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flops_per_token(model: Model, dataset: Dataset) -> float:
@@ -131,21 +126,8 @@ def measure_roofline(device: torch.device, tokens: int, dim: int, mlp_dim: int) 
         x = torch.ones(rows, dim, dtype=dtype, device=device)
         weight = torch.ones(dim, mlp_dim, dtype=dtype, device=device)
         out = torch.empty(rows, mlp_dim, dtype=dtype, device=device)
-        seconds = _time(partial(torch.mm, x, weight, out=out), device)
+        seconds = shortest(partial(torch.mm, x, weight, out=out), device)
         rates[dtype] = 2 * rows * dim * mlp_dim / seconds
     hidden = torch.ones(min(tokens, 16384), mlp_dim, device=device)
-    bandwidth = 2 * hidden.element_size() * hidden.numel() / _time(partial(torch.mul, hidden, 2.0), device)
+    bandwidth = 2 * hidden.element_size() * hidden.numel() / shortest(partial(torch.mul, hidden, 2.0), device)
     return Roofline(f"measured on {device_name(device)}", rates, bandwidth)
-
-
-def _time(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
-    """Seconds of the fastest of the calls that `budget` seconds have room for: a busy machine slows some."""
-    times: list[float] = []
-    call()
-    while sum(times) < budget:
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import random
 import re
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import nn
 
 from qkv.errors import InputError
 
@@ -43,11 +44,35 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch (on every device), NumPy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; the model is then as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def shortest(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
+    """Seconds of the fastest of the calls that `budget` seconds have room for: a busy machine slows some."""
+    times: list[float] = []
+    call()
+    while not times or sum(times) < budget:
+        wait(device)
+        began = time.perf_counter()
+        call()
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

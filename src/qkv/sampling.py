@@ -44,9 +44,9 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     return chosen
 
 
-def rows_of(logits: Tensor, indices: Sequence[int]) -> Tensor:
-    """These rows of logits (R, V); all of them, in order, are no copy."""
-    return logits if list(indices) == list(range(len(logits))) else logits[list(indices)]
+def rows_of(values: Tensor, indices: Sequence[int]) -> Tensor:
+    """These rows of values (R, .); all of them, in order, are no copy."""
+    return values if list(indices) == list(range(len(values))) else values[list(indices)]
 
 
 def distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:

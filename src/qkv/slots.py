@@ -17,6 +17,7 @@ from qkv.attention import Branches
 from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
 from qkv.ragged import Layout, Ragged
+from qkv.sampling import rows_of
 
 Decoder = GPT | Transformer
 """A model that says what comes next."""
@@ -46,16 +47,12 @@ class Ahead:
     @torch.inference_mode()
     def logits(self, rows: Sequence[int]) -> Tensor:
         """Of these rows, (rows, V) in float32."""
-        return self._model.head(self._rows(rows)).float()
+        return self._model.head(rows_of(self._hidden, rows)).float()
 
     @torch.inference_mode()
     def likeliest(self, rows: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
         """These rows' likeliest tokens, best first: log-probabilities and ids, (rows, count) each."""
-        return self._model.likeliest(self._rows(rows), min(count, self._model.config.vocab_size))
-
-    def _rows(self, rows: Sequence[int]) -> Tensor:
-        everything = list(rows) == list(range(len(self._hidden)))
-        return self._hidden if everything else self._hidden[list(rows)]
+        return self._model.likeliest(rows_of(self._hidden, rows), min(count, self._model.config.vocab_size))
 
 
 class Slots:

@@ -29,7 +29,6 @@ from qkv.layers import Block
 from qkv.models import Model
 from qkv.objectives import Objective, item_counts
 from qkv.optim import learning_rate, optimizers
-from qkv.runtime import seed_all
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Trainer:
 
     def step(self, data: StepData, step: int) -> dict[str, float]:
         """One optimiser step over the data of all ranks; what there is to record of it."""
-        seed_all(_step_seed(self.config.seed, step, self.ranks.rank))
+        torch.manual_seed(_step_seed(self.config.seed, step, self.ranks.rank))
         self.objective.train()
         share = share_at(step, self.config)
         batches, lefts = zip(*(shrunk(batch, share) for batch, _ in data.batches), strict=True)

@@ -6,13 +6,12 @@ Legend: U units of all sequences end to end, H heads, Uq and Uk units of queries
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qkv.errors import InputError
 from qkv.explanations import alignment, attention_flow
@@ -31,6 +30,7 @@ from qkv.explanations.inputs import Input, subject_of
 from qkv.explanations.lens import guesses, lens
 from qkv.explanations.subjects import Question, Subject
 from qkv.pipelines import AnyPipeline, from_pretrained
+from qkv.runtime import evaluating
 from qkv.watch import Watch, unwatched
 
 METHODS: tuple[Method, ...] = (
@@ -76,7 +76,7 @@ def explain(
     pipeline = from_pretrained(model) if isinstance(model, str | Path) else model
     if pipeline.road is not None:
         raise InputError("a model with a precision has no gradients: open the checkpoint without one")
-    with torch.inference_mode(False), _evaluating(pipeline.model):
+    with torch.inference_mode(False), evaluating(pipeline.model):
         subject = subject_of(pipeline, input, target, max_new_tokens)
         seen, residual = looks(subject)
         attention = tuple(_attention(subject, seen, layers, heads))
@@ -101,18 +101,6 @@ def _check(methods: Sequence[Method], alternatives: int, random_orders: int, see
     for name, (value, limit) in least.items():
         if value < limit:
             raise InputError(f"{name} is {value}; it must be at least {limit}")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; the model is then as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # ---------------------------------------------------------------- choices

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
@@ -28,6 +27,7 @@ from qkv.runtime import (
     keep_freed_memory,
     multiplies_bfloat16,
     return_freed_memory,
+    shortest,
 )
 
 Engine = Literal["native", "torch", "graphs"]
@@ -178,13 +178,8 @@ def _seconds(
     layout = Layout((length,) * sequences, torch.device("cpu"))
     x = torch.randn(layout.tokens, config.dim)
     threads = torch.get_num_threads()
-    times: list[float] = []
     try:
         torch.set_num_threads(1)
-        while len(times) < 2 or sum(times) < budget:
-            started = time.perf_counter()
-            block(x.clone(), Pattern(layout, layout))
-            times.append(time.perf_counter() - started)
+        return shortest(lambda: block(x.clone(), Pattern(layout, layout)), x.device, budget)
     finally:
         torch.set_num_threads(threads)
-    return min(times)

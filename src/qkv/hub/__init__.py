@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from qkv import files, images
@@ -44,7 +43,7 @@ from qkv.images import ImageProcessor
 from qkv.layers import sinusoidal
 from qkv.lora import HEAD
 from qkv.lora import adapt as add_adapters
-from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, build
+from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, allocate, build
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
 _ALL: tuple[Format[Any], ...] = (
@@ -229,7 +228,7 @@ def _unfilled(config: AnyModelConfig) -> Model:
         body = replace(config, labels=())
     with torch.device("meta"), _Undrawn():
         model = build(body)
-    _allocate(model)
+    allocate(model, torch.device("cpu"))
     if isinstance(model, Transformer):
         model.position_table = sinusoidal(model.config.context, model.config.dim)  # on no disk
     elif isinstance(model, Bert) and isinstance(config, BertConfig):
@@ -237,16 +236,6 @@ def _unfilled(config: AnyModelConfig) -> Model:
     elif isinstance(model, ViT) and isinstance(config, ViTConfig):
         model.reset_head(config.labels)
     return model
-
-
-def _allocate(model: Model) -> None:
-    """Give a model without contents memory on the CPU, as its `to_empty` does, which would import sympy."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            values = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(module, name, nn.Parameter(values, parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 # ---------------------------------------------------------------- adapting

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from qkv.config import AnyModelConfig, BertConfig, GPTConfig, TransformerConfig
 from qkv.models import bert, gpt, transformer, vit
 from qkv.models.bert import Bert
@@ -10,7 +13,7 @@ from qkv.models.multitask import MultiTaskBert
 from qkv.models.transformer import Transformer
 from qkv.models.vit import ViT
 
-__all__ = ["GPT", "PRESETS", "Bert", "Model", "MultiTaskBert", "Transformer", "ViT", "build"]
+__all__ = ["GPT", "PRESETS", "Bert", "Model", "MultiTaskBert", "Transformer", "ViT", "allocate", "build"]
 
 Model = Transformer | Bert | GPT | ViT
 
@@ -27,3 +30,16 @@ def build(config: AnyModelConfig) -> Model:
     if isinstance(config, GPTConfig):
         return GPT(config)
     return ViT(config)
+
+
+def allocate(model: Model, device: torch.device) -> None:
+    """Give a model that was built on the meta device memory, without values.
+
+    Its `to_empty` would import sympy, and cannot make fake tensors.
+    """
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            values = torch.empty(old.shape, dtype=old.dtype, device=device)
+            setattr(module, name, nn.Parameter(values, old.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))

@@ -11,7 +11,6 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -26,13 +25,12 @@ from qkv.data.summary import Split, Spread, Summary
 from qkv.files import replace_text
 from qkv.hub import Checkpoint, by_task
 from qkv.job import Job
-from qkv.models import Model
 from qkv.observe import Observer, Record
 from qkv.pipelines import pipeline
 from qkv.report.exhibits import Exhibit, exhibit
 from qkv.report.page import Card, Figure, Measure, Scores, Section, page, score_table, shares, table
 from qkv.report.plot import Line, Look, Point, curve, plot
-from qkv.runtime import device_name
+from qkv.runtime import device_name, evaluating
 
 REPORT = "report.html"
 SAMPLES = "samples.jsonl"
@@ -77,7 +75,8 @@ class RunReport(Observer):
         if self.exhibits:
             device = str(next(checkpoint.model.parameters()).device)
             checkpoints = by_task(checkpoint)
-            with _evaluating(checkpoint.model):
+            # That a young model's texts are cut is no news.
+            with evaluating(checkpoint.model), warnings.catch_warnings(action="ignore"):
                 for task, shown in self.exhibits.items():
                     answers = shown.ask(pipeline(checkpoints[task], device))
                     self.history.append({"step": step, "task": task, "answers": answers})
@@ -167,17 +166,6 @@ class RunReport(Observer):
 def _section(key: str, title: str, task: str, lead: str, *figures: Figure) -> Section:
     """Of one of several tasks by its name, or "" of the only one."""
     return Section(f"{key}-{task}" if task else key, f"{title}: {task}" if task else title, lead, {}, figures)
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """In evaluation mode, then as it was; that a young model's texts are cut is no news."""
-    training = model.training
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        model.train(training)
 
 
 def _learning(steps: Sequence[Record], scores: Sequence[Record], unit: str) -> Iterator[Figure]:
