@@ -7,6 +7,7 @@ all ranks is ZeRO stage 3 (Rajbhandari et al. 2020, 5), and what is between is a
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,15 @@ class Ranks:
         """What torch's error says of this rank, in one line."""
         said = (str(error).splitlines() or [type(error).__name__])[0]
         return f"rank {self.rank} failed, or lost another rank ({said})"
+
+    def share(self, items: Sequence[T], spare: T) -> list[tuple[T, bool]]:
+        """This rank's of the items, and whether they count.
+
+        Sharded weights are gathered by all ranks at once, so each gets equally many: where there is none for
+        it, the spare one, which does not count.
+        """
+        mine = [(item, True) for item in items[self.rank :: self.count]]
+        return mine + [(spare, False)] * (math.ceil(len(items) / self.count) - len(mine))
 
     def gather(self, value: T) -> list[T]:
         """What every rank gives, in their order."""

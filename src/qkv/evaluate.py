@@ -129,11 +129,8 @@ def _scores(
     device = next(objective.parameters()).device
     model = objective.model.tasks[task] if isinstance(objective.model, MultiTaskBert) else objective.model
     batches = Sampler(dataset.costs, batch_tokens, seed=0).epoch(0)
-    mine = [(indices, True) for indices in batches[ranks.rank :: ranks.count]]
-    # Sharded weights are gathered by all ranks at once: each runs equally often.
-    mine += [(batches[0], False)] * (math.ceil(len(batches) / ranks.count) - len(mine))
     own = _Tally()
-    for indices, counts in mine:
+    for indices, counts in ranks.share(batches, spare=batches[0]):
         batch = dataset.batch(indices, epoch=0).to(device)
         for name, term in objective.terms(TaskBatch(task, batch) if task else batch).items():
             if counts:

@@ -69,13 +69,10 @@ class Trainer:
     def data(self, epoch: int, indices: Sequence[int]) -> StepData:
         """A step's samples as this rank computes on them.
 
-        The ranks and the accumulation divide the samples alike whatever their numbers are. Every rank
-        gets equally many parts: where there is none for it, one sample that does not count.
+        The ranks and the accumulation divide the samples alike whatever their numbers are.
         """
         parts = _divide(indices, self.config.gradient_accumulation_steps * self.ranks.count)
-        mine = [(part, True) for part in parts[self.ranks.rank :: self.ranks.count]]
-        passes = math.ceil(len(parts) / self.ranks.count)
-        mine += [(indices[:1], False)] * (passes - len(mine))
+        mine = self.ranks.share(parts, spare=indices[:1])
         batches = [(self.dataset.batch(part, epoch).to(self.device), counts) for part, counts in mine]
         return StepData(epoch, batches, float(self.dataset.costs[list(indices)].sum()))
 
