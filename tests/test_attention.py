@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from qkv.attention import Attention, Cache, KeyValue, Pattern, attend, record, rotate
+from qkv.attention import Attention, KeyValue, Pattern, attend, rotate
 from qkv.errors import InputError
+from qkv.kv_cache import Cache
 from qkv.layers import rotary
 from qkv.ragged import Layout, pack
+from qkv.recording import record
 
 CPU = torch.device("cpu")
 H, E = 2, 3

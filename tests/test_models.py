@@ -13,12 +13,14 @@ from tiny import CONFIGS, CONTEXT, DECODERS, EMPTY_ALLOWED, VOCAB, answers, flat
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from qkv.attention import Branches, Cache, Pattern, record
+from qkv.attention import Pattern
 from qkv.config import BertConfig, GPTConfig, TransformerConfig, ViTConfig
 from qkv.errors import InputError
+from qkv.kv_cache import Branches, Cache
 from qkv.layers import Block
 from qkv.models import GPT, Bert, Model, Transformer, ViT, build
 from qkv.ragged import Ragged, pack
+from qkv.recording import record
 
 SEEDS = st.integers(0, 9)
 

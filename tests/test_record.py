@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIGS, DECODERS, answers, ids, samples, tiny
 
-from qkv.attention import record
 from qkv.config import Decoding
 from qkv.decode import generate
 from qkv.models import GPT
 from qkv.ragged import pack
+from qkv.recording import record
 
 LENGTHS = [(7, 3), (1, 9), (12, 2)]
 
@@ -40,7 +40,7 @@ def test_how_much_is_computed_at_a_time_does_not_matter(scores: int, name: str):
     with torch.inference_mode(), record(model) as whole:
         answers(model, batch)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode(), record(model) as parts:
-        patch.setattr("qkv.attention._SCORES", scores)
+        patch.setattr("qkv.recording._SCORES", scores)
         answers(model, batch)
     for key in whole.taps:
         for a, b in zip(whole[key], parts[key], strict=True):

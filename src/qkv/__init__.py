@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qkv.attention import record
     from qkv.config import BertConfig, GPTConfig, TransformerConfig, ViTConfig
     from qkv.decode import Decoding
     from qkv.engine import Engine
@@ -20,10 +19,10 @@ if TYPE_CHECKING:
     from qkv.models import PRESETS, build
     from qkv.pipelines import Encoder, ImageClassifier, TextGenerator, Translator, from_pretrained
     from qkv.ragged import Layout, Ragged, pack
+    from qkv.recording import record
     from qkv.search import Request
 
 _HOMES = {
-    "qkv.attention": ("record",),
     "qkv.config": ("BertConfig", "GPTConfig", "TransformerConfig", "ViTConfig"),
     "qkv.decode": ("Decoding",),
     "qkv.engine": ("Engine",),
@@ -33,6 +32,7 @@ _HOMES = {
     "qkv.models": ("PRESETS", "build"),
     "qkv.pipelines": ("Encoder", "ImageClassifier", "TextGenerator", "Translator", "from_pretrained"),
     "qkv.ragged": ("Layout", "Ragged", "pack"),
+    "qkv.recording": ("record",),
     "qkv.search": ("Request",),
 }
 

@@ -1,23 +1,18 @@
 """Attention: the only place that knows where one sequence ends and the next begins.
 
 `attend` is scaled dot-product attention over ragged sequences, `Attention` the multi-head module
-around it for self-, causal, cross- and cached attention, `Cache` what decoding keeps, and `record`
-the tap that shows the probabilities. Theory: Vaswani et al. 2017, "Attention Is All You Need", 3.2.
+around it for self-, causal, cross- and cached attention. Theory: Vaswani et al. 2017, "Attention Is All
+You Need", 3.2.
 
 Legend: T tokens of the batch (Tq of queries, Tk of keys), N sequences, D model width, H heads,
-E = D / H head width, B sequences of a block, Lq and Lk longest queries and keys of a block,
-S slots of a cache, C rows of a slot.
+E = D / H head width, B sequences of a block, Lq and Lk longest queries and keys of a block.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from threading import Lock
 from typing import Protocol
 
@@ -27,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkv.dropout import dropout as drop
-from qkv.errors import InputError
 from qkv.ragged import Layout
 
 KeyValue = tuple[Tensor, Tensor]
@@ -344,6 +338,29 @@ def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
     return (x * cosine + torch.cat([-right, left], dim=-1) * sine).to(x.dtype)
 
 
+class Past(Protocol):
+    """Keys and values of earlier tokens in one layer."""
+
+    def append(self, key: Tensor, value: Tensor) -> KeyValue:
+        """Add those of the new tokens, (T, H, E) each; return those of all tokens."""
+        ...
+
+
+class Tap(Protocol):
+    """What looks at one layer's attention beside the kernel."""
+
+    def see(self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, answer: Tensor) -> Tensor:
+        """One call of `attend`, tensors as there; returns what goes on in the place of its answer."""
+        ...
+
+
+class Tappable(Protocol):
+    """One layer's attention, to which a tap can be put."""
+
+    heads: int
+    tap: Tap | None
+
+
 class Packed(nn.Linear):
     """A linear layer of whose outputs a call may want only some."""
 
@@ -411,325 +428,3 @@ class Attention(nn.Module):
         both = self.qkv.part(memory, slice(D, 3 * D))  # (Tk, 2 D)
         key, value = both.view(-1, 2, self.heads, D // self.heads).unbind(1)
         return key, value
-
-
-# ---------------------------------------------------------------- cache
-
-
-class Past(Protocol):
-    """Keys and values of earlier tokens in one layer."""
-
-    def append(self, key: Tensor, value: Tensor) -> KeyValue:
-        """Add those of the new tokens, (T, H, E) each; return those of all tokens."""
-        ...
-
-
-class LayerCache:
-    """Keys and values of one layer, each (S * C, H, E): row r of slot s is s * C + r."""
-
-    def __init__(self, cache: Cache) -> None:
-        """Of this cache."""
-        # In a cycle, the tensors would stay until the garbage collector comes.
-        self.cache: Cache = weakref.proxy(cache)
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    def append(self, key: Tensor, value: Tensor) -> KeyValue:
-        """Store those of the new tokens, (T, H, E) each, where `Cache.extend` said; return all."""
-        kept, seen = self.reserve(key)
-        kept.index_copy_(0, self.cache.rows, key)
-        seen.index_copy_(0, self.cache.rows, value)
-        return kept, seen
-
-    def reserve(self, like: Tensor) -> KeyValue:
-        """Room for the cache's slots, of the type of `like` (., H, E); what is there already stays."""
-        if self.key is None or self.value is None:
-            # Zeros, because what no query may attend is multiplied by a weight of zero.
-            shape = (len(self.cache) * self.cache.capacity, *like.shape[1:])
-            self.key, self.value = like.new_zeros(shape), like.new_zeros(shape)
-        return self.key, self.value
-
-    def read(self) -> KeyValue:
-        """All keys and values. Something must have been stored."""
-        assert self.key is not None and self.value is not None
-        return self.key, self.value
-
-    def slots(self) -> list[Tensor]:
-        """Keys and values as views (S, C, H, E); none if nothing is stored yet."""
-        return [x.view(len(self.cache), -1, *x.shape[1:]) for x in (self.key, self.value) if x is not None]
-
-    def grow(self, rows: int) -> None:
-        """Give every slot so many more rows."""
-        if self.key is not None and self.value is not None:
-            self.key, self.value = (F.pad(x, (0, 0, 0, 0, 0, rows)).flatten(0, 1) for x in self.slots())
-
-
-@dataclass(frozen=True)
-class Branches:
-    """New tokens of one slot that each end a text of their own; the texts share what they have in common.
-
-    The rows of the slot are a tree. Who may attend whom is told by the mask alone, so a new token may take
-    any row that none of the texts needs any more, and nothing is ever moved.
-    """
-
-    rows: Sequence[int]
-    """Row of the slot that each new token takes."""
-    position: int
-    """The new tokens' position in their texts."""
-    mask: Tensor
-    """Which of the slot's rows each new token may attend, also itself: bool (new, rows in use) on the CPU."""
-
-
-class Cache:
-    """What decoding remembers: each layer's keys and values of the tokens in S slots, one text in each.
-
-    The slots are evenly spaced and grow together, up to the model's context. memory: with an encoder, a
-    cache of the same slots with the keys and values of their sources, which cross-attention reads.
-    """
-
-    def __init__(
-        self, slots: int, depth: int, context: int, device: torch.device, memory: Cache | None = None
-    ) -> None:
-        self.lengths: tuple[int, ...] = (0,) * slots
-        """Rows in use of each slot."""
-        self.context = context
-        self.capacity = min(32, context)
-        self.device = device
-        self.memory = memory
-        self.layers = [LayerCache(self) for _ in range(depth)]
-        self.rows = torch.zeros(0, dtype=torch.long, device=device)
-        """Where the tokens of the last `extend` go, (T,)."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def layout(self) -> Layout:
-        """Where the slots begin and end."""
-        return Layout(self.lengths, self.device, stride=self.capacity)
-
-    def extend(
-        self, layout: Layout, branches: Mapping[int, Branches] | None = None
-    ) -> tuple[Pattern, Tensor]:
-        """Make room for new tokens, `layout.lengths[i]` in slot i, at its end or as its branches say.
-
-        Returns the causal pattern of the new tokens over all tokens, and the new tokens' positions (T,).
-        Raises InputError for a text over the context.
-        """
-        trees = branches or {}
-        ends = list(self.lengths)
-        places: list[tuple[int, Sequence[int]]] = []  # slots and the rows of their new tokens
-        positions: list[int] = []
-        for i, new in enumerate(layout.lengths):
-            if not new:
-                continue
-            tree = trees.get(i)
-            rows = range(ends[i], ends[i] + new) if tree is None else tree.rows
-            depths = rows if tree is None else [tree.position] * new
-            if depths[-1] >= self.context:
-                said = f"sequence {i} has {depths[-1] + 1} tokens"
-                raise InputError(f"{said}; this model reads at most {self.context}")
-            ends[i] = rows[-1] + 1 if tree is None else tree.mask.shape[1]
-            places.append((i, rows))
-            positions += depths
-        self.lengths = tuple(ends)
-        self._fit(max(ends, default=0))
-        every = [slot * self.capacity + row for slot, rows in places for row in rows]
-        self.rows = torch.tensor(every, dtype=torch.long, device=self.device)
-        masks = {i: tree.mask for i, tree in trees.items()}
-        pattern = Pattern(layout, self.layout, causal=True, masks=masks)
-        return pattern, torch.tensor(positions, dtype=torch.long, device=self.device)
-
-    def _fit(self, longest: int) -> None:
-        """Grow until a slot has so many rows."""
-        if longest <= self.capacity:
-            return
-        # Only the branches of one text can need more rows than the context.
-        twice = 2 * self.capacity
-        grown = max(longest, twice if longest > self.context else min(twice, self.context))
-        for layer in self.layers:
-            layer.grow(grown - self.capacity)
-        self.capacity = grown
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Make slot `target` begin with the first tokens of slot `source`, and end there."""
-        for layer in self.layers:
-            for slots in layer.slots():
-                slots[target, :length] = slots[source, :length]
-        self.lengths = tuple(length if i == target else old for i, old in enumerate(self.lengths))
-        if self.memory is not None:
-            self.memory.copy(source, target, self.memory.lengths[source])
-
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget the last tokens: slot i keeps its first lengths[i]. Raises ValueError if it has fewer."""
-        if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
-            raise ValueError("a cache can only be truncated to fewer tokens")
-        self.lengths = tuple(lengths)
-
-
-# ---------------------------------------------------------------- taps
-
-
-class Tap(Protocol):
-    """What looks at one layer's attention beside the kernel."""
-
-    def see(self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, answer: Tensor) -> Tensor:
-        """One call of `attend`, tensors as there; returns what goes on in the place of its answer."""
-        ...
-
-
-class Tappable(Protocol):
-    """One layer's attention, to which a tap can be put."""
-
-    heads: int
-    tap: Tap | None
-
-
-class Attentive(Protocol):
-    """A model that names its attention by stack: encoder, decoder, cross."""
-
-    def attentions(self) -> dict[str, list[Tappable]]:
-        """Each stack's layers from the first to the last."""
-        ...
-
-
-LayerKey = tuple[str, int]
-"""A stack and the number of one of its layers."""
-
-
-@contextmanager
-def tapped(model: Attentive, taps: Mapping[LayerKey, Tap]) -> Iterator[None]:
-    """Put taps to a model's layers for as long as the `with` block lasts.
-
-    Compiled blocks (`fast`) show what they computed, but go on with their own answers.
-    Raises RuntimeError for a layer that has a tap already.
-    """
-    stacks = model.attentions()
-    modules = {(stack, layer): stacks[stack][layer] for stack, layer in taps}
-    if any(module.tap is not None for module in modules.values()):
-        raise RuntimeError("this model is being recorded already")
-    try:
-        for key, module in modules.items():
-            module.tap = taps[key]
-        yield
-    finally:
-        for module in modules.values():
-            module.tap = None
-
-
-_SCORES = 1 << 20
-"""Most attention scores that are computed at a time: 4 MiB."""
-
-
-@dataclass
-class Recorder:
-    """Recomputes one layer's attention probabilities beside the kernel, from the same queries and keys."""
-
-    heads: Sequence[int] | None = None
-    rows: Sequence[int] | None = None
-    dtype: torch.dtype = torch.float32
-    calls: deque[list[Tensor]] = field(default_factory=deque)
-    """For each forward pass that is kept, each sequence's probabilities (heads, rows, Lk)."""
-    residual: float = 0.0
-    """Largest absolute difference so far between A·V from these probabilities and what the kernel gave."""
-
-    @torch.no_grad()
-    def see(self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, answer: Tensor) -> Tensor:
-        """Record one call."""
-        key_starts = pattern.keys.starts.tolist()
-        query_starts = accumulate(pattern.queries.lengths, initial=0)
-        lengths = zip(pattern.queries.lengths, pattern.keys.lengths, strict=True)
-        maps = []
-        for i, ((Lq, Lk), q, k) in enumerate(zip(lengths, query_starts, key_starts, strict=False)):
-            own, seen = slice(q, q + Lq), slice(k, k + Lk)
-            maps.append(self._sequence(query[own], key[seen], value[seen], answer[own], pattern.mask(i)))
-        self.calls.append(maps)
-        return answer
-
-    def _sequence(
-        self, query: Tensor, key: Tensor, value: Tensor, answer: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        Lk, H, E = key.shape
-        if self.rows is not None:
-            rows = [range(len(query))[row] for row in self.rows]
-            query, answer, mask = query[rows], answer[rows], None if mask is None else mask[rows]
-        if self.heads is not None:
-            heads = [range(H)[head] for head in self.heads]
-            query, key, value, answer = (x[:, heads] for x in (query, key, value, answer))
-        Q, K, V, kernel = (x.transpose(0, 1).float() for x in (query, key, value, answer))  # (heads, L, E)
-        maps = query.new_empty(len(Q), len(query), Lk, dtype=self.dtype)
-        if not maps.numel():
-            return maps
-        step = max(1, _SCORES // (len(Q) * Lk))
-        for part in (slice(row, row + step) for row in range(0, len(query), step)):
-            scores = (Q[:, part] * E**-0.5) @ K.transpose(1, 2)  # (heads, rows, Lk)
-            if mask is not None:
-                scores.masked_fill_(~mask[part], float("-inf"))
-            probabilities = scores.softmax(-1)
-            difference = (probabilities @ V).sub_(kernel[:, part]).abs_().max().item()
-            self.residual = max(self.residual, difference)
-            maps[:, part] = probabilities
-        return maps
-
-
-class Record:
-    """What was recorded: `record[layer][i]` is sequence i's map (H, Lq, Lk) in the latest forward pass.
-
-    With several stacks recorded (an encoder-decoder model), `record["cross", layer][i]`.
-    """
-
-    def __init__(self, taps: dict[LayerKey, Recorder]) -> None:
-        self.taps = taps
-
-    def __getitem__(self, key: int | LayerKey) -> list[Tensor]:
-        return self.tap(key).calls[-1]
-
-    def tap(self, key: int | LayerKey) -> Recorder:
-        """One layer's tap, with every call it kept. Raises KeyError if that layer is not recorded."""
-        if isinstance(key, int):
-            stacks = {stack for stack, _ in self.taps}
-            if len(stacks) != 1:
-                raise KeyError(f"several stacks are recorded: ask for ({sorted(stacks)[0]!r}, {key})")
-            key = (stacks.pop(), key)
-        if key not in self.taps:
-            raise KeyError(f"{key} is not recorded; these are: {sorted(self.taps)}")
-        return self.taps[key]
-
-    @property
-    def residual(self) -> float:
-        """Largest difference between A·V and the kernels' own answers in all layers recorded."""
-        return max((tap.residual for tap in self.taps.values()), default=0.0)
-
-
-@contextmanager
-def record(
-    model: Attentive,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-    stacks: Sequence[str] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    calls: int | None = None,
-) -> Iterator[Record]:
-    """Record attention probabilities of the forward passes inside the `with` block.
-
-    The fused kernels stay on; the probabilities are computed beside them for the chosen layers,
-    heads and query rows (None: all; negative numbers count from the end). stacks: some of "encoder",
-    "decoder", "cross". dtype: of what is kept, torch.float16 for half the memory. calls: only so many of the
-    latest forward passes are kept; None: all, of which decoding makes one a token. Raises IndexError for a
-    layer or head, KeyError for a stack that the model does not have, RuntimeError for a layer that is being
-    recorded already. A forward pass inside raises IndexError if one of its sequences lacks a chosen row.
-    """
-    modules = model.attentions()
-    chosen: dict[LayerKey, Tappable] = {}
-    for stack in modules if stacks is None else stacks:
-        depth = range(len(modules[stack]))
-        for layer in depth if layers is None else [depth[i] for i in layers]:
-            chosen[stack, layer] = modules[stack][layer]
-    for module in chosen.values():
-        if heads is not None and any(head not in range(-module.heads, module.heads) for head in heads):
-            raise IndexError(f"heads {list(heads)} of a layer that has {module.heads}")
-    taps = {key: Recorder(heads, rows, dtype, deque(maxlen=calls)) for key in chosen}
-    with tapped(model, taps):
-        yield Record(taps)

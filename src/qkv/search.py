@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.attention import Branches
 from qkv.config import Decoding
 from qkv.errors import InputError
+from qkv.kv_cache import Branches
 from qkv.models.gpt import GPT
 from qkv.sampling import Row
 from qkv.slots import Decoder, Reading

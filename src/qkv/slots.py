@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.attention import Branches
+from qkv.kv_cache import Branches
 from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
 from qkv.ragged import Layout, Ragged

@@ -18,7 +18,7 @@ import varlen
 from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
 from torch import Tensor
 
-from qkv.attention import Pattern, record
+from qkv.attention import Pattern
 from qkv.config import AnyModelConfig, Decoding
 from qkv.decode import generate
 from qkv.engine import Engine
@@ -29,6 +29,7 @@ from qkv.fast.roads import Road
 from qkv.layers import Stack
 from qkv.models import Model
 from qkv.ragged import Layout, pack
+from qkv.recording import record
 from qkv.search import Request
 
 GPU = torch.cuda.is_available()

@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
 
-from qkv.attention import record
 from qkv.config import Decoding
 from qkv.decode import generate
 from qkv.engine import Engine
@@ -29,6 +28,7 @@ from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.layers import Output
 from qkv.models import Model
 from qkv.ragged import pack
+from qkv.recording import record
 from qkv.search import Request
 
 try:

@@ -16,7 +16,6 @@ from typing import cast
 
 import torch
 
-from qkv.attention import record
 from qkv.config import BertConfig, DataConfig, RunConfig, TokenizerConfig, TrainConfig
 from qkv.data.documents import MaskedDataset
 from qkv.demo.counts import Labelled, Overlap, majority_accuracy, masked_word_accuracies, tfidf_accuracy
@@ -33,6 +32,7 @@ from qkv.demo.lab import (
 )
 from qkv.pipelines import Encoder, from_pretrained
 from qkv.ragged import pack
+from qkv.recording import record
 from qkv.report import Figure, Measure, Scores, filled, heatmap, table
 
 PRETRAIN = RunConfig(

@@ -14,13 +14,13 @@ from typing import cast
 import numpy as np
 import torch
 
-from qkv.attention import record
 from qkv.config import DataConfig, GPTConfig, RunConfig, TokenizerConfig, TrainConfig
 from qkv.data.text import LanguageDataset
 from qkv.demo.counts import KneserNey
 from qkv.demo.lab import Lab, Part, library, lot, recorded, sharpest
 from qkv.pipelines import TextGenerator, from_pretrained
 from qkv.ragged import pack
+from qkv.recording import record
 from qkv.report import Figure, Measure, Scores, continuation, heatmap
 
 RECIPE = RunConfig(

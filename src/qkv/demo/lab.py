@@ -17,12 +17,12 @@ import numpy as np
 from rich.console import Console
 from torch import Tensor
 
-from qkv.attention import Record
 from qkv.checkpoint import read_metrics
 from qkv.config import RunConfig
 from qkv.console import TrainingBar
 from qkv.errors import InputError
 from qkv.job import Job, new_job
+from qkv.recording import Record
 from qkv.report import Card, Figure, Matrix, Scores, Section, curve, score_table
 from qkv.train import train
 

@@ -10,13 +10,13 @@ from typing import cast
 
 import torch
 
-from qkv.attention import record
 from qkv.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig, TransformerConfig
 from qkv.demo.lab import Lab, Part, accuracy, lot, need, recorded, sharpest, write_table
 from qkv.explanations.alignment import align_texts
 from qkv.metrics import alignment_error_rate, translation_scores
 from qkv.pipelines import Translator, from_pretrained
 from qkv.ragged import pack
+from qkv.recording import record
 from qkv.report import Figure, Measure, Scores, heatmap, table
 
 RECIPE = RunConfig(

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qkv.attention import record
 from qkv.config import AugmentConfig, DataConfig, RunConfig, TrainConfig, ViTConfig
 from qkv.demo.lab import Lab, Part, accuracy, logistic_regression, lot, need, recorded
 from qkv.pipelines import ImageClassifier, from_pretrained
+from qkv.recording import record
 from qkv.report import Figure, Measure, Scores, gallery, overlay
 
 RECIPE = RunConfig(

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.attention import record
 from qkv.errors import InputError
 from qkv.explanations.explanation import Stack
 from qkv.explanations.subjects import Subject
+from qkv.recording import record
 
 FLOW_EDGES = 1_000_000_000
 """Most edges of a graph whose flows are computed, over all units: each takes a search through the graph."""

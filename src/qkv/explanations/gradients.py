@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.attention import LayerKey, Pattern, tapped
+from qkv.attention import Pattern
 from qkv.explanations.attention_flow import Look
 from qkv.explanations.subjects import Question, Subject
+from qkv.recording import LayerKey, tapped
 
 
 @dataclass

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.attention import Pattern, tapped
+from qkv.attention import Pattern
 from qkv.explanations.explanation import Floats
 from qkv.explanations.subjects import Subject
+from qkv.recording import tapped
 
 Head = tuple[str, int, int]
 """Stack, layer and number."""

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import KeyValue, LayerCache, Masked, Pattern, Tappable, varlen_kernel_takes
+from qkv.attention import KeyValue, Masked, Pattern, Tappable, varlen_kernel_takes
+from qkv.kv_cache import LayerCache
 from qkv.layers import Stack
 from qkv.ragged import Layout
 

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import KeyValue, LayerCache, Pattern, Tap, Tappable
+from qkv.attention import KeyValue, Pattern, Tap, Tappable
 from qkv.config import Activation, ModelConfig
 from qkv.config import InferencePrecision as Precision
 from qkv.files import cache_folder, reason, sync
+from qkv.kv_cache import LayerCache
 from qkv.layers import Block, Stack
 
 # ---------------------------------------------------------------- the library

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkv.attention import Branches, Cache, KeyValue, Past, Pattern, Tappable
+from qkv.attention import KeyValue, Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
+from qkv.kv_cache import Branches, Cache
 from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
 from qkv.ragged import Ragged
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qkv.attention import Branches, Cache, KeyValue, Past, Pattern, Tappable
+from qkv.attention import KeyValue, Past, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
+from qkv.kv_cache import Branches, Cache
 from qkv.layers import Output, Stack, check_lengths, init_xavier, sinusoidal
 from qkv.ragged import Ragged
 
