@@ -21,6 +21,7 @@ from qkv.config import BertConfig, Family, GPTConfig, TokenizerConfig, Transform
 from qkv.decode import Decoding, generate
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
+from qkv.hub.sentence import Pooling
 from qkv.images import ImageProcessor
 from qkv.pipelines import (
     DecodingOptions,
@@ -357,18 +358,18 @@ def test_embeddings_of_long_texts_are_of_the_tokens_that_the_checkpoint_says(tmp
     assert again.checkpoint.pooling.max_tokens == 256
 
 
-@pytest.mark.parametrize("rest", [{}, {"pooling": "cls"}, {"pooling": "mean", "normalize": True}])
+@pytest.mark.parametrize("pooling", [None, Pooling("cls"), Pooling(normalize=True)])
 def test_vectors_keep_their_order_and_pooling(
-    rest: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    pooling: Pooling | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bert = encoder(**rest)
+    bert = encoder(pooling=pooling)
     monkeypatch.setattr(batching, "BATCH_TOKENS", 30)
     found = bert.embed(TEXTS)
     assert found.shape == (len(TEXTS), 32)
     for text, vector in zip(TEXTS, found, strict=True):
         hidden = bert(pack([bert.tokenizer.encode(text).ids])).hidden.values.detach()  # (T, D)
-        pooled = hidden[0] if rest.get("pooling") == "cls" else hidden.mean(0)
-        wanted = pooled / pooled.norm() if rest.get("normalize") else pooled
+        pooled = hidden[0] if pooling and pooling.mode == "cls" else hidden.mean(0)
+        wanted = pooled / pooled.norm() if pooling and pooling.normalize else pooled
         np.testing.assert_allclose(vector, wanted.numpy(), atol=1e-5)
     assert bert.embed([]).shape == (0, 32)
     with pytest.raises(InputError, match="a list of texts"):
