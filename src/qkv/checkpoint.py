@@ -4,6 +4,7 @@ config.toml        the resolved settings
 metrics.jsonl      one line a record
 config.json, model.safetensors, tokenizer.json ...   the best model so far, a Hugging Face folder;
                    of several tasks, a folder each: TASK/config.json ...
+tracked-as.txt     the name under which a tracker files the run
 state/step-N/      what resuming behind step N needs: one file of tensors a rank, and progress.json
 
 States are torch's distributed checkpoints in safetensors form, so that a run can go on with another

@@ -196,8 +196,10 @@ class Capture:
             return
         stream = torch.cuda.current_stream(device)
         stream.wait_event(self._replayed)
-        yield
-        stream.record_event(self._replayed)
+        try:
+            yield
+        finally:
+            stream.record_event(self._replayed)
 
     @cached_property
     def _first(self) -> Captured:
@@ -250,6 +252,14 @@ def _copy(rotation: KeyValue | None) -> KeyValue | None:
     return None if rotation is None else (rotation[0].clone(), rotation[1].clone())
 
 
+def _empty(rotation: KeyValue | None, rows: int) -> KeyValue | None:
+    """One like it, for so many tokens."""
+    if rotation is None:
+        return None
+    cosine, sine = (turn.new_zeros(rows, *turn.shape[1:]) for turn in rotation)
+    return cosine, sine
+
+
 def _room(call: Call) -> tuple[int, int, int]:
     """T, N and L of a `RaggedPass` for a call: of T four sizes to each power of two, powers of two else."""
     T, layout = len(call.x), call.pattern.queries
@@ -286,10 +296,7 @@ class RaggedPass:
         T, N, L = _room(call)
         device = call.x.device
         self.x = call.x.new_zeros(T, *call.x.shape[1:])
-        self.rotation: KeyValue | None = None  # (T, 1, E) each
-        if call.rotation is not None:
-            cosine, sine = (turn.new_zeros(T, *turn.shape[1:]) for turn in call.rotation)
-            self.rotation = cosine, sine
+        self.rotation = _empty(call.rotation, T)  # (T, 1, E) each
         self.boundaries = torch.zeros(N + 1, dtype=torch.int32, device=device)
         room = Room((L,) * N, device, told=self.boundaries)
         pattern = Pattern(room, room, call.pattern.causal)
@@ -363,10 +370,7 @@ class Step:
         self.cache = call.caches[0].cache
         self.x = call.x.new_zeros(S * W, *call.x.shape[1:])  # (S W, D)
         self.rows = torch.zeros(S * W, dtype=torch.long, device=device)
-        self.rotation: KeyValue | None = None  # (S W, 1, E) each
-        if call.rotation is not None:
-            cosine, sine = (turn.new_zeros(S * W, *turn.shape[1:]) for turn in call.rotation)
-            self.rotation = cosine, sine
+        self.rotation = _empty(call.rotation, S * W)  # (S W, 1, E) each
         self.allowed = torch.ones(self.shape, dtype=torch.bool, device=device)
         self.sources: Tensor | None = None  # (S, M)
         self.source_lengths: tuple[int, ...] = ()
