@@ -31,6 +31,8 @@ PRECISIONS = ("fp32", "bf16") if ON_GPU else ("fp32", "bf16", "int8")
 """Of qkv."""
 SECONDS = 0.5 if ON_GPU else 4.0
 """How long a variant answers in a pass, after the first time; at least three times."""
+PATIENCE = 150.0
+"""Seconds that a pass of a variant may take on a CPU, with its loading."""
 
 Answer = NDArray[np.generic]
 Work = Callable[[], Answer]
@@ -173,7 +175,7 @@ def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
     chosen = [name for name in job.variants if given.only in name or name == reference]
     loaded: dict[str, _Variant] = {}
     for _ in range(given.passes):
-        for name in chosen:
+        for name in list(chosen):
             try:
                 if ON_GPU:
                     if name not in loaded:
@@ -184,15 +186,16 @@ def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
                     one, answers[name] = _in_a_process(name, command, given.folder / "answer.npy")
             except Exception as error:  # a peer that fails is told of, and the others go on
                 print(f"{job.title}, {name}: {str(error).strip().splitlines()[-1:]}", file=sys.stderr)
+                chosen.remove(name)
                 continue
             found.setdefault(name, []).append(one)
     _report(job, found, answers, answers[reference])
 
 
 def _in_a_process(name: str, command: list[str], path: Path) -> tuple[dict[str, float], Answer]:
-    """One pass of a variant. Raises RuntimeError with what it said if it fails."""
+    """One pass of a variant. Raises RuntimeError with what it said if it fails, or TimeoutExpired."""
     one = [*command, "--one", name, "--answer", str(path)]
-    done = subprocess.run(one, capture_output=True, text=True)
+    done = subprocess.run(one, capture_output=True, text=True, timeout=PATIENCE)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1]), np.load(path)

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ from qkv.decode import generate
 from qkv.engine import Engine
 from qkv.errors import InputError
 from qkv.fast import optimize
-from qkv.fast.native import NativeLinear, NativeOutput, UnavailableError, library
+from qkv.fast.native import FLAGS, NativeLinear, NativeOutput, UnavailableError, library
 from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.layers import Output
 from qkv.models import Model
 from qkv.ragged import pack
 from qkv.recording import record
+from qkv.runtime import multiplies_bfloat16
 from qkv.search import Request
 
 try:
@@ -209,12 +210,54 @@ def test_a_product_is_that_of_the_rounded_numbers(precision, rows, inputs, outpu
     generator = torch.Generator().manual_seed(seed)
     x, weight = (torch.randn(n, inputs, generator=generator) for n in (rows, outputs))
     x[:, seed] *= outlier
-    bias = torch.randn(outputs, generator=generator)
+    assert_product(precision, x, weight, torch.randn(outputs, generator=generator))
+
+
+def assert_product(precision: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> None:
     expected = ROUNDED[precision](x).double() @ ROUNDED[precision](weight).double().T + bias
     found = NativeLinear(weight, bias, precision)(x)
     # A number halfway between two may be rounded to either.
     allowed = 0.02 * expected.norm() if precision == "int8" else 1e-5 * x.norm() * weight.norm()
     assert (found - expected).norm() <= allowed
+
+
+@pytest.fixture(params=["haswell", "skylake-avx512"])
+def older_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code for a CPU with fewer instructions than this one may have."""
+    if request.param == "skylake-avx512" and not torch.cpu.get_capabilities()["avx512_bw"]:
+        pytest.skip("this CPU has no AVX-512")
+    flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in FLAGS]
+    monkeypatch.setattr("qkv.fast.native.FLAGS", flags)
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+@native_code
+@pytest.mark.parametrize("precision", sorted(ROUNDED))
+def test_older_cpus_multiply_the_same(precision: str, older_cpu: None):
+    for rows, inputs, outputs in ((1, 16, 1), (7, 144, 65), (30, 320, 200)):
+        x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+        assert_product(precision, x, weight, bias)
+
+
+@native_code
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_older_cpus_answer_the_same(precision: str, older_cpu: None):
+    for name in CONFIGS:
+        batch = samples(wide(name), [(7, 3), (1, 9), (40, 20)])
+        with torch.inference_mode():
+            expected, found = flat(answers(wide(name), batch)), flat(answers(native(name, precision), batch))
+        assert_near(found, expected, TOLERANCE[precision])
+
+
+@native_code
+@pytest.mark.parametrize("name", DECODERS)
+def test_older_cpus_decode_the_same(name: str, older_cpu: None):
+    decoding = Decoding(max_new_tokens=20, num_beams=3)
+    inputs = [ids(length, length).tolist() for length in (5, 1, 30)]
+    expected, found = (generate(m, inputs, decoding, [1]) for m in (wide(name), native(name, "fp32")))
+    assert [[h.ids for h in one] for one in found] == [[h.ids for h in one] for one in expected]
 
 
 # ---------------------------------------------------------------- roads
@@ -250,9 +293,10 @@ def test_without_a_compiler_torch_computes_and_a_warning_says_so(name: str, tmp_
     monkeypatch.setenv("CXX", "no-such-compiler")
     library.cache_clear()
     model = wide(name)
+    instead = "bf16" if multiplies_bfloat16(torch.device("cpu")) else "fp32"
     try:
-        with pytest.warns(UserWarning, match=r"PyTorch's operators alone: .*int8 needs more .* bf16"):
-            assert optimize(model, "int8") == Road("torch", "bf16")
+        with pytest.warns(UserWarning, match=rf"PyTorch's operators alone: .*int8 needs more .* {instead}"):
+            assert optimize(model, "int8") == Road("torch", instead)
     finally:
         library.cache_clear()
     batch = samples(model, [(7, 3), (20, 5)])
@@ -342,12 +386,13 @@ def test_several_processes_may_compile_at_once(tmp_path, monkeypatch):
 @native_code
 def test_code_that_does_not_compile_says_why(tmp_path, monkeypatch):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
-    broken = tmp_path / "native.cpp"
+    broken = tmp_path / "cpp" / "blocks.cpp"
+    broken.parent.mkdir()
     broken.write_text("int main() { return x; }")
-    monkeypatch.setattr("qkv.fast.native.SOURCE", broken)
+    monkeypatch.setattr("qkv.fast.native.SOURCES", broken.parent)
     library.cache_clear()
     try:
-        with pytest.raises(UnavailableError, match=r"cannot compile native.cpp: .*x.* was not declared"):
+        with pytest.raises(UnavailableError, match=r"cannot compile cpp/blocks.cpp: .*x.* was not declared"):
             library()
         assert not list((tmp_path / "native").glob("*"))
     finally:

@@ -1,4 +1,4 @@
-"""Blocks in C++: `native.cpp`, compiled on first use, and the modules that hand tensors to it.
+"""Blocks in C++: `cpp/blocks.cpp`, compiled on first use, and the modules that hand tensors to it.
 
 The modules stand in the place of `layers.Stack`, `layers.Output` and `nn.Linear`, take the same arguments and
 give the same answers as far as their precision goes. They only answer: they keep packed weights, from which
@@ -35,12 +35,12 @@ from qkv.layers import Block, Stack
 
 # ---------------------------------------------------------------- the library
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
-FEATURES = ("avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16")
+FEATURES = ("avx2", "fma3")
 """Of a CPU, as torch calls them."""
 ORDER: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int8": 2}
-"""Numbers of the enumerations in native.cpp."""
+"""Numbers of the enumerations in cpp/."""
 ACTIVATIONS: dict[Activation, int] = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 
@@ -59,7 +59,7 @@ def library() -> ctypes.CDLL:
     if missing := [name for name in FEATURES if not capabilities.get(name)]:
         raise UnavailableError(f"this CPU lacks {', '.join(missing)}")
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    key = repr((SOURCE.read_bytes(), FLAGS, compiler, sorted(capabilities.items())))
+    key = repr((version(), FLAGS, compiler, sorted(capabilities.items())))
     path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         try:
@@ -88,24 +88,28 @@ def check(config: ModelConfig) -> None:
 
 
 def version() -> str:
-    """Changes with the source."""
-    return hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+    """Changes with the sources."""
+    files = sorted(SOURCES.iterdir())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _compile(compiler: list[str], out: Path) -> None:
     try:
         subprocess.run(
-            [*compiler, *FLAGS, str(SOURCE), "-o", str(out)], check=True, capture_output=True, text=True
+            [*compiler, *FLAGS, str(SOURCES / "blocks.cpp"), "-o", str(out)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
     except FileNotFoundError:
         raise UnavailableError(f"there is no C++ compiler {compiler[0]!r}; install one, or set CXX") from None
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), "no reason given")
-        raise UnavailableError(f"{compiler[0]} cannot compile {SOURCE.name}: {said}") from None
+        raise UnavailableError(f"{compiler[0]} cannot compile {SOURCES.name}/blocks.cpp: {said}") from None
 
 
 class CMatrix(Structure):
-    """`Matrix` of native.cpp."""
+    """`Matrix` of cpp/interface.h."""
 
     _fields_ = [(name, c_void_p) for name in ("weight", "scale", "bias")] + [
         (name, c_int32) for name in ("inputs", "outputs")
@@ -113,13 +117,13 @@ class CMatrix(Structure):
 
 
 class CNorm(Structure):
-    """`Norm` of native.cpp."""
+    """`Norm` of cpp/interface.h."""
 
     _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float)]
 
 
 class CLayer(Structure):
-    """`Layer` of native.cpp."""
+    """`Layer` of cpp/interface.h."""
 
     _fields_ = [(name, CMatrix) for name in ("qkv", "out", "cross_query", "cross_out", "up", "down")] + [
         (name, CNorm) for name in ("attention", "cross", "mlp", "query", "key")
@@ -127,7 +131,7 @@ class CLayer(Structure):
 
 
 class CStack(Structure):
-    """`Stack` of native.cpp."""
+    """`Stack` of cpp/interface.h."""
 
     _fields_ = [("layers", POINTER(CLayer))] + [
         (name, c_int32) for name in ("precision", "dim", "heads", "mlp_dim", "activation", "norm_first")
@@ -135,7 +139,7 @@ class CStack(Structure):
 
 
 class CBatch(Structure):
-    """`Batch` of native.cpp."""
+    """`Batch` of cpp/interface.h."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("x", "lengths")),

@@ -49,9 +49,9 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
     scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16; on a
     GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
     fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why, and
-    int8 becomes bf16. Weights go once they are packed, so the model only answers from then on: it can
-    neither be trained nor saved. Raises InputError if they are packed already, for int8 on a GPU, and for a
-    precision that there is not.
+    int8 becomes bf16, or fp32 on a CPU that does not multiply bf16. Weights go once they are packed, so the
+    model only answers from then on: it can neither be trained nor saved. Raises InputError if they are packed
+    already, for int8 on a GPU, and for a precision that there is not.
     """
     if precision not in (*get_args(InferencePrecision), "auto"):
         raise InputError(f"no precision {precision!r}; there are fp32, bf16, int8 and auto")
@@ -89,7 +89,8 @@ def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"])
     except UnavailableError as error:
         said = f"qkv runs on PyTorch's operators alone: {error}"
         if precision == "int8":
-            said, precisions = f"{said}; int8 needs more than these, so bf16 is used", ["bf16"]
+            precisions = ["bf16" if multiplies_bfloat16(torch.device("cpu")) else "fp32"]
+            said = f"{said}; int8 needs more than these, so {precisions[0]} is used"
         warnings.warn(said, stacklevel=3)
         return [Road("torch", one) for one in precisions]
     roads = [Road("native", one) for one in precisions]

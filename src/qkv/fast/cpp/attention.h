@@ -1,0 +1,148 @@
+// Attention of one sequence: few queries over keys as they lie, many by matrix products.
+
+#pragma once
+
+#include <cmath>
+
+#include "products.h"
+
+namespace {
+
+struct Keys {  // of one sequence and some heads: rows `stride` numbers apart, bfloat16 if `half`, else float32
+    const char *key, *value;
+    int count, stride, half;
+
+    Keys from(int64_t number) const { return {key + number * size(), value + number * size(), count, stride, half}; }
+    int size() const { return half ? 2 : 4; }
+};
+
+template <bool HALF>
+V number(const char *row, int e) {
+    if constexpr (HALF) return from_bf16(read<Half>(row + e * 2));
+    else return load((const float *)row + e);
+}
+
+// One query after another over keys as they lie, for the few of a decoding step: of each key all heads, as memory gives
+// them. `index` (keys) and `scores` (heads, width) are scratch.
+template <bool HALF>
+void attend_rows(const float *query, int rows, int query_stride, Keys keys, int heads, int E, int causal, const uint8_t *mask,
+                 float *out, int out_stride, int32_t *index, float *scores, int width) {
+    float rate = 1 / std::sqrt((float)E);
+    int64_t stride = (int64_t)keys.stride * keys.size();
+    for (int i = 0; i < rows; i++) {
+        int last = causal && !mask ? keys.count - rows + 1 + i : keys.count, seen = 0;
+        for (int j = 0; j < last; j++)
+            if (!mask || mask[(int64_t)i * keys.count + j]) index[seen++] = j;
+        const float *q = query + (int64_t)i * query_stride;
+        float *to = out + (int64_t)i * out_stride;
+        for (int j = 0; j < seen; j++)
+            for (int h = 0; h < heads; h++) {
+                V total = set(0.0f);
+                for (int e = h * E; e < (h + 1) * E; e += LANES) total += load(q + e) * number<HALF>(keys.key + index[j] * stride, e);
+                scores[h * width + j] = sum(total) * rate;
+            }
+        for (int h = 0; h < heads; h++) softmax(scores + h * width, seen);
+        std::fill(to, to + heads * E, 0.0f);
+        for (int j = 0; j < seen; j++)
+            for (int h = 0; h < heads; h++) {
+                float share = scores[h * width + j];
+                for (int e = h * E; e < (h + 1) * E; e += LANES)
+                    store(to + e, load(to + e) + number<HALF>(keys.value + index[j] * stride, e) * share);
+            }
+    }
+}
+
+// What it is computed in where the products with weights are in a precision: never in int8, and in bfloat16 only by
+// an instruction for it.
+template <int P>
+constexpr int ATTENTION = P == FP32 || PARTS<BF16> > 1 ? FP32 : BF16;
+
+// Many queries: keys and values are packed as matrices and multiplied, HEIGHT queries at a time.
+struct Attention {
+    char *keys, *values;  // panels
+    float *scores;        // (HEIGHT, keys)
+    Rows query, share;
+
+    template <int P>
+    void lay(Arena &arena, int longest, int E) {
+        int padded = panels_of(longest) * WIDTH;
+        keys = arena.take<char>((size_t)padded * E * bytes_of(P));
+        values = arena.take<char>((size_t)padded * panels_of(E) * WIDTH * bytes_of(P));
+        scores = arena.take<float>(HEIGHT * padded);
+        query = {arena.take<char>(HEIGHT * E * bytes_of(P)), nullptr, nullptr, E * bytes_of(P), 1};
+        share = {arena.take<char>(HEIGHT * padded * bytes_of(P)), nullptr, nullptr, padded * bytes_of(P), 1};
+    }
+
+    template <int P>
+    void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
+        constexpr int ELEMENTS = P == FP32 ? 1 : 2;
+        int padded = panels_of(from.count) * WIDTH, steps = E / ELEMENTS;
+        pack_keys<P>(from, E);
+        pack_values<P>(from, E);
+        float rate = 1 / std::sqrt((float)E);
+        alignas(64) float scaled[256];
+        for (int i = 0; i < rows; i += HEIGHT) {
+            int height = std::min(HEIGHT, rows - i);
+            int last = causal ? from.count - rows + i + height : from.count;  // keys that the last of them sees
+            for (int m = 0; m < height; m++) {
+                const float *one = q + (int64_t)(i + m) * query_stride;
+                for (int e = 0; e < E; e += LANES) store(scaled + e, load(one + e) * rate);
+                convert<P>(scaled, E, query, m);
+            }
+            for (int p = 0; p * WIDTH < last; p++) {
+                int vectors = vectors_of(last - p * WIDTH);
+                product<P>(query, 0, height, keys + (int64_t)p * steps * WIDTH * 4, nullptr, E, vectors, scores + p * WIDTH, padded);
+            }
+            int inner = (last + LANES - 1) / LANES * LANES;
+            for (int m = 0; m < height; m++) {
+                float *row = scores + m * padded;
+                int seen = causal ? last - height + 1 + m : last;
+                softmax(row, seen);
+                std::fill(row + seen, row + inner, 0.0f);
+                convert<P>(row, inner, share, m);
+            }
+            inner = (last + ELEMENTS - 1) / ELEMENTS * ELEMENTS;  // values beyond are not packed
+            for (int p = 0; p * WIDTH < E; p++) {
+                int vectors = vectors_of(E - p * WIDTH);
+                const char *panel = values + (int64_t)p * (padded / ELEMENTS) * WIDTH * 4;
+                product<P>(share, 0, height, panel, nullptr, inner, vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
+            }
+        }
+    }
+
+private:
+    template <int P>
+    void pack_keys(Keys from, int E) {  // (panels, E / n, WIDTH, n)
+        int steps = P == FP32 ? E : E / 2;
+        alignas(64) float key[256];
+        alignas(64) int32_t packed[256];
+        for (int j = 0; j < from.count; j++) {
+            const char *row = from.key + (int64_t)j * from.stride * from.size();
+            for (int e = 0; e < E; e += LANES) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
+            convert<P>(key, E, {(char *)packed, nullptr, nullptr, 0, 1}, 0);
+            scatter(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH);
+        }
+    }
+
+    template <int P>
+    void pack_values(Keys from, int E) {  // (panels, keys / n, WIDTH, n)
+        constexpr int ELEMENTS = P == FP32 ? 1 : 2;
+        int padded = panels_of(from.count) * WIDTH;
+        auto value = [&](int j, int e) {
+            const char *row = from.value + (int64_t)j * from.stride * from.size();
+            return j >= from.count ? set(0.0f) : from.half ? number<true>(row, e) : number<false>(row, e);
+        };
+        for (int j = 0; j < from.count; j += ELEMENTS)
+            for (int e = 0; e < E; e += LANES) {
+                auto both = (U)value(j, e);
+                if constexpr (P != FP32) {
+                    auto one = __builtin_convertvector(to_bf16((V)both), U), next = __builtin_convertvector(to_bf16(value(j + 1, e)), U);
+                    both = one | next << 16;
+                }
+                int64_t line = (int64_t)(e / WIDTH) * padded / ELEMENTS + j / ELEMENTS;
+                write(values + (line * WIDTH + e % WIDTH) * 4, both);
+            }
+    }
+};
+
+}  // namespace

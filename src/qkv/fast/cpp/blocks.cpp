@@ -1,0 +1,400 @@
+// The blocks of a Transformer on x86 CPUs: what layers.Block computes, without a framework between.
+//
+// Many sequences are shared out to the threads, and each takes its own through all layers while they stay in its
+// cache; few tokens are computed by all threads together, each with its part of every matrix.
+//
+// Legend: T tokens, D model width, H heads, E = D / H head width, F inner width, L tokens of a sequence.
+
+#include <omp.h>
+
+#include "attention.h"
+
+namespace {
+
+constexpr int CHUNK = 128;  // tokens that a thread takes through the layers at once, or one sequence
+
+thread_local Arena own_arena, head_arena;
+
+// ---------------------------------------------------------------- a block
+
+void normalise(const Norm &norm, const float *x, float *out, int width) {
+    V total = set(0.0f), squares = set(0.0f);
+    for (int i = 0; i < width; i += LANES) total += load(x + i);
+    float mean = sum(total) / width;
+    for (int i = 0; i < width; i += LANES) squares += (load(x + i) - mean) * (load(x + i) - mean);
+    float rate = 1 / std::sqrt(sum(squares) / width + norm.eps);
+    for (int i = 0; i < width; i += LANES)
+        store(out + i, (load(x + i) - mean) * rate * load(norm.weight + i) + load(norm.bias + i));
+}
+
+class Computation {  // some sequences of a batch on their way through the layers
+    const Stack &stack;
+    const Batch &batch;
+    int from, to, rows;    // sequences, and their tokens
+    int64_t first_row;     // of their tokens among all
+    float *x, *wide, *answer, *scores, *input_scale;
+    char *inputs;
+    int32_t *input_start, *seen;
+    int score_width;
+    std::vector<Attention> attentions;  // one for each thread
+
+public:
+    Computation(const Stack &stack, const Batch &batch, int from, int to, int64_t first_row, int rows, int threads, Arena &arena)
+        : stack(stack), batch(batch), from(from), to(to), rows(rows), first_row(first_row), attentions(threads) {
+        x = batch.x + first_row * stack.dim;
+        int wide_width = std::max(3 * stack.dim, stack.mlp_dim), in = std::max(stack.dim, stack.mlp_dim);
+        int groups = groups_of(stack.precision, in), longest = 1;
+        for (int i = from; i < to; i++) {
+            longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
+            if (batch.memory_keys) longest = std::max(longest, batch.memory_lengths[i]);
+        }
+        arena.lay([&] {
+            wide = arena.take<float>((size_t)rows * wide_width);
+            answer = arena.take<float>((size_t)rows * stack.dim);
+            inputs = arena.take<char>((size_t)rows * in * bytes_of(stack.precision));
+            input_scale = arena.take<float>((size_t)rows * groups);
+            input_start = arena.take<int32_t>((size_t)rows * groups);
+            scores = arena.take<float>((size_t)threads * stack.heads * (longest + 16));
+            seen = arena.take<int32_t>((size_t)threads * (longest + 16));
+            for (Attention &one : attentions) {
+                with(stack.precision, [&](auto P) { one.lay<ATTENTION<P>>(arena, longest, stack.dim / stack.heads); });
+            }
+        });
+        score_width = longest + 16;
+    }
+
+    template <int P>
+    void run(Team team) {
+        const Norm *norm = nullptr;  // post-norm: what is still to be done to x
+        for (int l = batch.first; l < batch.last; l++) {
+            const Layer &layer = stack.layers[l];
+            int D = stack.dim;
+            bool shown = l + 1 == batch.last;
+            prepare<P>(team, layer.attention, norm);
+            project<P>(team, layer.qkv, [](V value) { return value; });
+            attend<P>(team, l);
+            if (shown && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
+            if (shown && batch.seen_answer) show(team, answer, D, batch.seen_answer);
+            join<P>(team, layer.out, answer, D);
+            norm = &layer.attention;
+            if (layer.cross_query.weight) {
+                prepare<P>(team, layer.cross, norm);
+                project<P>(team, layer.cross_query, [](V value) { return value; });
+                read_memory<P>(team, l);
+                if (shown && batch.seen_query) show(team, wide, D, batch.seen_query);
+                if (shown && batch.seen_cross) show(team, answer, D, batch.seen_cross);
+                join<P>(team, layer.cross_out, answer, D);
+                norm = &layer.cross;
+            }
+            prepare<P>(team, layer.mlp, norm);
+            project<P>(team, layer.up, [activation = stack.activation](V value) { return activate(value, activation); });
+            join<P>(team, layer.down, wide, stack.mlp_dim);
+            norm = &layer.mlp;
+        }
+        if (!stack.norm_first && norm)
+            each_row(team, [&](int row) { normalise(*norm, x + (int64_t)row * stack.dim, x + (int64_t)row * stack.dim, stack.dim); });
+    }
+
+private:
+    template <class Do>
+    void each_row(Team team, Do work) {
+        for (int row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size; row++) work(row);
+    }
+
+    // Where rows of this width are laid to be multiplied.
+    template <int P>
+    Rows input(int width) const {
+        return {inputs, input_scale, input_start, width * bytes_of(P), groups_of(P, width)};
+    }
+
+    // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
+    template <int P>
+    void prepare(Team team, const Norm &own, const Norm *before) {
+        int D = stack.dim;
+        Rows to = input<P>(D);
+        each_row(team, [&](int row) {
+            float *line = x + (int64_t)row * D;
+            if (stack.norm_first) {
+                float normed[8192];
+                normalise(own, line, normed, D);
+                convert<P>(normed, D, to, row);
+            } else {
+                if (before) normalise(*before, line, line, D);
+                convert<P>(line, D, to, row);
+            }
+        });
+        team.wait();
+    }
+
+    // wide = function(what is prepared W^T + bias)
+    template <int P, class Function>
+    void project(Team team, const Matrix &matrix, Function function) {
+        multiply<P>(matrix, input<P>(stack.dim), rows, team, [&](int row, int column, V value, int) {
+            store(wide + (int64_t)row * matrix.out + column, function(value));
+        });
+        team.wait();
+    }
+
+    // x += (what was made, (rows, width)) W^T + bias
+    template <int P>
+    void join(Team team, const Matrix &matrix, const float *made, int width) {
+        Rows to = input<P>(width);
+        each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, to, row); });
+        team.wait();
+        multiply<P>(matrix, to, rows, team, [&](int row, int column, V value, int) {
+            float *sum = x + (int64_t)row * stack.dim + column;
+            store(sum, load(sum) + value);
+        });
+        team.wait();
+    }
+
+    void show(Team team, const float *made, int width, float *out) {
+        each_row(team, [&](int row) { std::memcpy(out + (first_row + row) * width, made + (int64_t)row * width, width * sizeof(float)); });
+        team.wait();
+    }
+
+    // Of one sequence, some heads from that of `query` and `keys` on.
+    template <int P>
+    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int heads, int causal, const uint8_t *mask, float *out) {
+        int E = stack.dim / stack.heads;
+        if (count < 4 || mask) {
+            auto rows = keys.half ? attend_rows<true> : attend_rows<false>;
+            int32_t *index = seen + (int64_t)team.rank * score_width;
+            float *own = scores + (int64_t)team.rank * stack.heads * score_width;
+            rows(query, count, query_stride, keys, heads, E, causal, mask, out, stack.dim, index, own, score_width);
+        } else {
+            for (int h = 0; h < heads; h++)
+                attentions[team.rank].template attend<ATTENTION<P>>(query + h * E, count, query_stride, keys.from(h * E), E, causal, out + h * E, stack.dim);
+        }
+    }
+
+    // work(sequence, its first row, first head, heads), shared out to the threads.
+    template <class Do>
+    void each_head(Team team, Do work) {
+        int parts = to - from >= 4 * team.size ? 1 : std::min(team.size, (int)stack.heads), item = 0, row = 0;
+        for (int i = from; i < to; row += batch.lengths[i], i++)
+            for (int part = 0; batch.lengths[i] && part < parts; part++) {
+                int head = stack.heads * part / parts, end = stack.heads * (part + 1) / parts;
+                if (item++ % team.size == team.rank) work(i, row, head, end - head);
+            }
+        team.wait();
+    }
+
+    // Self-attention of each sequence over its own keys, and those in the cache, to which it adds its own.
+    template <int P>
+    void attend(Team team, int l) {
+        const Layer &layer = stack.layers[l];
+        int D = stack.dim, E = D / stack.heads;
+        each_head(team, [&](int i, int row, int head, int heads) {
+            int count = batch.lengths[i];
+            float *query = wide + (int64_t)row * 3 * D + head * E;
+            Keys keys{(char *)(query + D), (char *)(query + 2 * D), count, 3 * D, 0};
+            for (int t = 0; t < count; t++)
+                for (int h = 0; h < heads; h++) turn(layer, query + (int64_t)t * 3 * D + h * E, first_row + row + t);
+            if (batch.keys) {
+                Keys slots{batch.keys[l], batch.values[l], batch.key_lengths[i], D, batch.half};
+                for (int t = 0; t < count; t++) {
+                    Keys place = slots.from(batch.places[first_row + row + t] * D + head * E);
+                    for (int e = 0; e < heads * E; e += LANES) {
+                        keep((char *)place.key, e, query + D + (int64_t)t * 3 * D);
+                        keep((char *)place.value, e, query + 2 * D + (int64_t)t * 3 * D);
+                    }
+                }
+                keys = slots.from((int64_t)i * batch.capacity * D + head * E);
+            }
+            const uint8_t *mask = batch.masks ? batch.masks[i] : nullptr;
+            attend_with<P>(team, query, count, 3 * D, keys, heads, batch.causal, mask, answer + (int64_t)row * D + head * E);
+        });
+    }
+
+    void keep(char *row, int e, const float *x) {  // a vector in the cache
+        if (batch.half) write(row + e * 2, to_bf16(load(x + e)));
+        else store((float *)row + e, load(x + e));
+    }
+
+    // Norms of one head's query and key, and their rotation.
+    void turn(const Layer &layer, float *query, int64_t token) {
+        int E = stack.dim / stack.heads, half = E / 2;
+        float *key = query + stack.dim;
+        if (layer.query.weight) normalise(layer.query, query, query, E);
+        if (layer.key.weight) normalise(layer.key, key, key, E);
+        if (!batch.cosine) return;
+        const float *cosine = batch.cosine + token * E, *sine = batch.sine + token * E;
+        for (float *v : {query, key})
+            for (int e = 0; e < half; e++) {
+                float a = v[e], b = v[e + half];
+                v[e] = a * cosine[e] - b * sine[e];
+                v[e + half] = b * cosine[e + half] + a * sine[e + half];
+            }
+    }
+
+    template <int P>
+    void read_memory(Team team, int l) {
+        int D = stack.dim, E = D / stack.heads;
+        each_head(team, [&](int i, int row, int head, int heads) {
+            Keys all{batch.memory_keys[l], batch.memory_values[l], batch.memory_lengths[i], batch.memory_stride, batch.memory_half};
+            Keys keys = all.from(batch.memory_starts[i] * batch.memory_stride + head * E);
+            int64_t at = (int64_t)row * D + head * E;
+            attend_with<P>(team, wide + at, batch.lengths[i], D, keys, heads, 0, nullptr, answer + at);
+        });
+    }
+};
+
+void run(Computation &computation, int precision, Team team) {
+    with(precision, [&](auto P) { computation.run<P>(team); });
+}
+
+// ---------------------------------------------------------------- a linear map alone
+
+// x (T, in) times W by all threads: take(thread, row, column, a vector, how many of its numbers there are).
+template <class Take>
+void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
+    int groups = groups_of(precision, w.in), stride = w.in * bytes_of(precision);
+    Rows rows{nullptr, nullptr, nullptr, stride, groups};
+    Arena &arena = head_arena;
+    arena.lay([&] {
+        rows.data = arena.take<char>((size_t)T * stride);
+        rows.scale = arena.take<float>((size_t)T * groups);
+        rows.start = arena.take<int32_t>((size_t)T * groups);
+    });
+    Barrier barrier;
+    auto part = [&](auto P, Team team) {
+        for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
+            convert<P>(x + (int64_t)t * w.in, w.in, rows, t);
+        team.wait();
+        multiply<P>(w, rows, T, team, [&](int row, int column, V value, int left) {
+            take(team.rank, row, column, value, left);
+        });
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        with(precision, [&](auto P) { part(P, team); });
+    }
+}
+
+struct Best {  // the largest numbers of a row that comes in pieces, and the sum of all exponentials
+    std::vector<float> scores;
+    std::vector<int32_t> ids;
+    float most = -INFINITY;
+    V total = set(0.0f);  // of exp(x - most)
+
+    explicit Best(int count) : scores(count, -INFINITY), ids(count, 0) {}
+
+    void add(int column, V values, int count) {
+        alignas(64) float each[LANES];
+        store(each, values);
+        std::fill(each + count, each + LANES, -INFINITY);
+        float here = largest(load(each));
+        raise(here);
+        total += exp(load(each) - most);
+        if (here > scores.back())
+            for (int i = 0; i < count; i++) insert(each[i], column + i);
+    }
+
+    void add(const Best &other) {
+        raise(other.most);
+        if (other.most > -INFINITY) total += other.total * std::exp(other.most - most);
+        for (size_t i = 0; i < scores.size(); i++) insert(other.scores[i], other.ids[i]);
+    }
+
+    float log_sum() const { return most + std::log(sum(total)); }
+
+private:
+    void raise(float to) {
+        if (to <= most) return;
+        if (most > -INFINITY) total *= std::exp(most - to);
+        most = to;
+    }
+
+    void insert(float score, int32_t id) {  // ties: the one that came first, which has the smaller id
+        if (!(score > scores.back())) return;
+        size_t i = scores.size() - 1;
+        for (; i > 0 && score > scores[i - 1]; i--) scores[i] = scores[i - 1], ids[i] = ids[i - 1];
+        scores[i] = score, ids[i] = id;
+    }
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------- the doors
+
+extern "C" {
+
+// Bytes of a packed matrix, and the number of its scales.
+int64_t qkv_packed_bytes(int precision, int out, int in) { return (int64_t)panels_of(out) * WIDTH * in * bytes_of(precision); }
+int64_t qkv_scales(int precision, int out, int in) { return precision == INT8 ? (int64_t)panels_of(out) * groups_of(precision, in) * WIDTH : 0; }
+
+// Weights (out, in) in the order of the products. `in` is a multiple of 16.
+void qkv_pack(int precision, const float *weight, int out, int in, char *packed, float *scales, int threads) {
+    int groups = groups_of(precision, in), steps = in * bytes_of(precision) / 4;
+#pragma omp parallel for num_threads(threads)
+    for (int p = 0; p < panels_of(out); p++) {
+        std::vector<int32_t> line(steps), start(groups);
+        std::vector<float> scale(groups);
+        Rows one{(char *)line.data(), scale.data(), start.data(), 0, groups};
+        for (int j = 0; j < WIDTH; j++) {
+            int column = p * WIDTH + j;
+            if (column < out) with(precision, [&](auto P) { convert<P>(weight + (int64_t)column * in, in, one, 0); });
+            else std::fill(line.begin(), line.end(), 0);
+            for (int32_t &four : line) four ^= precision == INT8 ? 0x80808080 : 0;  // + 128: VPDPBUSD takes them unsigned
+            scatter(line.data(), steps, (int32_t *)packed + (int64_t)p * steps * WIDTH + j);
+            if (precision == INT8) scatter((int32_t *)scale.data(), groups, (int32_t *)scales + (int64_t)p * groups * WIDTH + j);
+        }
+    }
+}
+
+// x (T, in) -> out (T, matrix.out).
+void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, float *out, int threads) {
+    multiply_by_all(*matrix, precision, x, T, threads, [&](int, int row, int column, V value, int left) {
+        store(out + (int64_t)row * matrix->out + column, value, left);
+    });
+}
+
+// The `count` largest of each row of log_softmax(x W^T + bias), best first: scores and ids (T, count). No row is ever
+// written as a whole.
+void qkv_likeliest(const Matrix *matrix, int precision, const float *x, int T, int count, float *scores, int32_t *ids, int threads) {
+    std::vector<Best> found((size_t)threads * T, Best(count));
+    multiply_by_all(*matrix, precision, x, T, threads, [&](int rank, int row, int column, V value, int left) {
+        found[(size_t)rank * T + row].add(column, value, left);
+    });
+    for (int row = 0; row < T; row++) {
+        Best &all = found[row];
+        for (int rank = 1; rank < threads; rank++) all.add(found[(size_t)rank * T + row]);
+        float normaliser = all.log_sum();
+        for (int i = 0; i < count; i++) {
+            scores[(size_t)row * count + i] = all.scores[i] - normaliser;
+            ids[(size_t)row * count + i] = all.ids[i];
+        }
+    }
+}
+
+// The batch's tokens through layers `first` to `last`.
+void qkv_forward(const Stack *stack, const Batch *batch) {
+    struct Chunk { int from, to; int64_t row; int rows; };
+    std::vector<Chunk> chunks;
+    int64_t row = 0;
+    for (int i = 0; i < batch->sequences; i++) {
+        if (chunks.empty() || chunks.back().rows + batch->lengths[i] > CHUNK) chunks.push_back({i, i, row, 0});
+        chunks.back().to = i + 1;
+        chunks.back().rows += batch->lengths[i];
+        row += batch->lengths[i];
+    }
+    if (!row) return;
+    int threads = batch->threads;
+    if ((int)chunks.size() >= 2 * threads || threads == 1) {
+        std::atomic<int> next{0};
+#pragma omp parallel num_threads(threads)
+        for (int c; (c = next++) < (int)chunks.size();) {
+            Chunk &chunk = chunks[c];
+            Computation computation(*stack, *batch, chunk.from, chunk.to, chunk.row, chunk.rows, 1, own_arena);
+            run(computation, stack->precision, {0, 1, nullptr});
+        }
+    } else {
+        Computation computation(*stack, *batch, 0, batch->sequences, 0, (int)row, threads, own_arena);
+        Barrier barrier;
+#pragma omp parallel num_threads(threads)
+        run(computation, stack->precision, {omp_get_thread_num(), omp_get_num_threads(), &barrier});
+    }
+}
+}

@@ -1,0 +1,152 @@
+// Vectors as wide as the registers of this CPU, 16 numbers with AVX-512 and 8 with AVX2, and functions of them.
+//
+// Operators compute on all numbers of a vector at once; what has no operator is written here.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+
+#if defined(__AVX512BW__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#else
+#error "needs AVX-512 with BW, or AVX2 with FMA"
+#endif
+
+namespace {
+
+template <class Number, int COUNT>
+using Vector [[gnu::vector_size(COUNT * sizeof(Number))]] = Number;
+
+using V = Vector<float, LANES>;
+using I = Vector<int32_t, LANES>;
+using U = Vector<uint32_t, LANES>;
+using Half = Vector<uint16_t, LANES>;  // bfloat16
+using Bytes = Vector<int8_t, LANES>;
+
+// ---------------------------------------------------------------- what differs between CPUs
+
+#if LANES == 16
+V set(float x) { return _mm512_set1_ps(x); }
+I set(int32_t x) { return (I)_mm512_set1_epi32(x); }
+V larger(V a, V b) { return _mm512_max_ps(a, b); }
+I nearest(V x) { return (I)_mm512_cvtps_epi32(x); }
+float sum(V x) { return _mm512_reduce_add_ps(x); }
+int32_t sum(I x) { return _mm512_reduce_add_epi32((__m512i)x); }
+float largest(V x) { return _mm512_reduce_max_ps(x); }
+I sums_of_pairs(I a, I b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }  // of products of 16 bits
+#else
+V set(float x) { return _mm256_set1_ps(x); }
+I set(int32_t x) { return (I)_mm256_set1_epi32(x); }
+V larger(V a, V b) { return _mm256_max_ps(a, b); }
+I nearest(V x) { return (I)_mm256_cvtps_epi32(x); }
+I sums_of_pairs(I a, I b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+
+template <class X, class Join>
+auto joined(X x, Join join) {  // all numbers of a vector into one, by halves
+    x = join(x, (X)_mm256_permute2f128_ps((V)x, (V)x, 1));
+    x = join(x, (X)_mm256_permute_ps((V)x, 0b01001110));
+    return join(x, (X)_mm256_permute_ps((V)x, 0b10110001))[0];
+}
+float sum(V x) { return joined(x, [](V a, V b) { return a + b; }); }
+int32_t sum(I x) { return joined(x, [](I a, I b) { return a + b; }); }
+float largest(V x) { return joined(x, larger); }
+#endif
+
+// ---------------------------------------------------------------- memory
+
+template <class X>
+X read(const void *from) {
+    X x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+template <class X>
+void write(void *to, X x) {
+    std::memcpy(to, &x, sizeof x);
+}
+
+V load(const float *from) { return read<V>(from); }
+void store(float *to, V x) { write(to, x); }
+
+V load(const float *from, int count) {  // of as many as there are, then zeros
+    if (count >= LANES) return load(from);
+    V x = set(0.0f);
+    std::memcpy(&x, from, count * sizeof(float));
+    return x;
+}
+
+void store(float *to, V x, int count) {
+    if (count >= LANES) store(to, x);
+    else std::memcpy(to, &x, count * sizeof(float));
+}
+
+V from_bf16(Half x) { return (V)(__builtin_convertvector(x, U) << 16); }
+
+Half to_bf16(V x) {  // to the nearest, of two the even one
+#if defined(__AVX512BF16__)
+    return (Half)_mm512_cvtneps_pbh(x);
+#else
+    U bits = (U)x, near = bits + 0x7FFF + (bits >> 16 & 1);
+    return __builtin_convertvector((x == x ? near : bits | 1 << 22) >> 16, Half);  // NaN stays NaN
+#endif
+}
+
+// ---------------------------------------------------------------- functions
+
+V absolute(V x) { return (V)((U)x & 0x7FFFFFFF); }
+
+V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest
+    x = larger(set(-87.3f), x);  // NaN stays NaN
+    x = x > 88.3f ? set(88.3f) : x;
+    I whole = nearest(x * 1.44269504f);
+    V n = __builtin_convertvector(whole, V), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = set(1.9875691500e-4f);
+    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
+    return (V)((I)(p * r * r + r + 1.0f) + (whole << 23));
+}
+
+V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
+    V z = absolute(x) * 0.70710678f;
+    V t = 1.0f / (z * 0.3275911f + 1.0f);
+    V p = set(1.061405429f);
+    for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;
+    V rest = p * t * exp(-z * z);  // 1 - erf(z)
+    V half = x * 0.5f;
+    return x < 0.0f ? half * rest : x - half * rest;
+}
+
+enum Activation { RELU, RELU2, GELU, GELU_TANH, SILU };
+
+V activate(V x, int activation) {
+    switch (activation) {
+        case RELU: return larger(x, set(0.0f));
+        case RELU2: x = larger(x, set(0.0f)); return x * x;
+        case GELU: return gelu(x);
+        case SILU: return x / (1.0f + exp(-x));
+        default: return x / (1.0f + exp(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));  // GELU_TANH
+    }
+}
+
+void softmax(float *x, int count) {  // what follows, up to a whole vector, is written over
+    for (int j = count; j % LANES; j++) x[j] = -INFINITY;
+    V most = set(-INFINITY), total = set(0.0f);
+    for (int j = 0; j < count; j += LANES) most = larger(most, load(x + j));
+    float highest = largest(most);
+    for (int j = 0; j < count; j += LANES) {
+        V p = exp(load(x + j) - highest);
+        store(x + j, p);
+        total += p;
+    }
+    float share = count ? 1 / sum(total) : 0;
+    for (int j = 0; j < count; j += LANES) store(x + j, load(x + j) * share);
+}
+
+}  // namespace
