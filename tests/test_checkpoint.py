@@ -160,3 +160,9 @@ def test_states_that_stay_are_the_last_regular_ones_and_the_newest(tmp_path_fact
     regular = [step for step in sorted(steps) if step % every == 0][-keep:]
     assert {step_of(state) for state in saved_states(run)} == {*regular, max(steps)}
     assert [step_of(state) for state in regular_states(run, every)] == regular
+
+
+def test_a_copy_of_a_state_is_no_state(tmp_path):
+    (tmp_path / "state" / "step-000000500").mkdir(parents=True)
+    (tmp_path / "state" / "step-000000500.bak").mkdir()
+    assert [step_of(state) for state in saved_states(tmp_path)] == [500]

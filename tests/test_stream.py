@@ -19,6 +19,7 @@ from test_cli import fail, qkv, small_disk, succeed
 from test_pipelines import TEXTS, classifier, encoder, image, translator
 
 from qkv import batching, output
+from qkv.data.corpus import ImageFolder, TextCorpus
 from qkv.files import replace_file
 from qkv.output import Output, npy_header
 from qkv.pipelines import Encoder
@@ -361,3 +362,34 @@ def test_a_part_that_became_shorter_is_no_part(tmp_path):
 
 def test_npy_headers_of_any_number_of_rows_are_as_long():
     assert len({len(npy_header(rows, 384)) for rows in (0, 1, 10**6, 10**12)}) == 1
+
+
+def test_a_part_of_someone_else_stays(tmp_path):
+    (tmp_path / "out.txt.part").write_text("theirs")
+    with pytest.raises(ValueError, match=r"out\.txt\.part is in the way"):
+        Output(tmp_path / "out.txt").__enter__()
+    assert (tmp_path / "out.txt.part").read_text() == "theirs"
+
+
+def test_what_a_killed_process_left_of_work_that_cannot_go_on_is_begun_anew(tmp_path):
+    killed = Output(tmp_path / "out.txt")
+    killed.__enter__().write(b"half")
+    killed.file.flush()
+    killed._open.close()
+    with Output(tmp_path / "out.txt") as out:
+        out.write(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
+    assert (tmp_path / "out.txt").read_bytes() == b"whole"
+
+
+def test_other_images_of_the_same_names_are_another_input(tmp_path):
+    image(0).save(tmp_path / "a.png")
+    before = ImageFolder(tmp_path).identity()
+    assert ImageFolder(tmp_path).identity() == before
+    image(1).resize((9, 9)).save(tmp_path / "a.png")
+    assert ImageFolder(tmp_path).identity() != before
+
+
+def test_a_pipe_cannot_be_read_again(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert TextCorpus(tmp_path / "pipe", []).identity() is None

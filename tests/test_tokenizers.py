@@ -227,8 +227,27 @@ def test_vocab_txt_is_transformers_bert(lowercase: bool, tmp_path: Path) -> None
     assert ours.mask_id == theirs.mask_token_id
 
 
-def test_vocab_json_is_transformers_gpt2(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
+def test_a_vocabulary_of_a_tokenizer_that_splits_otherwise_is_refused(place: str, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    (tmp_path / place).write_text(json.dumps({"tokenizer_class": "BertJapaneseTokenizer"}))
+    with pytest.raises(InputError, match="is of a BertJapaneseTokenizer, which is not supported"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / place).write_text(json.dumps({"tokenizer_class": "BertTokenizerFast"}))
+    assert Tokenizer.load(tmp_path).vocab_size == 6
+
+
+def test_files_may_say_that_nothing_was_added(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    said = {"additional_special_tokens": None, "added_tokens_decoder": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert Tokenizer.load(tmp_path).vocab_size == 6
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_vocab_json_is_transformers_gpt2(space: bool, tmp_path: Path) -> None:
     BYTES["gpt"].backend.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": space}))
     ours, theirs = Tokenizer.load(tmp_path), GPT2Tokenizer.from_pretrained(tmp_path)
     for text in [*TEXTS, "one<|endoftext|>two"]:
         assert ours.encode(text).ids == theirs(text)["input_ids"]

@@ -14,6 +14,7 @@ number of ranks than it began with.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +64,7 @@ class Progress:
 
 def saved_states(run: Path) -> list[Path]:
     """The folders of the states that a run has, oldest first."""
-    return sorted((run / STATES).glob("step-*"))
+    return sorted(state for state in (run / STATES).glob("step-*") if re.fullmatch(r"step-\d+", state.name))
 
 
 def step_of(state: Path) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -175,7 +176,7 @@ def _plan_command(arguments: list[str]) -> Callable[[], None]:
 
 def _with_data_path(arguments: list[str]) -> list[str]:
     """The setting that `--data` is short for."""
-    return [re.sub(r"--data(?=$|=)", "--data.path", argument) for argument in arguments]
+    return [re.sub(r"^--data(?=$|=)", "--data.path", argument) for argument in arguments]
 
 
 def _planned_config(named: str) -> RunConfig:
@@ -508,7 +509,8 @@ def explain(
         raise InputError("--compare-input is of single inputs: leave out the second text")
     asked = [(model, text if pair is None else (text, pair))]
     if compare is not None or compare_input is not None:
-        asked.append((compare or model, compare_input or asked[0][1]))
+        other = asked[0][1] if compare_input is None else compare_input
+        asked.append((model if compare is None else compare, other))
     if output is not None:
         check_path(output, comparing=len(asked) > 1)
         if as_json:
@@ -696,13 +698,13 @@ def _lines(texts: Sequence[str]) -> Iterator[str]:
     """The texts given, or the lines of standard input as they come."""
     yield from texts
     some = bool(texts)
-    if not some and not sys.stdin.isatty():
+    if not some and sys.stdin is not None and not sys.stdin.isatty():
         try:
             for line in sys.stdin:
                 some = True
-                yield line.rstrip("\n")
+                yield line.removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not UTF-8: {error.reason} at byte {error.start}") from None
+            raise InputError(f"standard input is not UTF-8: {error.reason}") from None
     if not some:
         raise InputError("nothing to work on: give texts, or lines on standard input")
 
@@ -732,21 +734,30 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def main() -> None:
     """Run the command line; exits with 0, 2 for a mistake of the user's, or 130 when interrupted."""
     if isinstance(sys.stdin, io.TextIOWrapper):  # tests put others there
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_: f"qkv: {message}\n"  # without file, line and code
     try:
         _parse(sys.argv[1:])()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what a closed pipe or a full disk does not take is known now
     except InputError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except BrokenPipeError:
-        sys.stderr.close()
+        _drop_output()
         sys.exit(1)
     except OSError as error:
+        _drop_output()
         _fail(str(error), 2)
+
+
+def _drop_output() -> None:
+    """Let what standard output still holds go nowhere when Python ends."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:

@@ -69,7 +69,8 @@ def visible(folder: Path, pattern: str) -> list[Path]:
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary_path)` and put the result in place of `path` only once it is on the disk.
 
-    Raises InputError if the disk is full or the folder cannot be written; what was there before stays.
+    Raises InputError if the disk is full, the folder cannot be written, or what is written is not Unicode (as
+    a name of a file may be); what was there before stays.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -78,7 +79,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnicodeEncodeError) as error:
         with suppress(OSError):
             temporary.unlink()
         kept = "; the last complete file is kept" if path.exists() else ""
@@ -110,7 +111,7 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def reason(error: OSError | SafetensorError) -> str:
+def reason(error: OSError | SafetensorError | UnicodeEncodeError) -> str:
     """Why a file could not be written, in one line."""
     # safetensors reports errors of the system in words that end so.
     found = re.search(r"\(os error (\d+)\)", str(error))

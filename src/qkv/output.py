@@ -94,6 +94,7 @@ class Output:
                     self._save()
             else:
                 self.part.unlink()
+                self.about.unlink(missing_ok=True)
         finally:
             with suppress(OSError):  # what a full disk does not take is not noted either
                 self._open.close()
@@ -101,6 +102,8 @@ class Output:
     def _begin(self) -> None:
         """Go on behind the rows that are sure to be there, or begin."""
         self.at = self._found()
+        if not self.at[1]:
+            self._note()  # before anything is in the part: it is ours
         self.file.truncate(self.at[1])
         if not self.at[1]:
             header = self.header(0)
@@ -111,11 +114,15 @@ class Output:
 
     def _found(self) -> tuple[int, int]:
         """Rows of earlier work, and the bytes of the part that they end at."""
-        if not self.about.exists() or not (size := self.part.stat().st_size):
+        if not (size := self.part.stat().st_size):
             return 0, 0
+        if not self.about.exists():
+            raise InputError(f"{self.part} is in the way, and was not begun by qkv: move it, or delete it")
         said = read_json(self.about)
         with blame(self.about):
-            if self.made_from is None or said["made_from"] != self.made_from:
+            if said["made_from"] is None:  # of a source that cannot be read again
+                return 0, 0
+            if said["made_from"] != self.made_from:
                 raise InputError(
                     f"{self.part} was made of another input, by another model or setting: go on with "
                     "the command that made it, or delete it"
@@ -127,11 +134,14 @@ class Output:
     def _save(self) -> None:
         self.file.flush()
         sync(self.part)
+        self._note()
+        self.kept = self.done
+        self.saved = time.monotonic()
+
+    def _note(self) -> None:
         rows, size = self.at
         said = {"made_from": self.made_from, "rows": rows, "bytes": size}
         replace_text(self.about, json.dumps(said))
-        self.kept = rows
-        self.saved = time.monotonic()
 
     def _finish(self) -> None:
         self.file.flush()

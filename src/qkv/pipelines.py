@@ -575,14 +575,19 @@ class Encoder(Pipeline[Bert]):
         limit = _Limit(tokens or self.model.config.context, truncate)
 
         def read(window: list[TextOrPair], first: int) -> list[Encoding]:
-            if self.model.config.segments < 2 and not all(isinstance(text, str) for text in window):
-                raise InputError("this model does not tell a second text from the first: give single texts")
+            for text in window:
+                self.check_parts(1 if isinstance(text, str) else len(text))
             return limit.encode(self.tokenizer, window, first)
 
         yield from in_order(
             texts, read, lambda e: len(e.ids), answer, _characters, batching.WINDOW_CHARACTERS
         )
         limit.warn()
+
+    def check_parts(self, count: int) -> None:
+        """Raise InputError if an input has so many texts, and this model cannot tell them apart."""
+        if count > self.model.config.segments:
+            raise InputError("this model does not tell a second text from the first: give single texts")
 
     def _batch(self, encodings: list[Encoding]) -> tuple[Ragged, Tensor]:
         """Ids and segments, (T,) each."""

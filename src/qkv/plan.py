@@ -43,6 +43,7 @@ from qkv.data.batches import (
 from qkv.data.dataset import Dataset
 from qkv.errors import InputError
 from qkv.hub import Checkpoint
+from qkv.hub.folder import locate
 from qkv.layers import Block
 from qkv.meter import Meter
 from qkv.models import allocate, build
@@ -50,6 +51,7 @@ from qkv.models.bert import LABELLED
 from qkv.ragged import Layout, Ragged
 from qkv.roofline import Roofline, measure_roofline
 from qkv.runtime import multiplies_bfloat16, pick_device
+from qkv.tokenizers import Tokenizer
 from qkv.trainer import Trainer
 
 GPU = Roofline(
@@ -88,7 +90,9 @@ def assume(config: RunConfig, device: torch.device) -> tuple[RunConfig, tuple[st
             model = replace(model, labels=_labels(10))
             notes.append("10 classes")
     else:
-        if not config.init and model.vocab_size == type(model)().vocab_size:  # the tokenizer is trained
+        if not config.init and config.tokenizer.path:
+            model = replace(model, vocab_size=Tokenizer.load(locate(config.tokenizer.path)).vocab_size)
+        elif not config.init and model.vocab_size == type(model)().vocab_size:  # the tokenizer is trained
             char = config.tokenizer.kind == "char"  # takes what occurs
             model = replace(model, vocab_size=256 if char else config.tokenizer.vocab_size)
             notes.append(f"a vocabulary of {model.vocab_size:,} tokens")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,14 +95,15 @@ class Recorder:
         if not maps.numel():
             return maps
         step = max(1, _SCORES // (len(Q) * Lk))
-        for part in (slice(row, row + step) for row in range(0, len(query), step)):
-            scores = (Q[:, part] * E**-0.5) @ K.transpose(1, 2)  # (heads, rows, Lk)
-            if mask is not None:
-                scores.masked_fill_(~mask[part], float("-inf"))
-            probabilities = scores.softmax(-1)
-            difference = (probabilities @ V).sub_(kernel[:, part]).abs_().max().item()
-            self.residual = max(self.residual, difference)
-            maps[:, part] = probabilities
+        with torch.autocast(query.device.type, enabled=False):  # in training it would multiply in bfloat16
+            for part in (slice(row, row + step) for row in range(0, len(query), step)):
+                scores = (Q[:, part] * E**-0.5) @ K.transpose(1, 2)  # (heads, rows, Lk)
+                if mask is not None:
+                    scores.masked_fill_(~mask[part], float("-inf"))
+                probabilities = scores.softmax(-1)
+                difference = (probabilities @ V).sub_(kernel[:, part]).abs_().max().item()
+                self.residual = float(np.maximum(self.residual, difference))  # NaN stays NaN
+                maps[:, part] = probabilities
         return maps
 
 

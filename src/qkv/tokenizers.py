@@ -42,6 +42,12 @@ FILES = (
 )
 """Every file of a checkpoint's folder that `Tokenizer.load` may read."""
 
+_CLASSES = (
+    *("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"),
+    *("GPT2Tokenizer", "OpenAIGPTTokenizer", "MarianTokenizer", "PreTrainedTokenizer", "TokenizersBackend"),
+)
+"""Names that transformers gives to tokenizers which a vocabulary's files are enough for, but for "Fast"."""
+
 END_OF_TEXT = "<|endoftext|>"
 _USUAL: dict[Role, tuple[str, ...]] = {
     "pad": ("<pad>", "[PAD]"),
@@ -306,6 +312,8 @@ class Tokenizer:
         folder = Path(folder)
         has = {name for name in FILES if (folder / name).is_file()}
         try:
+            if "tokenizer.json" not in has:
+                _check_class(folder)
             if "tokenizer.json" in has:
                 text = (folder / "tokenizer.json").read_text(encoding="utf-8")
                 backend = tokenizers.Tokenizer.from_str(text)
@@ -380,20 +388,32 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _check_class(folder: Path) -> None:
+    """Raise InputError if a folder's vocabulary is of a tokenizer that splits texts in another way."""
+    for name in ("tokenizer_config.json", "config.json"):
+        said = json_or_empty(folder / name)
+        known = str(said.get("tokenizer_class") or "").removesuffix("Fast")
+        if known and known not in _CLASSES:
+            raise InputError(
+                f"{folder} is of a {known}, which is not supported without a tokenizer.json; there are "
+                f"{', '.join(_CLASSES)}"
+            )
+
+
 def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     """Put those beside a vocabulary that a folder's files say were added to it, with the ids that they say.
 
     Raises InputError for other ids than those that follow the vocabulary's.
     """
     said = json_or_empty(folder / "special_tokens_map.json") | json_or_empty(folder / "tokenizer_config.json")
-    more = said.get("extra_special_tokens", said.get("additional_special_tokens", []))
+    more = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
     named = more.values() if isinstance(more, dict) else more
     special = {token["content"] if isinstance(token, dict) else token for token in named}
     found = {
         id: AddedToken(name, special=name in special, normalized=name not in special)
         for name, id in json_or_empty(folder / "added_tokens.json").items()
     }
-    for id, flags in said.get("added_tokens_decoder", {}).items():
+    for id, flags in (said.get("added_tokens_decoder") or {}).items():
         found[int(id)] = AddedToken(**{key: value for key, value in flags.items() if key != "__type"})
     for id, token in sorted(found.items()):
         backend.add_tokens([token])
@@ -435,12 +455,12 @@ def _wordpiece(
     return backend
 
 
-def _byte_level(model: models.BPE, lowercase: bool = False) -> tokenizers.Tokenizer:
-    """GPT-2's pipeline: every text is bytes, and every byte is in the vocabulary."""
+def _byte_level(model: models.BPE, lowercase: bool = False, space: bool = False) -> tokenizers.Tokenizer:
+    """GPT-2's pipeline: every text is bytes, and each is in the vocabulary. space: put it first."""
     backend = tokenizers.Tokenizer(model)
     if lowercase:
         backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -487,7 +507,8 @@ def _bpe_files(folder: Path) -> tokenizers.Tokenizer:
     """vocab.json and merges.txt of GPT-2, or of GPT-1, whose tokens mark the end of a word."""
     vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     if not any(token.endswith("</w>") for token in vocab):
-        return _byte_level(models.BPE(vocab, merges))
+        said = json_or_empty(folder / "tokenizer_config.json")
+        return _byte_level(models.BPE(vocab, merges), space=bool(said.get("add_prefix_space")))
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

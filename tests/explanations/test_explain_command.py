@@ -122,8 +122,10 @@ def test_a_figure_takes_no_more_work_than_it_shows(asked, tmp_path):
 def test_two_inputs_or_two_models_are_compared(asked, tmp_path):
     succeed("explain", "bert", "a", "--compare-input", "b", "-o", tmp_path / "inputs.html")
     succeed("explain", "bert", "a", "--compare", "tuned", "-o", tmp_path / "models.html")
+    succeed("explain", "bert", "a", "--compare-input", "", "-o", tmp_path / "nothing.html")
     inputs, models = [("bert", "a"), ("bert", "b")], [("bert", "a"), ("tuned", "a")]
-    assert [(model, given) for model, given, *_ in asked] == inputs + models
+    nothing = [("bert", "a"), ("bert", "")]
+    assert [(model, given) for model, given, *_ in asked] == inputs + models + nothing
 
 
 def test_mistakes_are_a_line_and_found_before_any_work(asked, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_pipelines import classifier, encoder, generator, image, translator
+from tiny import tiny
 
 import qkv
 from explanations.subjects import CASES
@@ -16,6 +18,7 @@ from qkv.errors import InputError
 from qkv.explanations.explanation import Method
 from qkv.fast import Road
 from qkv.hub.sentence import Pooling
+from qkv.pipelines import pipeline
 
 LABELS = ("a", "b", "c")
 
@@ -270,3 +273,18 @@ def test_the_model_is_as_it_was(name: str):
     assert [p.requires_grad for p in model.parameters()] == [p is not frozen for p in model.parameters()]
     assert all(p.grad is None for p in model.parameters())
     assert all(module.tap is None for stack in model.attentions().values() for module in stack)
+
+
+@pytest.mark.parametrize("none", [{"layers": []}, {"heads": []}])
+def test_attention_of_no_layer_or_head_is_left_out(none: dict):
+    one, given, target = CASES["bert-classification"]()
+    made = qkv.explain(one, given, target=target, methods=("relevance",), random_orders=0, **none)
+    assert made.attention == ()
+
+
+def test_a_pair_for_a_model_without_segments_is_refused():
+    reader = encoder("classification", ("a", "b"))
+    config = replace(reader.model.config, segments=1)
+    alone = pipeline(replace(reader.checkpoint, model=tiny(config, torch.float32)), "cpu")
+    with pytest.raises(InputError, match="does not tell a second text from the first"):
+        qkv.explain(alone, ("a", "b"))

@@ -14,7 +14,7 @@ from explanations import made
 from qkv.config import FigureOptions
 from qkv.errors import InputError
 from qkv.explanations.drawing import COOL, WARM, Box, Drawing, Label, tinted, width_of
-from qkv.explanations.figures import figure, heat
+from qkv.explanations.figures import _matrix, figure, heat
 from qkv.explanations.plain import from_json
 from qkv.explanations.save import save
 
@@ -163,3 +163,13 @@ def test_other_files_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"side by side are saved as .html"):
         save(made.sentence(), tmp_path / "a.png", compare=made.sentence())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["\u0301", "e\u0301", "日", ""])
+def test_a_mark_without_a_letter_has_a_width(text: str):
+    assert (width_of(text) > 0) == bool(text)
+
+
+def test_more_weights_than_can_be_seen_are_not_drawn():
+    with pytest.raises(InputError, match=r"300 times 300 weights is too large .*\.html"):
+        _matrix([""] * 300, [""] * 300, np.zeros((300, 300), np.float16), ("reads", "read"))

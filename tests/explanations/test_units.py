@@ -88,3 +88,11 @@ def test_every_unit_has_all_that_is_said_of_units(name: str):
         assert len(s.segments) in (0, len(s.units))
         assert len(s.words) in (0, len(s.units))
         assert s.name == "image" or s.words
+
+
+def test_a_word_that_the_vocabulary_lacks_counts_as_one():
+    made = tokenizer("transformer", "char", 60)
+    ids = made.plain("☃ Two dogs")
+    found = units.of_ids("source", made, ids, [False] * len(ids))
+    assert [found.words[i] for i, unit in enumerate(found.units) if unit.strip() in ("T", "d")][:2] == [1, 2]
+    assert found.words[0] == 0

@@ -89,6 +89,18 @@ def test_answers_are_the_models_own(name: str, precision: str):
 
 
 @native_code
+@pytest.mark.parametrize("precision", TOLERANCE)
+def test_nothing_is_told_of_an_empty_source(precision: str):
+    batch = samples(wide("transformer-post-norm"), [(0, 6), (5, 3)])
+    with torch.inference_mode():
+        expected, found = (
+            flat(answers(model, batch))
+            for model in (wide("transformer-post-norm"), native("transformer-post-norm", precision))
+        )
+    assert_near(found, expected, TOLERANCE[precision])
+
+
+@native_code
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoding_reads_the_cache_as_the_model_does(name: str):
     inputs = [ids(length, length).tolist() for length in (5, 1, 9, 30)]
@@ -304,6 +316,21 @@ def test_without_a_compiler_torch_computes_and_a_warning_says_so(name: str, tmp_
         assert_near(flat(answers(model, batch)), flat(answers(wide(name), batch)), TOLERANCE["bf16"])
 
 
+@pytest.mark.parametrize(("compiler", "complaint"), [("", None), ("'c++", "No closing quotation")])
+def test_a_compiler_that_is_named_badly(compiler: str, complaint: str | None, tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", compiler)
+    library.cache_clear()
+    try:
+        if complaint is None:
+            assert REASON or library()
+        else:
+            with pytest.raises(UnavailableError, match=REASON or complaint):
+                library()
+    finally:
+        library.cache_clear()
+
+
 def test_widths_that_the_code_does_not_take_are_computed_by_torch():
     model = tiny("gpt-pre-norm", torch.float32)
     with pytest.warns(UserWarning, match=r"PyTorch's operators alone"):
@@ -357,6 +384,18 @@ def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch):
     try:
         with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):
             assert optimize(wide("gpt-pre-norm"), "bf16") == Road("torch", "bf16")
+    finally:
+        library.cache_clear()
+
+
+@native_code
+def test_a_library_that_may_not_be_loaded_leaves_torchs_operators(tmp_path, monkeypatch):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    monkeypatch.setattr("qkv.fast.native._compile", lambda compiler, out: out.write_bytes(b"no library"))
+    library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot load .*\.so"):
+            assert optimize(wide("gpt-pre-norm"), "fp32") == Road("torch", "fp32")
     finally:
         library.cache_clear()
 

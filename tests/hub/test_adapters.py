@@ -273,3 +273,20 @@ def test_a_whole_model_and_an_adapter_replace_each_other_in_a_folder(tmp_path: P
         assert sum((tmp_path / source / file).is_file() for file in (WEIGHTS, "model.safetensors")) == 1
         found = theirs.our_answers(hub.load(tmp_path / source).model)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_task_of_peft_means_is_the_bases_to_say(tmp_path: Path) -> None:
+    """peft calls regression and several labels sequence classification too."""
+    for kind, outputs in (("regression", 1), ("multi_label_classification", 3)):
+        folder = tmp_path / kind
+        config = theirs.make("bert-classification").config
+        config.num_labels, config.problem_type = outputs, kind
+        transformers.BertForSequenceClassification(config).save_pretrained(folder / "base")
+        model = transformers.BertForSequenceClassification.from_pretrained(folder / "base").eval()
+        settings = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+        adapted_model = peft.get_peft_model(model, settings).eval()
+        stir(adapted_model)
+        adapted_model.save_pretrained(folder / "adapter")
+        ours = hub.load(folder / "adapter").model
+        assert ours.config.head == kind.removesuffix("_classification")
+        theirs.compare(ours, adapted_model.get_base_model())

@@ -418,3 +418,22 @@ def test_a_transformer_folder_says_how_to_generate(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert (generation["decoder_start_token_id"], generation["eos_token_id"]) == (0, 1)
     assert generation["bad_words_ids"] == [[0]]
+
+
+def test_an_index_of_earlier_weights_is_passed_over(tmp_path: Path) -> None:
+    """As transformers leaves it, which saves a model once in shards and then in one file."""
+    model = theirs.make("bert")
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    theirs.compare(hub.load(tmp_path).model, model)
+
+
+def test_labels_json_of_a_whole_model_is_the_users(tmp_path: Path) -> None:
+    theirs.make("bert").save_pretrained(tmp_path)
+    (tmp_path / "labels.json").write_text("[1]")
+    hub.save(tmp_path, hub.load(tmp_path))
+    assert (tmp_path / "labels.json").read_text() == "[1]"

@@ -114,7 +114,7 @@ def test_lower_case_and_prompts_are_kept(minilm: hub.Checkpoint, tmp_path: Path)
     cased.save(str(tmp_path / "encoder" / "tokenizer.json"))
     prompts = {"query": "Represent this: ", "document": ""}
     modules = [Transformer(str(tmp_path / "encoder"), do_lower_case=True), Pooling(12, pooling_mode="mean")]
-    model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts)
+    model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts, similarity_fn_name="dot")
     model.save_pretrained(str(tmp_path / "model"))
     loaded, texts = hub.load(tmp_path / "model"), ["A Fine Film", "a fine film", "ÉTÉ"]
     assert loaded.tokenizer is not None
@@ -123,7 +123,7 @@ def test_lower_case_and_prompts_are_kept(minilm: hub.Checkpoint, tmp_path: Path)
     hub.save(tmp_path / "ours", loaded)
     again = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
     np.testing.assert_allclose(again.encode(texts), expected, atol=1e-5)
-    assert again.prompts == prompts
+    assert again.prompts == prompts and again.similarity_fn_name == "dot"
     np.testing.assert_allclose(again.encode_query(texts), model.encode_query(texts), atol=1e-5)
     assert hub.load(tmp_path / "ours").pooling.prompts == prompts
 

@@ -173,6 +173,7 @@ def test_folders_without_a_config(tmp_path: Path) -> None:
 )
 def test_malformed_indices(index: object, tmp_path: Path) -> None:
     saved("gpt2", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(tmp_path, r"model\.safetensors\.index\.json is malformed")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,11 @@ class Corpus:
             raise InputError(f"{self.path}: row {number + 1} has no value in column {missing!r}")
         return tuple(values)
 
-    def identity(self) -> str:
-        """What is another if the file is."""
+    def identity(self) -> str | None:
+        """What is another if the file is; None for a pipe, which cannot be read again."""
         about = self.path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            return None
         names = ",".join([*self.columns, *self.perhaps])
         return f"{self.path.resolve()} {about.st_size} {about.st_mtime_ns} {names}"
 
@@ -168,5 +171,6 @@ class ImageFolder:
         return str(self.files[number])
 
     def identity(self) -> str:
-        """What is another if other files are there."""
-        return "\n".join(str(file.absolute()) for file in self.files)
+        """What is another if other files are there, or one of them has changed."""
+        about = ((file.absolute(), file.stat()) for file in self.files)
+        return "\n".join(f"{path} {known.st_size} {known.st_mtime_ns}" for path, known in about)

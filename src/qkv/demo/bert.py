@@ -84,8 +84,8 @@ def part(lab: Lab) -> Part:
         **_label_baselines(labelled),
         **_pretraining_baselines(pretrained),
     }
-    encoder = cast(Encoder, from_pretrained(pretrained.folder))
-    classifier = cast(Encoder, from_pretrained(tuned.folder))
+    encoder = cast(Encoder, from_pretrained(pretrained.folder, device="cpu"))
+    classifier = cast(Encoder, from_pretrained(tuned.folder, device="cpu"))
     sizes = {split: len(rows) for split, rows in labelled.items()}
     return Part(
         key="bert",

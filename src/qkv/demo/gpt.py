@@ -62,7 +62,7 @@ def part(lab: Lab) -> Part:
             *counted(train.stream, valid.stream, order, model.vocab_size, valid.size_in_bytes),
             None,
         )
-    generator = cast(TextGenerator, from_pretrained(run.folder))
+    generator = cast(TextGenerator, from_pretrained(run.folder, device="cpu"))
     return Part(
         key="gpt",
         title="GPT: the source of the standard library",

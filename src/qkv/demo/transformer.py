@@ -47,7 +47,7 @@ def part(lab: Lab) -> Part:
         write_table(folder / f"{name}.csv", ("source", "target"), pairs)
     data = DataConfig(path=str(folder / "train.csv"), valid=str(folder / "valid.csv"))
     run = lab.train("transformer", replace(RECIPE, data=data))
-    translator = cast(Translator, from_pretrained(run.folder))
+    translator = cast(Translator, from_pretrained(run.folder, device="cpu"))
     scored = valid[:SCORED]
     sources, references = [source for source, _ in scored], [target for _, target in scored]
     translations = translator.translate(sources, num_beams=1)

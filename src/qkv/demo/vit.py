@@ -44,7 +44,7 @@ def part(lab: Lab) -> Part:
     flat = {split: images.reshape(len(images), -1) / 240 for split, images in pixels.items()}
     linear = logistic_regression(flat["train"], labels["train"])
     majority = Counter(labels["train"]).most_common(1)[0][0]
-    classifier = cast(ImageClassifier, from_pretrained(run.folder))
+    classifier = cast(ImageClassifier, from_pretrained(run.folder, device="cpu"))
     return Part(
         key="vit",
         title="ViT: handwritten digits",

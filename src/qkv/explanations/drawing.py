@@ -112,11 +112,12 @@ class Drawing:
 
 
 def width_of(text: str) -> float:
-    """Of a line of text, in pixels: wide letters, as of Chinese, count twice, accents not at all."""
-    return _LETTER * sum(
+    """Of a line of text, in pixels: wide letters, as of Chinese, count twice, accents not."""
+    letters = sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
     )
+    return _LETTER * max(letters, bool(text))
 
 
 def tinted(colour: Colour, share: float) -> Colour:

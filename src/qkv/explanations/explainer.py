@@ -209,6 +209,8 @@ def _attention(
         weights = torch.stack([look.weights for look in seen if look.stack == stack])  # (L, H, Uq, Uk)
         chosen = _chosen("layer", layers, weights.shape[0])
         of_those = _chosen("head", heads, weights.shape[1])
+        if not chosen or not of_those:
+            continue
         kept = weights[list(chosen)][:, list(of_those)].cpu().numpy().astype(np.float16)
         yield Attention(stack, queries, keys, kept, chosen, of_those)
 

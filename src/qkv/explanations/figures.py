@@ -31,6 +31,8 @@ from qkv.explanations.words import generates, leading, strongest, visible, words
 
 _MARGIN, _LINE, _WIDTH = 12.0, 26.0, 640.0
 _CELL = 18.0
+_CELLS = 200 * 200
+"""Most weights that are drawn, 3,600 pixels a side."""
 _STRENGTH = 0.6
 """How strong the colour of the most relevant token is: it must stay readable."""
 
@@ -188,6 +190,11 @@ def _matrix(
 ) -> Drawing:
     """A square for each weight, stronger by its square root, as on the page; marks: cells to outline."""
     across, down = f"{axes[1]} →", f"← {axes[0]}"
+    if weights.size > _CELLS:
+        R, C = weights.shape
+        raise InputError(
+            f"a figure of {R:,} times {C:,} weights is too large to look at: write a page (.html)"
+        )
     left = 2 * _LINE + max(width_of(visible(name)) for name in rows)
     top = 2 * _LINE + max(width_of(visible(name)) for name in columns)
     R, C = weights.shape

@@ -183,6 +183,7 @@ def _bert(
 
 
 def _encoding(encoder: Encoder, texts: tuple[str, ...], limit: int | None = None) -> tokenizers.Encoding:
+    encoder.check_parts(len(texts))
     encoding = encoder.tokenizer.located(*texts)
     _check_length(encoder, len(encoding.ids), limit=limit)
     return encoding

@@ -37,6 +37,8 @@ def to_plain(value: Any) -> Any:
     """Any part of an explanation as plain values."""
     if is_dataclass(value) and not isinstance(value, type):
         return {one.name: to_plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, np.ndarray) and value.ndim > 1:
+        return [to_plain(part) for part in value]  # as decimals a number takes a hundred bytes for a moment
     if isinstance(value, np.ndarray):
         # The shortest decimals that give the same float16 or float32, not their digits as float64.
         exact = value.astype(str).astype(np.float64) if value.dtype.kind == "f" else value

@@ -37,7 +37,11 @@ def of_words(name: Name, text: str, places: Sequence[Span], encoding: tokenizers
 def of_ids(name: Name, tokenizer: Tokenizer, ids: Sequence[int], special: Sequence[bool]) -> Units:
     """Tokens of which there are only ids, as the text that they decode to."""
     pieces = Pieces(tokenizer)
-    parts = ["" if marker else pieces.push(id) for id, marker in zip(ids, special, strict=True)]
+    unknown = tokenizer.unk_id  # of which no text is left, where a word was
+    parts = [
+        "" if marker else pieces.push(id) or (tokenizer.token(id) if id == unknown else "")
+        for id, marker in zip(ids, special, strict=True)
+    ]
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + len(part))

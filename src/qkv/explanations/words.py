@@ -95,7 +95,12 @@ def given(explanation: Explanation) -> str:
     if explanation.picture is not None:
         return "an image"
     last = explanation.choices[0].unit if explanation.family == "gpt" else len(sequence.units)
-    places = [i for i, special in enumerate(sequence.special) if not special and i <= last]
+    places = [
+        i
+        for i, special in enumerate(sequence.special)
+        # Neither word nor white space are the first bytes of a letter, whose last one has all of it.
+        if not special and i <= last and (sequence.words[i] >= 0 or sequence.units[i].isspace())
+    ]
     if not sequence.segments:
         return "".join(sequence.units[i] for i in places).strip()
     texts = ["".join(sequence.units[i] for i in places if sequence.segments[i] == s) for s in (0, 1)]

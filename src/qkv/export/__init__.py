@@ -9,6 +9,7 @@ from qkv import hub
 from qkv.errors import InputError
 from qkv.export import onnx
 from qkv.export.check import check
+from qkv.files import expanded
 from qkv.hub import Checkpoint
 from qkv.hub import folder as folders
 
@@ -20,10 +21,11 @@ def export(source: str | Path, folder: str | Path, format: Format) -> dict[str, 
 
     Returns what to tell of it. Raises InputError like `hub.load`, `hub.save` and `save_onnx`.
     """
+    folder = expanded(folder)
     if format == "onnx":
-        check_free(Path(folder))
+        check_free(folder)
         largest = save_onnx(folder, hub.load(source))
-        written = sorted(path.name for path in Path(folder).glob("*.onnx"))
+        written = sorted(path.name for path in folder.glob("*.onnx"))
         return {"folder": str(folder), "files": written, "largest_difference": largest}
     hub.save(folder, hub.load(source))
     return {"folder": str(folder)}

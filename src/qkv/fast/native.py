@@ -53,12 +53,12 @@ def library() -> ctypes.CDLL:
     """The compiled code; built once for a CPU and a version of the source, then kept in the cache folder.
 
     Raises UnavailableError for a CPU that it is not written for, and where there is no compiler or the folder
-    cannot be written.
+    cannot be written, or nothing in it be executed.
     """
     capabilities = torch.cpu.get_capabilities()
     if missing := [name for name in FEATURES if not capabilities.get(name)]:
         raise UnavailableError(f"this CPU lacks {', '.join(missing)}")
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    compiler = _compiler()
     key = repr((version(), FLAGS, compiler, sorted(capabilities.items())))
     path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
@@ -71,7 +71,10 @@ def library() -> ctypes.CDLL:
                 made.replace(path)
         except OSError as error:
             raise UnavailableError(f"cannot write {path}: {reason(error)}") from None
-    found = ctypes.CDLL(str(path))
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:  # a folder from which nothing may be executed
+        raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
     found.qkv_packed_bytes.restype = found.qkv_scales.restype = c_int64
     return found
 
@@ -79,11 +82,11 @@ def library() -> ctypes.CDLL:
 def check(config: ModelConfig) -> None:
     """Raises UnavailableError for a model of sizes that the code does not take, and as `library` does."""
     head_dim = config.dim // config.heads
-    odd = [size for size in (config.dim, head_dim, config.mlp_dim) if size % 16]
-    if odd or head_dim > 256 or config.dim > 8192:
-        raise UnavailableError(
-            f"it needs widths in multiples of 16, not {config.dim}, {head_dim}, {config.mlp_dim}"
-        )
+    for size, most in ((config.dim, 8192), (head_dim, 256), (config.mlp_dim, None)):
+        if size % 16:
+            raise UnavailableError(f"it needs widths in multiples of 16, not {size}")
+        if most is not None and size > most:
+            raise UnavailableError(f"it takes widths up to {most} there, not {size}")
     library()
 
 
@@ -91,6 +94,14 @@ def version() -> str:
     """Changes with the sources."""
     files = sorted(SOURCES.iterdir())
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
+
+
+def _compiler() -> list[str]:
+    said = os.environ.get("CXX") or "c++"
+    try:
+        return shlex.split(said)
+    except ValueError as error:
+        raise UnavailableError(f"CXX is {said!r}: {error}") from None
 
 
 def _compile(compiler: list[str], out: Path) -> None:

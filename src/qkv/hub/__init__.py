@@ -81,7 +81,7 @@ def load(
     source: str | Path,
     *,
     family: Family | None = None,
-    head: BertHead | None = None,
+    head: BertHead | tuple[BertHead, ...] | None = None,
     labels: tuple[str, ...] = (),
     revision: str | None = None,
 ) -> Checkpoint:
@@ -89,16 +89,18 @@ def load(
 
     Where that is an adapter in peft's format, the checkpoint is its base with the adapter in the weights.
 
-    family: the only one that will do. head, labels: ask for this head of BERT, or classes of BERT or ViT;
-    what of it the checkpoint does not have gets fresh weights. Without them the head that the checkpoint
+    family: the only one that will do. head, labels: ask for this head of BERT (of several, the one that the
+    checkpoint declares, else the first), or classes of BERT or ViT; what of it the checkpoint does not have
+    gets fresh weights. Without them the head that the checkpoint
     declares must be there.
     revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported.
     """
+    heads = (head,) if isinstance(head, str) else head or ()
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
-        return _load_adapted(found, adapter, family, head, labels)
+        return _load_adapted(found, adapter, family, heads, labels)
     own = sentence.read(found)
     folder = own.folder
     theirs = files.read_json(folder / folders.CONFIG)
@@ -114,12 +116,12 @@ def load(
             declared: AnyModelConfig = format.config(settings, theirs, names.keys())
         if family not in (None, declared.family):
             raise InputError(f"{source} is a {declared.family} model, but this run trains a {family}")
-        config = _asked(declared, head, labels)
+        config = _asked(declared, heads, labels)
         if _classes(config) != _classes(declared):
             names = {known: name for known, name in names.items() if not known.startswith("classifier.")}
         model = _unfilled(config)
         try:
-            fresh = format.table.load(model, config, tensors, names, _HEADS if head or labels else ())
+            fresh = format.table.load(model, config, tensors, names, _HEADS if heads or labels else ())
         except InputError as error:
             raise InputError(f"the tensors in {folder} do not fit its {folders.CONFIG}: {error}") from None
     model.eval()
@@ -149,14 +151,14 @@ def _load_adapted(
     folder: Path,
     adapter: Adapter,
     family: Family | None,
-    head: BertHead | None,
+    heads: tuple[BertHead, ...],
     labels: tuple[str, ...],
 ) -> Checkpoint:
     """The checkpoint that a folder's adapters belong to, with them in its weights."""
     with files.blame(folder / folders.ADAPTER):
         base_folder = folders.locate(adapter.base, adapter.revision)
         check_base(base_folder)
-        base = load(base_folder, family=family, head=head or adapter.head, labels=labels or adapter.labels)
+        base = load(base_folder, family=family, head=heads or adapter.heads, labels=labels or adapter.labels)
     config: AnyModelConfig = base.model.config
     try:
         adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)
@@ -185,17 +187,17 @@ def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _asked(declared: AnyModelConfig, head: BertHead | None, labels: tuple[str, ...]) -> AnyModelConfig:
+def _asked(declared: AnyModelConfig, heads: tuple[BertHead, ...], labels: tuple[str, ...]) -> AnyModelConfig:
     """The declared config with the head and the classes that the caller asks for."""
-    if not head and not labels:
+    if not heads and not labels:
         return declared
     if isinstance(declared, BertConfig):
-        wanted = head or declared.head
+        wanted = declared.head if not heads or declared.head in heads else heads[0]
         kept = declared.labels if wanted == declared.head else ()
         return replace(declared, head=wanted, labels=labels or kept)
-    if isinstance(declared, ViTConfig) and not head:
+    if isinstance(declared, ViTConfig) and not heads:
         return replace(declared, labels=labels)
-    raise InputError(f"a {declared.family} checkpoint has no head {head or 'with labels'}")
+    raise InputError(f"a {declared.family} checkpoint has no head {heads[0] if heads else 'with labels'}")
 
 
 def _classes(config: AnyModelConfig) -> tuple[str, tuple[str, ...]] | None:
@@ -322,7 +324,7 @@ def save(
             (staging / name).mkdir(exist_ok=True)
             fill(staging / name)
 
-    folders.replace(Path(folder), write)
+    folders.replace(files.expanded(folder), write)
 
 
 def _writer(checkpoint: Checkpoint, write_weights: Callable[[Path], None] | None) -> Callable[[Path], None]:

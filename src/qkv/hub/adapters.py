@@ -54,7 +54,11 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
 }
 """Endings of transformers' architectures, and what peft calls their task; a ViT's has no name there."""
-_HEADS: Mapping[str | None, BertHead] = {"SEQ_CLS": "classification", "TOKEN_CLS": "tagging"}
+_HEADS: Mapping[str | None, tuple[BertHead, ...]] = {
+    "SEQ_CLS": ("classification", "multi_label", "regression"),
+    "TOKEN_CLS": ("tagging",),
+}
+"""What peft's tasks may mean: that of them which the base has, else the first."""
 _READ = (
     "base_model_name_or_path",
     "revision",
@@ -78,8 +82,8 @@ class Adapter(NamedTuple):
     """Adapted modules: an expression for their whole names, or endings of them."""
     whole: tuple[str, ...]
     """Modules that were trained whole: parts of their names."""
-    head: BertHead | None
-    """Its head, or the one that its task needs; None: the one of the base."""
+    heads: tuple[BertHead, ...]
+    """Its head, or those that its task may need; empty: the one of the base."""
     labels: tuple[str, ...]
     """Its classes, in a folder that was written here."""
 
@@ -122,7 +126,9 @@ def read(folder: Path) -> Adapter | None:
             targets = re.compile(targets) if isinstance(targets, str) else tuple(targets)
         except re.error as error:
             raise InputError(f"target_modules is {targets!r}, no regular expression: {error}") from None
-        ours = files.json_or_empty(folder / LABELS)
+        with files.blame(folder / LABELS):
+            ours = files.json_or_empty(folder / LABELS)
+            head, labels = ours.get("head"), tuple(ours.get("labels", ()))
         return Adapter(
             base=theirs["base_model_name_or_path"],
             revision=theirs.get("revision"),
@@ -130,8 +136,8 @@ def read(folder: Path) -> Adapter | None:
             alpha=float(theirs["lora_alpha"]),
             targets=targets,
             whole=tuple(theirs.get("modules_to_save") or ()),
-            head=ours.get("head") or _HEADS.get(theirs.get("task_type")),
-            labels=tuple(ours.get("labels", ())),
+            heads=(head,) if head else _HEADS.get(theirs.get("task_type"), ()),
+            labels=labels,
         )
 
 

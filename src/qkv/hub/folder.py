@@ -31,7 +31,7 @@ CODE = "modeling_*.py"
 ONNX = ("*.onnx", "*.onnx.data")
 
 _MODEL_FILES = (CONFIG, WEIGHTS, INDEX, SHARDS, SENTENCE, *tokenizers.FILES, images.FILE)
-_FILES = (*_MODEL_FILES, GENERATION, MODULES, PROMPTS, ADAPTER, ADAPTER_WEIGHTS, LABELS)
+_FILES = (*_MODEL_FILES, GENERATION, MODULES, PROMPTS, ADAPTER, ADAPTER_WEIGHTS)
 """What a checkpoint may consist of, as patterns, but for the modules of sentence-transformers."""
 _WEIGHTS = (WEIGHTS, ADAPTER_WEIGHTS)
 _STAGING = ".saving-"
@@ -53,12 +53,13 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     path = expanded(source)
     try:
         is_folder, exists = path.is_dir(), path.exists()
+        holds = is_folder and any((path / name).is_file() for name in (CONFIG, ADAPTER, MODULES))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if is_folder:
         if revision is not None:
             raise InputError(f"{path} is a folder; a revision belongs to a Hub id")
-        if not any((path / name).is_file() for name in (CONFIG, ADAPTER, MODULES)):
+        if not holds:
             inside = sorted(str(file.parent) for file in path.glob(f"[!.]*/{CONFIG}"))
             if inside:
                 raise InputError(f"{path} is a folder of models: name one of {', '.join(inside)}")
@@ -74,7 +75,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     # sentence-transformers once put the model into a folder of its own, as in 0_Transformer.
-    patterns = [*_FILES, *(f"0_*/{file}" for file in _MODEL_FILES), "*_Pooling/config.json"]
+    patterns = [*_FILES, LABELS, *(f"0_*/{file}" for file in _MODEL_FILES), "*_Pooling/config.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
@@ -89,7 +90,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise InputError(
             f"{name} is not a folder, not in the cache, and the Hub cannot be reached; check the connection"
         ) from None
-    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # connections that break off raise the plain Exceptions of the HTTP library
         raise InputError(f"{name} cannot be fetched from the Hub: {' '.join(str(error).split())}") from None
 
 
@@ -99,12 +100,12 @@ def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Sto
 
     Raises InputError if there are none, or a file is missing or broken.
     """
-    if weights == WEIGHTS and (folder / INDEX).is_file():
+    if (folder / weights).is_file():  # an index beside it is of earlier weights
+        shards = {folder / weights}
+    elif weights == WEIGHTS and (folder / INDEX).is_file():
         index = files.read_json(folder / INDEX)
         with files.blame(folder / INDEX):
             shards = {folder / name for name in index["weight_map"].values()}
-    elif (folder / weights).is_file():
-        shards = {folder / weights}
     else:
         raise InputError(
             f"{folder} has no {weights}; pickled weights such as pytorch_model.bin are never loaded, because "
@@ -150,7 +151,7 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
             for name in new:
                 files.sync(staging / name)
             for name in sorted(new, key=lambda name: (_is_weights(name), name)):
-                if _is_weights(name):  # an old index would hide the new weights
+                if _is_weights(name):  # before them, so that none is ever beside the new ones
                     for leftover in old - new:
                         (folder / leftover).unlink(missing_ok=True)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -187,5 +188,6 @@ def _checkpoint_files(folder: Path) -> set[Path]:
     whole = (folder / CONFIG).is_file() and any(any(folder.glob(pattern)) for pattern in weights)
     if not (whole or ((folder / ADAPTER).is_file() and (folder / ADAPTER_WEIGHTS).is_file())):
         return set()
-    patterns: Iterable[str] = (*_FILES, CODE, *ONNX, "*_Pooling/config.json", "*_Normalize/config.json")
+    own = (*_FILES, LABELS) if (folder / ADAPTER).is_file() else _FILES  # else they are the user's
+    patterns: Iterable[str] = (*own, CODE, *ONNX, "*_Pooling/config.json", "*_Normalize/config.json")
     return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}

@@ -175,7 +175,9 @@ class Persimmon(Format[GPTConfig]):
 
     def rest(self, config: GPTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Always with the language model's head."""
-        return {"architectures": ["PersimmonForCausalLM"], **_token_ids(tokenizer)}
+        # transformers 4 does not know rope_parameters, and would turn other angles by itself.
+        rotary = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+        return {"architectures": ["PersimmonForCausalLM"], **rotary, **_token_ids(tokenizer)}
 
     def obstacle(self, config: GPTConfig) -> str | None:
         """Norms must come first."""

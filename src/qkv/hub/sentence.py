@@ -33,6 +33,8 @@ class Pooling:
     """How many tokens of a text a vector is of; None: as many as the model reads."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     """What its users put before a text, by purpose; kept for them, and put before none here."""
+    similarity: str | None = None
+    """How its users compare vectors, in the words of sentence-transformers; kept for them, unused here."""
 
     def vectors(self, hidden: Ragged) -> Tensor:
         """hidden (T, D) -> float32 (N, D)."""
@@ -76,14 +78,14 @@ def read(folder: Path) -> Found:
     said = json_or_empty(encoder / SENTENCE)
     with blame(encoder / SENTENCE):
         lowercase = bool(said.get("do_lower_case"))
-    pooling = Pooling(
-        _mode(modules["Pooling"]), "Normalize" in modules, _max_tokens(encoder), _prompts(folder / PROMPTS)
-    )
+    prompts, similarity = _use(folder / PROMPTS)
+    mode, normalize = _mode(modules["Pooling"]), "Normalize" in modules
+    pooling = Pooling(mode, normalize, _max_tokens(encoder), prompts, similarity)
     return Found(encoder, pooling, lowercase)
 
 
-def _prompts(path: Path) -> Mapping[str, str]:
-    """The prompts of a folder, of which none is put before every text."""
+def _use(path: Path) -> tuple[Mapping[str, str], str | None]:
+    """What a folder says to its users: prompts, of which none is put before every text, and a similarity."""
     said = json_or_empty(path)
     with blame(path):
         prompts: dict[str, str] = dict(said.get("prompts") or {})
@@ -92,7 +94,8 @@ def _prompts(path: Path) -> Mapping[str, str]:
                 f"default_prompt_name is {said['default_prompt_name']!r}, but no prompt is put before a text "
                 "here: make it null, and write the prompt into the texts"
             )
-    return prompts
+        similarity: str | None = said.get("similarity_fn_name")
+    return prompts, similarity
 
 
 def _max_tokens(folder: Path) -> int | None:
@@ -140,7 +143,8 @@ def write(folder: Path, pooling: Pooling, config: BertConfig) -> None:
     }
     if pooling.normalize:
         files["2_Normalize/config.json"] = {}
-    if pooling.prompts:
-        files[PROMPTS] = {"prompts": dict(pooling.prompts), "default_prompt_name": None}
+    if pooling.prompts or pooling.similarity:
+        prompts = {"prompts": dict(pooling.prompts), "default_prompt_name": None}
+        files[PROMPTS] = prompts | {"similarity_fn_name": pooling.similarity}
     for name, values in files.items():
         write_json(folder / name, values)

@@ -75,8 +75,7 @@ struct Attention {
 
     template <int P>
     void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
-        constexpr int ELEMENTS = P == FP32 ? 1 : 2;
-        int padded = panels_of(from.count) * WIDTH, steps = E / ELEMENTS;
+        int padded = panels_of(from.count) * WIDTH, steps = E / ELEMENTS<P>;
         pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
@@ -101,10 +100,10 @@ struct Attention {
                 std::fill(row + seen, row + inner, 0.0f);
                 convert<P>(row, inner, share, m);
             }
-            inner = (last + ELEMENTS - 1) / ELEMENTS * ELEMENTS;  // values beyond are not packed
+            inner = (last + ELEMENTS<P> - 1) / ELEMENTS<P> * ELEMENTS<P>;  // values beyond are not packed
             for (int p = 0; p * WIDTH < E; p++) {
                 int vectors = vectors_of(E - p * WIDTH);
-                const char *panel = values + (int64_t)p * (padded / ELEMENTS) * WIDTH * 4;
+                const char *panel = values + (int64_t)p * (padded / ELEMENTS<P>) * WIDTH * 4;
                 product<P>(share, 0, height, panel, nullptr, inner, vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
             }
         }
@@ -113,7 +112,7 @@ struct Attention {
 private:
     template <int P>
     void pack_keys(Keys from, int E) {  // (panels, E / n, WIDTH, n)
-        int steps = P == FP32 ? E : E / 2;
+        int steps = E / ELEMENTS<P>;
         alignas(64) float key[256];
         alignas(64) int32_t packed[256];
         for (int j = 0; j < from.count; j++) {
@@ -126,20 +125,19 @@ private:
 
     template <int P>
     void pack_values(Keys from, int E) {  // (panels, keys / n, WIDTH, n)
-        constexpr int ELEMENTS = P == FP32 ? 1 : 2;
         int padded = panels_of(from.count) * WIDTH;
         auto value = [&](int j, int e) {
             const char *row = from.value + (int64_t)j * from.stride * from.size();
             return j >= from.count ? set(0.0f) : from.half ? number<true>(row, e) : number<false>(row, e);
         };
-        for (int j = 0; j < from.count; j += ELEMENTS)
+        for (int j = 0; j < from.count; j += ELEMENTS<P>)
             for (int e = 0; e < E; e += LANES) {
                 auto both = (U)value(j, e);
                 if constexpr (P != FP32) {
                     auto one = __builtin_convertvector(to_bf16((V)both), U), next = __builtin_convertvector(to_bf16(value(j + 1, e)), U);
                     both = one | next << 16;
                 }
-                int64_t line = (int64_t)(e / WIDTH) * padded / ELEMENTS + j / ELEMENTS;
+                int64_t line = (int64_t)(e / WIDTH) * padded / ELEMENTS<P> + j / ELEMENTS<P>;
                 write(values + (line * WIDTH + e % WIDTH) * 4, both);
             }
     }

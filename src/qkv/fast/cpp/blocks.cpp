@@ -5,6 +5,8 @@
 //
 // Legend: T tokens, D model width, H heads, E = D / H head width, F inner width, L tokens of a sequence.
 
+#include <numeric>
+
 #include <omp.h>
 
 #include "attention.h"
@@ -48,19 +50,19 @@ public:
             longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
             if (batch.memory_keys) longest = std::max(longest, batch.memory_lengths[i]);
         }
+        score_width = longest + 16;  // softmax writes whole vectors
         arena.lay([&] {
             wide = arena.take<float>((size_t)rows * wide_width);
             answer = arena.take<float>((size_t)rows * stack.dim);
             inputs = arena.take<char>((size_t)rows * in * bytes_of(stack.precision));
             input_scale = arena.take<float>((size_t)rows * groups);
             input_start = arena.take<int32_t>((size_t)rows * groups);
-            scores = arena.take<float>((size_t)threads * stack.heads * (longest + 16));
-            seen = arena.take<int32_t>((size_t)threads * (longest + 16));
+            scores = arena.take<float>((size_t)threads * stack.heads * score_width);
+            seen = arena.take<int32_t>((size_t)threads * score_width);
             for (Attention &one : attentions) {
                 with(stack.precision, [&](auto P) { one.lay<ATTENTION<P>>(arena, longest, stack.dim / stack.heads); });
             }
         });
-        score_width = longest + 16;
     }
 
     template <int P>
@@ -157,7 +159,7 @@ private:
     template <int P>
     void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int heads, int causal, const uint8_t *mask, float *out) {
         int E = stack.dim / stack.heads;
-        if (count < 4 || mask) {
+        if (count < 4 || mask || !keys.count) {
             auto rows = keys.half ? attend_rows<true> : attend_rows<false>;
             int32_t *index = seen + (int64_t)team.rank * score_width;
             float *own = scores + (int64_t)team.rank * stack.heads * score_width;
@@ -279,7 +281,7 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
     float most = -INFINITY;
     V total = set(0.0f);  // of exp(x - most)
 
-    explicit Best(int count) : scores(count, -INFINITY), ids(count, 0) {}
+    explicit Best(int count) : scores(count, -INFINITY), ids(count) { std::iota(ids.begin(), ids.end(), 0); }
 
     void add(int column, V values, int count) {
         alignas(64) float each[LANES];
@@ -339,7 +341,7 @@ void qkv_pack(int precision, const float *weight, int out, int in, char *packed,
             else std::fill(line.begin(), line.end(), 0);
             for (int32_t &four : line) four ^= precision == INT8 ? 0x80808080 : 0;  // + 128: VPDPBUSD takes them unsigned
             scatter(line.data(), steps, (int32_t *)packed + (int64_t)p * steps * WIDTH + j);
-            if (precision == INT8) scatter((int32_t *)scale.data(), groups, (int32_t *)scales + (int64_t)p * groups * WIDTH + j);
+            if (precision == INT8) scatter(scale.data(), groups, scales + (int64_t)p * groups * WIDTH + j);
         }
     }
 }

@@ -16,7 +16,7 @@
 #if LANES == 16
 #define VPDPBUSD "vpdpbusd"
 #else
-#define VPDPBUSD "%{vex%} vpdpbusd"
+#define VPDPBUSD "%{vex%} vpdpbusd"  // the only encoding that AVX-VNNI has
 #endif
 
 namespace {
@@ -73,11 +73,15 @@ void convert(const float *x, int width, const Rows &rows, int row) {
     }
 }
 
-void scatter(const int32_t *line, int steps, int32_t *column) {  // one column of a panel
+template <class X>
+void scatter(const X *line, int steps, X *column) {  // one column of a panel
     for (int s = 0; s < steps; s++) column[s * WIDTH] = line[s];
 }
 
 // ---------------------------------------------------------------- four bytes times four bytes
+
+template <int P>
+constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;
 
 // In how many parts: one where this CPU has an instruction for it.
 template <int P>
@@ -94,11 +98,11 @@ constexpr int PARTS<INT8> = 1;
 #endif
 
 // The first or second part: one of two bfloat16 as float32, or two of four int8 as int16.
-template <int P, int PART, class Sign>
+template <int P, int PART, class Short>
 [[gnu::always_inline]] inline I part(I four) {
     if constexpr (PARTS<P> == 1) return four;
     else if constexpr (P == BF16) return PART ? four & (I)set((int32_t)0xFFFF0000) : four << 16;
-    else return PART ? (I)((Vector<Sign, 2 * LANES>)four >> 8) : (I)((Vector<Sign, 2 * LANES>)(four << 8) >> 8);
+    else return PART ? (I)((Vector<Short, 2 * LANES>)four >> 8) : (I)((Vector<Short, 2 * LANES>)(four << 8) >> 8);
 }
 
 // total + weight * x. As text, since GCC would copy the sums of intrinsics from register to register.
@@ -124,8 +128,7 @@ template <int COUNT, class Work>
 // M rows from `row` on times N vectors of columns of a panel, over `in` inputs -> out, rows `out_stride` numbers apart.
 template <int P, int M, int N>
 [[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out, int out_stride) {
-    constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;
-    int steps = in / ELEMENTS, group = P == INT8 ? GROUP / ELEMENTS : steps;
+    int steps = in / ELEMENTS<P>, group = P == INT8 ? GROUP / ELEMENTS<P> : steps;
     const char *x = rows.row(row);
     int64_t stride = rows.stride;
     for (int g = 0; g * group < steps; g++) {
@@ -135,6 +138,8 @@ template <int P, int M, int N>
         });
 #pragma GCC unroll 4
         for (int s = g * group; s < std::min(steps, (g + 1) * group); s++) {
+            // Few rows wait for memory, which gives more if it is told what comes.
+            each<N>([&](auto n) { __builtin_prefetch(panel + ((int64_t)(s + 16) * WIDTH + n * LANES) * 4); });
             each<PARTS<P>>([&](auto p) {
                 each<N>([&](auto n) { weight[n] = part<P, p, uint16_t>(read<I>(panel + ((int64_t)s * WIDTH + n * LANES) * 4)); });
                 each<M>([&](auto m) {

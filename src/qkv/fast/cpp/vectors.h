@@ -127,8 +127,8 @@ enum Activation { RELU, RELU2, GELU, GELU_TANH, SILU };
 
 V activate(V x, int activation) {
     switch (activation) {
-        case RELU: return larger(x, set(0.0f));
-        case RELU2: x = larger(x, set(0.0f)); return x * x;
+        case RELU: return larger(set(0.0f), x);  // NaN stays NaN
+        case RELU2: x = larger(set(0.0f), x); return x * x;
         case GELU: return gelu(x);
         case SILU: return x / (1.0f + exp(-x));
         default: return x / (1.0f + exp(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));  // GELU_TANH
