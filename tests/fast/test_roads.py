@@ -299,6 +299,12 @@ def test_a_trial_takes_time(road: Road):
     assert _seconds(road, config, sequences=2, length=3, budget=0.0) > 0
 
 
+@pytest.mark.parametrize(("name", "trials"), [("bert-masked-lm", 1), ("gpt-pre-norm", 1 + 32)])
+def test_what_decodes_is_tried_with_few_tokens_too(name: str, trials: int, monkeypatch):
+    monkeypatch.setattr("qkv.fast.roads.shortest", lambda call, device, budget: 1.0)
+    assert _seconds(Road("torch", "fp32"), CONFIGS[name]) == trials
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_without_a_compiler_torch_computes_and_a_warning_says_so(name: str, tmp_path, monkeypatch):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qkv.attention import Attention, Pattern
-from qkv.config import InferencePrecision, ModelConfig
+from qkv.config import GPTConfig, InferencePrecision, ModelConfig, TransformerConfig
 from qkv.errors import InputError
 from qkv.fast import native
 from qkv.fast.graphs import GraphedStack
@@ -158,7 +158,8 @@ def _fastest(roads: list[Road], config: ModelConfig) -> Road:
     if len(roads) == 1:
         return roads[0]
     cpu, sizes = device_name(torch.device("cpu")), (config.dim, config.heads, config.mlp_dim)
-    about = f"{cpu}; torch {torch.__version__}; native {native.version()}; {sizes}"
+    kind = "decodes" if _decodes(config) else "reads"
+    about = f"{cpu}; torch {torch.__version__}; native {native.version()}; {sizes} {kind}"
 
     def seconds(road: Road) -> float:
         key = f"{about}; {road.engine} {road.precision}"
@@ -167,20 +168,30 @@ def _fastest(roads: list[Road], config: ModelConfig) -> Road:
     return min(roads, key=seconds)
 
 
+def _decodes(config: ModelConfig) -> bool:
+    return isinstance(config, GPTConfig | TransformerConfig)
+
+
 @torch.inference_mode()
 def _seconds(
     road: Road, config: ModelConfig, sequences: int = 16, length: int = 32, budget: float = 0.3
 ) -> float:
-    """The shortest time of a block of these sizes on so many sequences, of all within a budget in seconds.
+    """How long a block of these sizes takes for so many sequences; of several trials the shortest time.
 
-    By one thread: two that wait for each other on a busy machine would be measured by how busy it is.
+    If the model decodes, they are read and then as long ones are written, token by token: then a road is fast
+    that is fast with few tokens. By one thread: two that wait for each other on a busy machine would be
+    measured by how busy it is.
     """
     block = _stack(Stack(replace(config, depth=1)).eval(), config, road)
-    layout = Layout((length,) * sequences, torch.device("cpu"))
-    x = torch.randn(layout.tokens, config.dim)
+
+    def once(length: int) -> float:
+        layout = Layout((length,) * sequences, torch.device("cpu"))
+        x = torch.randn(layout.tokens, config.dim)
+        return shortest(lambda: block(x.clone(), Pattern(layout, layout)), x.device, budget)
+
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        return shortest(lambda: block(x.clone(), Pattern(layout, layout)), x.device, budget)
+        return once(length) + (length * once(1) if _decodes(config) else 0.0)
     finally:
         torch.set_num_threads(threads)

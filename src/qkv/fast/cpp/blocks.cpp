@@ -285,13 +285,16 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
 
     void add(int column, V values, int count) {
         alignas(64) float each[LANES];
-        store(each, values);
-        std::fill(each + count, each + LANES, -INFINITY);
-        float here = largest(load(each));
-        raise(here);
-        total += exp(load(each) - most);
-        if (here > scores.back())
+        if (count < LANES) {
+            store(each, values);
+            values = load(each, count, -INFINITY);
+        }
+        if (any_above(values, most)) raise(largest(values));
+        total += exp(values - most);
+        if (any_above(values, scores.back())) {
+            store(each, values);
             for (int i = 0; i < count; i++) insert(each[i], column + i);
+        }
     }
 
     void add(const Best &other) {

@@ -40,12 +40,14 @@ I nearest(V x) { return (I)_mm512_cvtps_epi32(x); }
 float sum(V x) { return _mm512_reduce_add_ps(x); }
 int32_t sum(I x) { return _mm512_reduce_add_epi32((__m512i)x); }
 float largest(V x) { return _mm512_reduce_max_ps(x); }
+bool any_above(V x, float limit) { return _mm512_cmp_ps_mask(x, set(limit), _CMP_GT_OQ); }
 I sums_of_pairs(I a, I b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }  // of products of 16 bits
 #else
 V set(float x) { return _mm256_set1_ps(x); }
 I set(int32_t x) { return (I)_mm256_set1_epi32(x); }
 V larger(V a, V b) { return _mm256_max_ps(a, b); }
 I nearest(V x) { return (I)_mm256_cvtps_epi32(x); }
+bool any_above(V x, float limit) { return _mm256_movemask_ps(_mm256_cmp_ps(x, set(limit), _CMP_GT_OQ)); }
 I sums_of_pairs(I a, I b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 
 template <class X, class Join>
@@ -76,9 +78,9 @@ void write(void *to, X x) {
 V load(const float *from) { return read<V>(from); }
 void store(float *to, V x) { write(to, x); }
 
-V load(const float *from, int count) {  // of as many as there are, then zeros
+V load(const float *from, int count, float rest = 0) {  // as many as there are
     if (count >= LANES) return load(from);
-    V x = set(0.0f);
+    V x = set(rest);
     std::memcpy(&x, from, count * sizeof(float));
     return x;
 }
