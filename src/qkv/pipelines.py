@@ -585,8 +585,8 @@ class Encoder(Pipeline[Bert]):
         limit.warn()
 
     def check_parts(self, count: int) -> None:
-        """Raise InputError if an input has so many texts, and this model cannot tell them apart."""
-        if count > self.model.config.segments:
+        """Raise InputError if an input has so many texts, and this model cannot tell two apart."""
+        if count > 1 and self.model.config.segments < 2:
             raise InputError("this model does not tell a second text from the first: give single texts")
 
     def _batch(self, encodings: list[Encoding]) -> tuple[Ragged, Tensor]:
