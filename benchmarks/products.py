@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qkv.fast import native
+from qkv.fast.native import NativeLinear, library
 from qkv.runtime import shortest
 
 ROWS = (1, 16, 1024)
@@ -40,9 +41,9 @@ def main() -> None:
         for architecture in sys.argv[1:] or ["native"]:
             flags = native.FLAGS
             native.FLAGS = tuple(flag.replace("native", architecture) for flag in flags)
-            native.library.cache_clear()
+            library.cache_clear()
             for precision in native.ORDER:
-                layer = native.NativeLinear(linear.weight, linear.bias, precision)
+                layer = NativeLinear(linear.weight, linear.bias, precision)
                 print(f"| {architecture} {precision} | {rates(layer)} |", flush=True)
             native.FLAGS = flags
 

@@ -102,10 +102,11 @@ class Output:
     def _begin(self) -> None:
         """Go on behind the rows that are sure to be there, or begin."""
         self.at = self._found()
-        if not self.at[1]:
+        if self.at[1]:
+            self.file.truncate(self.at[1])
+        else:
             self._note()  # before anything is in the part: it is ours
-        self.file.truncate(self.at[1])
-        if not self.at[1]:
+            self.file.truncate(0)
             header = self.header(0)
             self.file.write(header)
             self.at = (0, len(header))

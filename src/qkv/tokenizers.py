@@ -44,7 +44,7 @@ FILES = (
 
 _CLASSES = (
     *("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer"),
-    *("GPT2Tokenizer", "OpenAIGPTTokenizer", "MarianTokenizer", "PreTrainedTokenizer", "TokenizersBackend"),
+    *("GPT2Tokenizer", "OpenAIGPTTokenizer", "PreTrainedTokenizer", "TokenizersBackend"),
 )
 """Names that transformers gives to tokenizers which a vocabulary's files are enough for, but for "Fast"."""
 
@@ -312,8 +312,6 @@ class Tokenizer:
         folder = Path(folder)
         has = {name for name in FILES if (folder / name).is_file()}
         try:
-            if "tokenizer.json" not in has:
-                _check_class(folder)
             if "tokenizer.json" in has:
                 text = (folder / "tokenizer.json").read_text(encoding="utf-8")
                 backend = tokenizers.Tokenizer.from_str(text)
@@ -329,6 +327,7 @@ class Tokenizer:
                     "merges.txt or with source.spm and target.spm"
                 )
             if "tokenizer.json" not in has:
+                _check_class(folder)
                 _add_tokens(backend, folder)
             return Tokenizer(backend, _special(folder, backend.get_vocab(with_added_tokens=True)))
         except InputError:
@@ -455,12 +454,17 @@ def _wordpiece(
     return backend
 
 
-def _byte_level(model: models.BPE, lowercase: bool = False, space: bool = False) -> tokenizers.Tokenizer:
-    """GPT-2's pipeline: every text is bytes, and each is in the vocabulary. space: put it first."""
+def _byte_level(
+    model: models.BPE, lowercase: bool = False, prefix_space: bool = False
+) -> tokenizers.Tokenizer:
+    """GPT-2's pipeline: every text is bytes, and every byte is in the vocabulary.
+
+    prefix_space: put a space before a text that begins without one.
+    """
     backend = tokenizers.Tokenizer(model)
     if lowercase:
         backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -508,7 +512,7 @@ def _bpe_files(folder: Path) -> tokenizers.Tokenizer:
     vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     if not any(token.endswith("</w>") for token in vocab):
         said = json_or_empty(folder / "tokenizer_config.json")
-        return _byte_level(models.BPE(vocab, merges), space=bool(said.get("add_prefix_space")))
+        return _byte_level(models.BPE(vocab, merges), prefix_space=bool(said.get("add_prefix_space")))
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix="</w>", unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -73,6 +73,14 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], toleran
         assert error <= tolerance, f"{error:.4f} of {tuple(b.shape)}"
 
 
+def assert_own_answers(name: str, precision: str, lengths: list[tuple[int, int]]) -> None:
+    """The compiled model answers as the model itself."""
+    with torch.inference_mode():
+        batch = samples(wide(name), lengths)
+        expected, found = flat(answers(wide(name), batch)), flat(answers(native(name, precision), batch))
+    assert_near(found, expected, TOLERANCE[precision])
+
+
 # ---------------------------------------------------------------- answers
 
 
@@ -82,22 +90,13 @@ def assert_near(found: list[torch.Tensor], expected: list[torch.Tensor], toleran
 def test_answers_are_the_models_own(name: str, precision: str):
     # One sequence, few, and more than a thread takes through the layers at once.
     for lengths in ([(1, 1)], [(7, 3), (1, 9), (20, 2)], [(40 + i, 70 - i) for i in range(12)]):
-        with torch.inference_mode():
-            batch = samples(wide(name), lengths)
-            expected, found = flat(answers(wide(name), batch)), flat(answers(native(name, precision), batch))
-        assert_near(found, expected, TOLERANCE[precision])
+        assert_own_answers(name, precision, lengths)
 
 
 @native_code
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_nothing_is_told_of_an_empty_source(precision: str):
-    batch = samples(wide("transformer-post-norm"), [(0, 6), (5, 3)])
-    with torch.inference_mode():
-        expected, found = (
-            flat(answers(model, batch))
-            for model in (wide("transformer-post-norm"), native("transformer-post-norm", precision))
-        )
-    assert_near(found, expected, TOLERANCE[precision])
+    assert_own_answers("transformer-post-norm", precision, [(0, 6), (5, 3)])
 
 
 @native_code
@@ -233,16 +232,21 @@ def assert_product(precision: str, x: torch.Tensor, weight: torch.Tensor, bias: 
     assert (found - expected).norm() <= allowed
 
 
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """Code that is loaded anew in a test, and after it."""
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
 @pytest.fixture(params=["haswell", "skylake-avx512"])
-def older_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def older_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
     """Code for a CPU with fewer instructions than this one may have."""
     if request.param == "skylake-avx512" and not torch.cpu.get_capabilities()["avx512_bw"]:
         pytest.skip("this CPU has no AVX-512")
     flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in FLAGS]
     monkeypatch.setattr("qkv.fast.native.FLAGS", flags)
-    library.cache_clear()
-    yield
-    library.cache_clear()
 
 
 @native_code
@@ -257,10 +261,7 @@ def test_older_cpus_multiply_the_same(precision: str, older_cpu: None):
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_older_cpus_answer_the_same(precision: str, older_cpu: None):
     for name in CONFIGS:
-        batch = samples(wide(name), [(7, 3), (1, 9), (40, 20)])
-        with torch.inference_mode():
-            expected, found = flat(answers(wide(name), batch)), flat(answers(native(name, precision), batch))
-        assert_near(found, expected, TOLERANCE[precision])
+        assert_own_answers(name, precision, [(7, 3), (1, 9), (40, 20)])
 
 
 @native_code
@@ -306,35 +307,31 @@ def test_what_decodes_is_tried_with_few_tokens_too(name: str, trials: int, monke
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_without_a_compiler_torch_computes_and_a_warning_says_so(name: str, tmp_path, monkeypatch):
+def test_without_a_compiler_torch_computes_and_a_warning_says_so(
+    name: str, tmp_path, monkeypatch, fresh_library
+):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    library.cache_clear()
     model = wide(name)
     instead = "bf16" if multiplies_bfloat16(torch.device("cpu")) else "fp32"
-    try:
-        with pytest.warns(UserWarning, match=rf"PyTorch's operators alone: .*int8 needs more .* {instead}"):
-            assert optimize(model, "int8") == Road("torch", instead)
-    finally:
-        library.cache_clear()
+    with pytest.warns(UserWarning, match=rf"PyTorch's operators alone: .*int8 needs more .* {instead}"):
+        assert optimize(model, "int8") == Road("torch", instead)
     batch = samples(model, [(7, 3), (20, 5)])
     with torch.inference_mode():
         assert_near(flat(answers(model, batch)), flat(answers(wide(name), batch)), TOLERANCE["bf16"])
 
 
 @pytest.mark.parametrize(("compiler", "complaint"), [("", None), ("'c++", "No closing quotation")])
-def test_a_compiler_that_is_named_badly(compiler: str, complaint: str | None, tmp_path, monkeypatch):
+def test_a_compiler_that_is_named_badly(
+    compiler: str, complaint: str | None, tmp_path, monkeypatch, fresh_library
+):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", compiler)
-    library.cache_clear()
-    try:
-        if complaint is None:
-            assert REASON or library()
-        else:
-            with pytest.raises(UnavailableError, match=REASON or complaint):
-                library()
-    finally:
-        library.cache_clear()
+    if complaint is None:
+        assert REASON or library()
+    else:
+        with pytest.raises(UnavailableError, match=REASON or complaint):
+            library()
 
 
 def test_widths_that_the_code_does_not_take_are_computed_by_torch():
@@ -384,30 +381,22 @@ def test_a_model_is_optimized_once(make: Callable[[str], Model]):
 
 
 @native_code
-def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch):
+def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch, fresh_library):
     monkeypatch.setenv("QKV_CACHE", "/proc/none")
-    library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):
-            assert optimize(wide("gpt-pre-norm"), "bf16") == Road("torch", "bf16")
-    finally:
-        library.cache_clear()
+    with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):
+        assert optimize(wide("gpt-pre-norm"), "bf16") == Road("torch", "bf16")
 
 
 @native_code
-def test_a_library_that_may_not_be_loaded_leaves_torchs_operators(tmp_path, monkeypatch):
+def test_a_library_that_may_not_be_loaded_leaves_torchs_operators(tmp_path, monkeypatch, fresh_library):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     monkeypatch.setattr("qkv.fast.native._compile", lambda compiler, out: out.write_bytes(b"no library"))
-    library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot load .*\.so"):
-            assert optimize(wide("gpt-pre-norm"), "fp32") == Road("torch", "fp32")
-    finally:
-        library.cache_clear()
+    with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot load .*\.so"):
+        assert optimize(wide("gpt-pre-norm"), "fp32") == Road("torch", "fp32")
 
 
 @native_code
-def test_several_processes_may_compile_at_once(tmp_path, monkeypatch):
+def test_several_processes_may_compile_at_once(tmp_path, monkeypatch, fresh_library):
     built = Path(library()._name)
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
 
@@ -421,27 +410,20 @@ def test_several_processes_may_compile_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr("qkv.fast.native._compile", copy)
     library.cache_clear()
-    try:
-        assert library().qkv_pack and len(outs) == 2
-        assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
-    finally:
-        library.cache_clear()
+    assert library().qkv_pack and len(outs) == 2
+    assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
 
 
 @native_code
-def test_code_that_does_not_compile_says_why(tmp_path, monkeypatch):
+def test_code_that_does_not_compile_says_why(tmp_path, monkeypatch, fresh_library):
     monkeypatch.setenv("QKV_CACHE", str(tmp_path))
     broken = tmp_path / "cpp" / "blocks.cpp"
     broken.parent.mkdir()
     broken.write_text("int main() { return x; }")
     monkeypatch.setattr("qkv.fast.native.SOURCES", broken.parent)
-    library.cache_clear()
-    try:
-        with pytest.raises(UnavailableError, match=r"cannot compile cpp/blocks.cpp: .*x.* was not declared"):
-            library()
-        assert not list((tmp_path / "native").glob("*"))
-    finally:
-        library.cache_clear()
+    with pytest.raises(UnavailableError, match=r"cannot compile cpp/blocks.cpp: .*x.* was not declared"):
+        library()
+    assert not list((tmp_path / "native").glob("*"))
 
 
 def test_loading_a_model_imports_none_of_this():

@@ -112,7 +112,7 @@ class Drawing:
 
 
 def width_of(text: str) -> float:
-    """Of a line of text, in pixels: wide letters, as of Chinese, count twice, accents not."""
+    """Of a line of text, in pixels: wide letters, as of Chinese, count twice, accents nothing."""
     letters = sum(
         0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text

@@ -190,14 +190,13 @@ def _matrix(
 ) -> Drawing:
     """A square for each weight, stronger by its square root, as on the page; marks: cells to outline."""
     across, down = f"{axes[1]} →", f"← {axes[0]}"
+    R, C = weights.shape
     if weights.size > _CELLS:
-        R, C = weights.shape
         raise InputError(
             f"a figure of {R:,} times {C:,} weights is too large to look at: write a page (.html)"
         )
     left = 2 * _LINE + max(width_of(visible(name)) for name in rows)
     top = 2 * _LINE + max(width_of(visible(name)) for name in columns)
-    R, C = weights.shape
     drawing = Drawing(
         left + max(C * _CELL, width_of(across)) + _MARGIN, top + max(R * _CELL, width_of(down)) + _MARGIN
     )

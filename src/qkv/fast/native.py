@@ -82,11 +82,14 @@ def library() -> ctypes.CDLL:
 def check(config: ModelConfig) -> None:
     """Raises UnavailableError for a model of sizes that the code does not take, and as `library` does."""
     head_dim = config.dim // config.heads
-    for size, most in ((config.dim, 8192), (head_dim, 256), (config.mlp_dim, None)):
-        if size % 16:
-            raise UnavailableError(f"it needs widths in multiples of 16, not {size}")
-        if most is not None and size > most:
-            raise UnavailableError(f"it takes widths up to {most} there, not {size}")
+    for kind, width, most in (
+        ("", config.dim, 8192),
+        (" of its heads", head_dim, 256),
+        (" of its inner layer", config.mlp_dim, None),
+    ):
+        if width % 16 or (most is not None and width > most):
+            bound = "" if most is None else f" up to {most}"
+            raise UnavailableError(f"the model's width{kind} is {width}; it needs a multiple of 16{bound}")
     library()
 
 

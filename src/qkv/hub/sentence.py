@@ -78,13 +78,13 @@ def read(folder: Path) -> Found:
     said = json_or_empty(encoder / SENTENCE)
     with blame(encoder / SENTENCE):
         lowercase = bool(said.get("do_lower_case"))
-    prompts, similarity = _use(folder / PROMPTS)
+    prompts, similarity = _for_users(folder / PROMPTS)
     mode, normalize = _mode(modules["Pooling"]), "Normalize" in modules
     pooling = Pooling(mode, normalize, _max_tokens(encoder), prompts, similarity)
     return Found(encoder, pooling, lowercase)
 
 
-def _use(path: Path) -> tuple[Mapping[str, str], str | None]:
+def _for_users(path: Path) -> tuple[Mapping[str, str], str | None]:
     """What a folder says to its users: prompts, of which none is put before every text, and a similarity."""
     said = json_or_empty(path)
     with blame(path):

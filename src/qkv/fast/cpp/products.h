@@ -101,7 +101,7 @@ constexpr int PARTS<INT8> = 1;
 template <int P, int PART, class Short>
 [[gnu::always_inline]] inline I part(I four) {
     if constexpr (PARTS<P> == 1) return four;
-    else if constexpr (P == BF16) return PART ? four & (I)set((int32_t)0xFFFF0000) : four << 16;
+    else if constexpr (P == BF16) return PART ? four & set((int32_t)0xFFFF0000) : four << 16;
     else return PART ? (I)((Vector<Short, 2 * LANES>)four >> 8) : (I)((Vector<Short, 2 * LANES>)(four << 8) >> 8);
 }
 

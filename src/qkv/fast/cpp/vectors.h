@@ -78,7 +78,7 @@ void write(void *to, X x) {
 V load(const float *from) { return read<V>(from); }
 void store(float *to, V x) { write(to, x); }
 
-V load(const float *from, int count, float rest = 0) {  // as many as there are
+V load(const float *from, int count, float rest = 0) {  // as many as there are, the others `rest`
     if (count >= LANES) return load(from);
     V x = set(rest);
     std::memcpy(&x, from, count * sizeof(float));
