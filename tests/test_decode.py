@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -324,6 +325,22 @@ def test_steps_with_the_cache_equal_recomputation(name: str, way: str) -> None:
             past.append(id)
 
 
+def test_a_nucleus_does_not_depend_on_other_rows() -> None:
+    """Of 19,999 tokens that are equally likely, which come first in `topk` depends on its size."""
+    peaked, flat = torch.zeros(2, 20000).unbind()
+    peaked[-1] = 9.9  # has 0.499 of it all
+    alone = filter_logits(peaked[None], Decoding(top_p=0.5))
+    beside = filter_logits(torch.stack([peaked, flat]), Decoding(top_p=0.5))
+    assert torch.equal(alone, beside[:1])
+    assert filter_logits(peaked[None], Decoding(top_p=1e-300)).isfinite().nonzero().tolist() == [[0, 19999]]
+
+
+def test_integers_of_numpy_draw_the_same() -> None:
+    model = tiny("gpt-pre-norm")
+    ours, theirs = Decoding(seed=3), Decoding(seed=np.int64(3), max_new_tokens=np.int32(128))  # type: ignore[arg-type]
+    assert generate(model, [[4, 9]], ours) == generate(model, [np.array([4, 9])], theirs)  # type: ignore[list-item]
+
+
 def test_seeds_and_samples_differ_and_repeat() -> None:
     model = tiny("gpt-pre-norm")
 
@@ -414,6 +431,9 @@ def test_more_beams_than_tokens() -> None:
         ({"top_p": 1.1}, "top_p is 1.1"),
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
+        ({"top_k": 40.0}, "top_k is 40.0; it must be a whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
         ({"length_penalty": math.nan, "num_beams": 2}, "length_penalty is nan"),
         ({"length_penalty": 2.0}, "give num_beams above 1"),
         ({"num_beams": 4, "top_k": 5}, "beam search draws nothing"),

@@ -283,6 +283,8 @@ def test_translations_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
         in_turn = mt.translate(texts, max_new_tokens=12)
     assert together == alone == in_turn
     assert len(set(together)) > 1
+    with pytest.warns(UserWarning, match=f"were cut at {mt.model.config.context} tokens"):
+        mt.translate(texts, max_new_tokens=10_000)
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")

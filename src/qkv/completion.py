@@ -66,9 +66,8 @@ class Completion:
 
     def _undecided(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
-        sizes = range(max(map(len, self._stops), default=1) - 1, 0, -1)
-        beginnings = (n for n in sizes if any(stop.startswith(self._held[-n:]) for stop in self._stops))
-        return next((n for n in beginnings if n <= len(self._held)), 0)
+        beginnings = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        return max((len(beginning) for beginning in beginnings if self._held.endswith(beginning)), default=0)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for programs, as JSON has it; tokens as the vocabulary writes them."""

@@ -512,7 +512,8 @@ class Decoding:
     top_k: int = 0
     """Draw from this many of the likeliest tokens; 0: from all (Fan et al. 2018)."""
     top_p: float = 1.0
-    """Draw from the fewest tokens that have this probability together (Holtzman et al. 2020)."""
+    """Draw from the fewest tokens that have this probability together (Holtzman et al. 2020), and from those
+    as likely as the last of them."""
     min_p: float = 0.0
     """Draw from tokens at least this probable, relative to the likeliest (Nguyen et al. 2024)."""
     num_beams: int = 1
@@ -533,12 +534,14 @@ class Decoding:
     """Decides what is drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("top_k", "min_new_tokens", "speculate", "logprobs"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        least = dict.fromkeys(("max_new_tokens", "num_beams", "num_return_sequences"), 1)
+        least |= dict.fromkeys(("top_k", "min_new_tokens", "speculate", "logprobs"), 0)
+        for name in (*least, "seed"):
+            if not hasattr(getattr(self, name), "__index__"):  # NumPy's integers have it too
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens}, but max_new_tokens only {self.max_new_tokens}; "
@@ -550,8 +553,10 @@ class Decoding:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p is {self.min_p}; it must be between 0 and 1")
-        if not self.repetition_penalty > 0:
-            raise InputError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            raise InputError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be between 0.001 and 1000"
+            )
         if not -10 <= self.length_penalty <= 10:
             raise InputError(f"length_penalty is {self.length_penalty}; it must be between -10 and 10")
         beams = self.num_beams > 1

@@ -81,7 +81,7 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Take a request in; its number, which its tokens carry: 0 for the first.
 
-        Raises InputError for an input that is empty or longer than the context.
+        Raises InputError for an input that is empty, longer than the context, or not of the vocabulary.
         """
         number = self._submitted
         if request.decoding.num_beams > 1:

@@ -227,7 +227,8 @@ class TextGenerator(Pipeline[GPT]):
             return pieces if stream else "".join(pieces)
         if stream:
             raise InputError("only one text can be streamed: give it alone, not in a list")
-        return [answer.text for answer in self._complete(text, decoding, stop_strings, draft)]
+        answers = self.complete(text, stop_strings=stop_strings, draft=draft, **options)
+        return [answer.text for answer in answers]
 
     def complete(
         self,
@@ -241,17 +242,9 @@ class TextGenerator(Pipeline[GPT]):
 
         Arguments and errors as for `generate`.
         """
-        return self._complete(texts, Decoding(**options), stop_strings, draft)
-
-    def _complete(
-        self,
-        texts: list[str],
-        decoding: Decoding,
-        stop_strings: Sequence[str],
-        draft: TextGenerator | None,
-    ) -> list[Completion]:
         _check_list(texts)
-        found = dict.fromkeys(c for c, _ in self._decode(texts, decoding, stop_strings, draft))
+        decoded = self._decode(texts, Decoding(**options), stop_strings, draft)
+        found = dict.fromkeys(completion for completion, _ in decoded)
         return sorted(found, key=lambda completion: completion.place)
 
     def _decode(
@@ -355,7 +348,8 @@ class Translator(Pipeline[Transformer]):
                 yield target.decode(answer.ids)
         limit.warn()
         if unfinished:
-            _warn(f"{unfinished} of {done} translations were cut at {decoding.max_new_tokens} tokens")
+            most = min(decoding.max_new_tokens, self.model.config.context)
+            _warn(f"{unfinished} of {done} translations were cut at {most} tokens")
 
 
 # ---------------------------------------------------------------- BERT

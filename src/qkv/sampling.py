@@ -59,8 +59,6 @@ def distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def _alike(rows: Sequence[Row]) -> list[list[int]]:
     """Indices of rows that one call can choose."""
-    if all(row.decoding is rows[0].decoding for row in rows):
-        return [list(range(len(rows)))] if rows else []
     groups: dict[tuple[float, ...], list[int]] = {}
     for i, row in enumerate(rows):
         d = row.decoding
@@ -110,7 +108,11 @@ vocabulary takes longer than a step of a small model."""
 
 
 def _nucleus(probability: Tensor, top_p: float) -> Tensor:
-    """Of probabilities (R, V), the fewest that make top_p together, as bool (R, V)."""
+    """Of probabilities (R, V), the fewest that make top_p together, as bool (R, V).
+
+    All that are as likely as the least likely of these are kept too: which of them `topk` puts first depends
+    on its size, and so on other rows.
+    """
     size = min(NUCLEUS, probability.shape[-1])
     while True:
         best = probability.topk(size)
@@ -119,7 +121,8 @@ def _nucleus(probability: Tensor, top_p: float) -> Tensor:
             break
         size = min(16 * size, probability.shape[-1])
     likelier = together - best.values  # of all tokens before this one
-    return torch.zeros_like(probability, dtype=torch.bool).scatter(1, best.indices, likelier < top_p)
+    kept = (likelier < top_p).sum(-1, keepdim=True).clamp(min=1)  # (R, 1)
+    return probability >= best.values.gather(1, kept - 1)
 
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:

@@ -65,15 +65,17 @@ class Search(ABC):
     """What the engine steps through."""
 
     def __init__(self, model: Decoder, request: Request, number: int) -> None:
-        """Raises InputError for an input that is empty or longer than the context."""
+        """Raises InputError for an input that is empty, longer than the context, or not of the vocabulary."""
         kind = "prompt" if isinstance(model, GPT) else "source"
-        length, context = len(request.ids), model.config.context
+        length, context, size = len(request.ids), model.config.context, model.config.vocab_size
         if not length:
             raise InputError(f"{kind} {number} has no tokens; give at least one")
         if length > context:
             raise InputError(
                 f"{kind} {number} has {length} tokens; the model's context is {context}: shorten it"
             )
+        if strange := [id for id in (*request.ids, *request.eos) if not 0 <= id < size]:
+            raise InputError(f"{kind} {number} has the id {strange[0]}; the model's are 0 to {size - 1}")
         self.request = request
         self.number = number
         self.decoding = request.decoding
@@ -144,7 +146,7 @@ class Stream(Search):
         """Tokens to be checked in the coming step."""
         self.draft: list[Tensor] = []
         """The distributions that the guesses were drawn from, (V,) each; none: they were not drawn."""
-        key = (request.decoding.seed, answer, list(request.ids))
+        key = (int(request.decoding.seed), answer, [int(id) for id in request.ids])
         self.uniforms = _Uniforms(*key)
         """Decide what is drawn."""
         self.draft_uniforms = _Uniforms(*key, "draft")

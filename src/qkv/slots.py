@@ -147,8 +147,6 @@ class Slots:
 def _shared(first: list[int], second: list[int]) -> int:
     """Length of the longest common beginning."""
     size = min(len(first), len(second))
-    if first[:1] != second[:1]:
-        return 0
     if first[:size] == second[:size]:
         return size
     return next(i for i in range(size) if first[i] != second[i])

@@ -24,11 +24,10 @@ def look_up(text: Sequence[int], tokens: int) -> list[int]:
 
     The longest end that occurs, up to LONGEST_MATCH tokens, and its last occurrence.
     """
+    written = "".join(map(chr, text))  # in which strings are found fast
     for length in range(min(LONGEST_MATCH, len(text) - 1), 0, -1):
-        end = list(text[-length:])
-        for start in range(len(text) - length - 1, -1, -1):
-            if text[start + length - 1] == end[-1] and list(text[start : start + length]) == end:
-                return list(text[start + length : start + length + tokens])
+        if (start := written.rfind(written[-length:], 0, -1)) >= 0:
+            return list(text[start + length : start + length + tokens])
     return []
 
 

@@ -184,8 +184,7 @@ class NativeLinear(nn.Module):
         self.packed = torch.empty(code.qkv_packed_bytes(*size), dtype=torch.uint8)
         self.scale = torch.empty(code.qkv_scales(*size))
         self.bias = None if bias is None else bias.detach().float().contiguous()
-        pointers = (c_void_p(x.data_ptr()) for x in (weight, self.packed, self.scale))
-        source, packed, scale = pointers
+        source, packed, scale = (c_void_p(x.data_ptr()) for x in (weight, self.packed, self.scale))
         threads = torch.get_num_threads()
         code.qkv_pack(self.order, source, self.outputs, self.inputs, packed, scale, threads)
 
