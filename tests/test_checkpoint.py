@@ -59,6 +59,14 @@ def test_state_that_is_missing_or_of_another_model(tmp_path):
         load_state(tmp_path, other, [torch.optim.AdamW(other.parameters())], {})
 
 
+def test_a_state_of_another_optimizer(tmp_path):
+    model, optimizer = trained(0)
+    save_state(tmp_path, model, [optimizer], {}, Progress("data"))
+    muon = torch.optim.Muon([model[0].weight])
+    with pytest.raises(InputError, match=r"train\.optimizer was another one"):
+        load_state(tmp_path, model, [muon], {})
+
+
 def test_a_damaged_state_is_a_named_error(tmp_path):
     model, optimizer = trained(0)
     save_state(tmp_path, model, [optimizer], {}, Progress("data"))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_train import FAMILIES, Nobody, assert_equal_runs, run_config
 
 from qkv import hub
-from qkv.config import BertConfig, DataConfig, LoraConfig, RunConfig, read_toml
+from qkv.config import BertConfig, DataConfig, LoraConfig, RunConfig, TokenizerConfig, read_toml
 from qkv.errors import InputError
 from qkv.evaluate import score
 from qkv.hub import Checkpoint
@@ -84,6 +84,14 @@ def test_a_base_that_adapters_cannot_belong_to(tmp_path: Path):
     new_job(replace(config, init=str(tmp_path / "merged")))
     with pytest.raises(InputError, match="has no words head, and adapters alone cannot make one"):
         new_job(replace(config, data=DataConfig(path=samples.documents(tmp_path))))
+
+
+def test_settings_of_adapters_or_a_tokenizer_that_would_do_nothing(tmp_path: Path):
+    config = tuning(tmp_path, "bert", max_steps=1)
+    with pytest.raises(InputError, match=r"without lora\.rank there are no adapters"):
+        new_job(replace(config, lora=LoraConfig(alpha=32.0)))
+    with pytest.raises(InputError, match=r"leave out tokenizer\.path"):
+        new_job(replace(config, tokenizer=TokenizerConfig(path=config.init)))
 
 
 def test_the_base_is_named_so_that_it_is_found_from_every_folder(tmp_path: Path, monkeypatch):

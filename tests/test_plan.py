@@ -170,6 +170,9 @@ def test_parts_of_the_memory(family):
     assert sum(step.blocks) * 0.45 < step.memory.copies <= 2 * numbers
     assert measured(config(family)).memory.copies == 0
     assert step.memory.activations <= step.most_activations
+    averaged = measured(config(family, precision="bf16", ema_decay=0.9))
+    assert averaged.memory.optimizer == step.memory.optimizer + 4 * numbers + 8  # and a count
+    assert averaged.most_activations == step.most_activations
 
 
 def test_gradients_are_whole_when_a_second_part_runs():

@@ -80,6 +80,6 @@ def test_at_the_full_rate_all_flops_are_used(cache, tmp_path):
     job = new_job(run_config(tmp_path, "gpt"))
     assert isinstance(job.train, LanguageDataset)
     model = job.checkpoint.model
-    rate = roofline.full_rate(model, job.train, "fp32")
+    rate = roofline.full_rate(model, job.train, "fp32", CPU)
     flops = roofline.flops_per_token(model, job.train)
     assert rate * flops == pytest.approx(roofline.peak(CPU, "fp32"))

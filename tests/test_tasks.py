@@ -321,3 +321,6 @@ def test_r_drop_is_for_answers_that_are_distributions(task: str, tmp_path: Path)
             new_job(config)
     else:
         assert train(new_job(config), tmp_path / "run", Nobody()).step == 2
+        alike = dataclasses.replace(config.model, dropout=0.0, attention_dropout=0.0)
+        with pytest.raises(InputError, match=r"only dropout tells apart: set model\.dropout above 0"):
+            new_job(dataclasses.replace(config, model=alike))

@@ -492,7 +492,7 @@ def test_a_run_stops_early_at_the_right_evaluation_also_when_it_was_resumed(cut,
         tmp_path, "vit", max_steps=40, eval_steps=2, save_steps=3, logging_steps=1, early_stopping_patience=3
     )
     losses = [5.0, 3.0, 4.0, 2.0, 2.0, 3.0, 2.5, 1.0]  # an equal one is not better
-    monkeypatch.setattr("qkv.train.evaluate", lambda *_, ranks: {"loss": losses[given_scores(run)]})
+    monkeypatch.setattr("qkv.train.evaluate", lambda *_: {"loss": losses[given_scores(run)]})
     run = tmp_path / "run"
     if cut:
         with pytest.raises(KeyboardInterrupt):
@@ -509,7 +509,7 @@ def test_patience_counts_evaluations_also_behind_a_best_step_between_two(tmp_pat
     """The last step of a run is scored whatever it is; then the run is made longer."""
     config = run_config(tmp_path, "vit", max_steps=5, eval_steps=2, save_steps=3, early_stopping_patience=2)
     losses, run = [5.0, 4.0, 3.0, 3.5, 3.5, 1.0], tmp_path / "run"
-    monkeypatch.setattr("qkv.train.evaluate", lambda *_, ranks: {"loss": losses[given_scores(run)]})
+    monkeypatch.setattr("qkv.train.evaluate", lambda *_: {"loss": losses[given_scores(run)]})
     train(new_job(config), run, Nobody())
     text = (run / CONFIG).read_text()
     (run / CONFIG).write_text(text.replace("max_steps = 5", "max_steps = 40"))

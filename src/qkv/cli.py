@@ -116,7 +116,8 @@ def train(
             job = job or resumed_job(run, watch)
         observer = Observer()
         if ranks.first:
-            rate = ranks.count * full_rate(job.checkpoint.model, job.train, job.config.train.precision)
+            of_one = full_rate(job.checkpoint.model, job.train, job.config.train.precision, ranks.device())
+            rate = ranks.count * of_one
             tracked = trackers(job.config.train.report_to, run)
             observer = Observers([TrainingBar(console, rate), RunReport(job, run, rate), *tracked])
         try:

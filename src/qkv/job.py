@@ -64,6 +64,8 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
     cannot work, before any training.
     """
     lora.check(config)
+    if config.init and config.tokenizer.path:
+        raise InputError("with init the tokenizer is the checkpoint's: leave out tokenizer.path")
     precision = config.train.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16(pick_device()) else "fp32"

@@ -24,7 +24,9 @@ HEAD = ("pooler", "classifier")
 
 
 def check(config: RunConfig) -> None:
-    """Raise InputError if a run is to train adapters without a base, or by Muon."""
+    """Raise InputError if a run is to train adapters without a base or a rank, or by Muon."""
+    if not config.lora.rank and config.lora != LoraConfig():
+        raise InputError("without lora.rank there are no adapters: give it, or leave out all of lora")
     if config.lora.rank and not config.init:
         raise InputError("lora.rank adapts a trained model: name it with init, or leave out lora.rank")
     if config.lora.rank and config.train.optimizer == "muon":

@@ -208,6 +208,7 @@ class Memory:
     """Weights in the type of the products, and those gathered from other GPUs."""
     gradients: int
     optimizer: int
+    """What the optimiser keeps, and an average of the weights."""
     activations: int
     """What the backward pass will need, and passing results."""
 
@@ -267,7 +268,9 @@ def measure_step(
         meter.start(model.parameters())
         run_step(trainer)
         weights = _bytes([*model.parameters(), *model.buffers()])
-        state = _bytes(tensor for stepper in trainer.optimizers for tensor in tree_leaves(stepper.state))
+        state = _bytes(
+            tree_leaves([[stepper.state for stepper in trainer.optimizers], trainer.average.state])
+        )
     peak, update = meter.peak, [work for work in meter.work if work.phase == "update"]
     seconds = roofline.seconds(update)
     return Step(

@@ -25,7 +25,7 @@ from qkv.files import measured
 from qkv.meter import Work
 from qkv.models import Model
 from qkv.objectives import loss_terms
-from qkv.runtime import device_name, shortest, wait
+from qkv.runtime import device_name, keep_few_kernels, shortest, wait
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SECONDS = 0.3
@@ -48,6 +48,7 @@ def peak(device: torch.device, precision: str) -> float:
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of (S, S) @ (S, S), S doubling from 256 to 16384 or until the time is up."""
+    keep_few_kernels()  # while it can still be said
     best = 0.0
     end = time.perf_counter() + SECONDS
     for side in (256 << i for i in range(7)):
@@ -84,9 +85,8 @@ def flops_per_token(model: Model, dataset: Dataset) -> float:
     return float(counter.get_total_flops() / dataset.costs[indices].sum())
 
 
-def full_rate(model: Model, dataset: Dataset, precision: str) -> float:
-    """Tokens a second at which training would take all of what the model's device can multiply."""
-    device = next(model.parameters()).device
+def full_rate(model: Model, dataset: Dataset, precision: str, device: torch.device) -> float:
+    """Tokens a second at which training would take all of what the device can multiply."""
     return peak(device, precision) / flops_per_token(model, dataset)
 
 

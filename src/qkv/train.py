@@ -182,7 +182,9 @@ def _evaluate(
         # Weights that are gathered in bfloat16 are multiplied so; otherwise scores are float32.
         gathered = trainer.bf16 and trainer.ranks.count > 1
         with torch.autocast(trainer.device.type, torch.bfloat16, enabled=gathered):
-            scores = evaluate(trainer.objective, job.valid, ranks=trainer.ranks)
+            # Without a backward pass there is room for twice the tokens.
+            tokens = min(8192, 2 * max(1, config.batch_tokens // config.gradient_accumulation_steps))
+            scores = evaluate(trainer.objective, job.valid, tokens, trainer.ranks)
         check_finite(step, config, scores["loss"])
         checkpoint = trainer.checkpoint()
         if scores["loss"] < progress.best_scores.get("loss", math.inf):
