@@ -1,4 +1,4 @@
-# The two commands of the README, `make demo` and `make test`, need only Python 3.11+ and a compiler.
+# The commands of the README, which need only Python 3.11+.
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +25,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs/demo
 
 # A stamp says which extra is installed, and is older than the files that decide what that means.
 $(VENV)/%.stamp: pyproject.toml constraints.txt

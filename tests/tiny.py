@@ -29,6 +29,7 @@ CONFIGS: dict[str, AnyModelConfig] = {
     "gpt-rotary": replace(_GPT, position="rotary", activation="relu2"),
     "gpt-qk-norm": replace(_GPT, position="rotary", qk_norm=True),
     "transformer-post-norm": TransformerConfig(**_TEXT),
+    "transformer-rotary": TransformerConfig(**_TEXT, position="rotary", qk_norm=True),
     "transformer-pre-norm": TransformerConfig(**_TEXT, norm_first=True, activation="silu"),
     "bert-masked-lm": replace(_BERT, head="masked_lm"),
     "bert-tagging": replace(_BERT, head="tagging", labels=("a", "b", "c"), norm_first=True),

@@ -87,6 +87,12 @@ class ModelConfig:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
 
 
+def _check_rotary(config: GPTConfig | TransformerConfig) -> None:
+    width = config.dim // config.heads
+    if config.position == "rotary" and width % 2:
+        raise InputError(f"model.dim / model.heads is {width}; rotary positions need an even number")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(ModelConfig):
     """The encoder-decoder Transformer of Vaswani et al. 2017; the defaults are its base model."""
@@ -102,6 +108,12 @@ class TransformerConfig(ModelConfig):
     heads: int = 8
     mlp_dim: int = 2048
     activation: Activation = "relu"
+    position: Literal["sinusoidal", "rotary"] = "sinusoidal"
+    """Added vectors (Vaswani et al. 2017, 3.5), or rotated queries and keys in self-attention (Su et al.
+    2021)."""
+    qk_norm: bool = False
+    """Layer normalisation of each head's queries and keys in self-attention (Dehghani et al. 2023, 2); with
+    rotary position."""
     pad_id: int = 0
     """Starts every target and is never produced; Marian folders call it `pad` and `decoder_start`."""
     eos_id: int = 1
@@ -115,6 +127,7 @@ class TransformerConfig(ModelConfig):
             f"an id below model.vocab_size {self.vocab_size}",
         )
         _check("model", self, *inside, "pad_id", "eos_id")
+        _check_rotary(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +175,7 @@ class GPTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("model", self, *_COUNT, "vocab_size", "context")
-        if self.position == "rotary" and self.dim // self.heads % 2:
-            width = self.dim // self.heads
-            raise InputError(f"model.dim / model.heads is {width}; rotary positions need an even number")
+        _check_rotary(self)
 
 
 @dataclass(frozen=True, kw_only=True)

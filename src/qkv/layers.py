@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qkv.attention import Attention, KeyValue, Past, Pattern, Tappable
-from qkv.config import Activation, ModelConfig
+from qkv.config import Activation, GPTConfig, ModelConfig, TransformerConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
 from qkv.ragged import Layout
@@ -47,6 +47,11 @@ def sinusoidal(context: int, dim: int) -> Tensor:
     rates = 10000.0 ** (-dims[::2] / dim)  # (D / 2,)
     angles = positions[:, None] * rates  # (context, D / 2)
     return torch.cat([angles.sin(), angles.cos()[:, : dim // 2]], dim=1).float()
+
+
+def rotation(config: GPTConfig | TransformerConfig, positions: Tensor) -> KeyValue | None:
+    """What turns queries and keys at positions (T,), (T, 1, E) each; None: they are not turned."""
+    return rotary(positions, config.dim // config.heads) if config.position == "rotary" else None
 
 
 def rotary(positions: Tensor, head_dim: int) -> KeyValue:

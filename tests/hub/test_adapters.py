@@ -32,6 +32,7 @@ NAMES = [
     "vit-classification",
     "vit-convolutions-classification",
     "marian",
+    "rotary-marian-qk-norm",
 ]
 
 
@@ -290,3 +291,26 @@ def test_what_a_task_of_peft_means_is_the_bases_to_say(tmp_path: Path) -> None:
         ours = hub.load(folder / "adapter").model
         assert ours.config.head == kind.removesuffix("_classification")
         theirs.compare(ours, adapted_model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "outputs", "head"),
+    [
+        (transformers.BertForSequenceClassification, "SEQ_CLS", 3, "classification"),
+        (transformers.BertForSequenceClassification, "SEQ_CLS", 1, "regression"),
+        (transformers.BertForTokenClassification, "TOKEN_CLS", 3, "tagging"),
+    ],
+)
+def test_a_classifier_that_only_the_adapter_has(
+    make: Any, task: str, outputs: int, head: str, tmp_path: Path
+) -> None:
+    """peft keeps no names of classes, and a pretrained base has none."""
+    theirs.make("bert-pretraining").save_pretrained(tmp_path / "base")
+    model = make.from_pretrained(tmp_path / "base", num_labels=outputs).eval()
+    adapted_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], task_type=task))
+    stir(adapted_model.eval())
+    adapted_model.save_pretrained(tmp_path / "adapter")
+    ours = hub.load(tmp_path / "adapter").model
+    assert ours.config.head == head
+    assert ours.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")[:outputs]
+    theirs.compare(ours, adapted_model.get_base_model())

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qkv import hub
 from qkv.config import AnyModelConfig, BertConfig, GPTConfig, TransformerConfig, ViTConfig
+from qkv.decode import Decoding, generate
 from qkv.errors import InputError
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
-from qkv.hub.marian import Marian
+from qkv.hub.marian import Marian, RotaryMarian
 from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.models import PRESETS, build
 
@@ -86,6 +87,30 @@ FRESH: dict[str, AnyModelConfig] = {
     "transformer": TransformerConfig(
         vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=20, pad_id=36, eos_id=35
     ),
+    "transformer-rotary": TransformerConfig(
+        vocab_size=37,
+        context=20,
+        dim=12,
+        depth=2,
+        heads=3,
+        mlp_dim=20,
+        pad_id=36,
+        eos_id=35,
+        position="rotary",
+    ),
+    "transformer-qk-norm": TransformerConfig(
+        vocab_size=37,
+        context=20,
+        dim=12,
+        depth=2,
+        heads=3,
+        mlp_dim=20,
+        activation="relu2",
+        pad_id=36,
+        eos_id=35,
+        position="rotary",
+        qk_norm=True,
+    ),
 }
 
 
@@ -100,8 +125,9 @@ def test_models_built_here_open_in_transformers(name: str, tmp_path: Path) -> No
         assert reopened.config.id2label == {0: "x", 1: "y"}
 
 
-def test_transformers_translates_with_what_we_save(tmp_path: Path) -> None:
-    model = build(FRESH["transformer"]).eval()
+@pytest.mark.parametrize("name", ["transformer", "transformer-rotary", "transformer-qk-norm"])
+def test_transformers_translates_with_what_we_save(name: str, tmp_path: Path) -> None:
+    model = build(FRESH[name]).eval()
     model.logits_bias.normal_()
     hub.save(tmp_path, hub.Checkpoint(model))
     reopened = theirs.reopen(tmp_path)
@@ -109,16 +135,34 @@ def test_transformers_translates_with_what_we_save(tmp_path: Path) -> None:
     assert out[0] == 36
     assert 36 not in out[1:]
     assert out[-1] == 35  # forced at the end
+    decoding = Decoding(temperature=0.0, max_new_tokens=5)
+    assert out[1:-1] == generate(model, [theirs.IDS[0]], decoding)[0][0].ids
 
 
-def test_the_code_in_a_folder_needs_transformers_alone_and_is_run_by_it_alone(tmp_path: Path) -> None:
-    model = build(FRESH["vit-convolutions"]).eval()
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_transformers_translates_a_padded_batch_with_rotary_positions(num_beams: int, tmp_path: Path) -> None:
+    model = theirs.make("rotary-marian-qk-norm")
+    sources = [ids[:8] for ids in theirs.IDS]
+    width = max(map(len, sources))
+    padded = torch.tensor([ids + [36] * (width - len(ids)) for ids in sources])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sources])
+    options = {"num_beams": num_beams, "max_new_tokens": 8, "do_sample": False}
+    together = model.generate(padded, attention_mask=mask, **options).tolist()
+    alone = [model.generate(torch.tensor([ids]), **options)[0].tolist() for ids in sources]
+    assert [out[: len(one)] for out, one in zip(together, alone, strict=True)] == alone
+
+
+@pytest.mark.parametrize("name", ["vit-convolutions", "transformer-rotary"])
+def test_the_code_in_a_folder_needs_transformers_alone_and_is_run_by_it_alone(
+    name: str, tmp_path: Path
+) -> None:
+    model = build(FRESH[name]).eval()
     hub.save(tmp_path, hub.Checkpoint(model))
     (code,) = tmp_path.glob("*.py")
     imports = re.findall(r"(?m)^ *(?:from|import) (\w+)", code.read_text())
-    assert set(imports) == {"__future__", "torch", "transformers"}
+    assert set(imports) - {"typing"} == {"__future__", "torch", "transformers"}
     with pytest.raises(ValueError, match="trust_remote_code"):
-        transformers.AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=False)
+        transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)
     code.write_text("raise SystemExit('run')")
     torch.testing.assert_close(theirs.our_answers(hub.load(tmp_path).model), theirs.our_answers(model))
 
@@ -149,7 +193,7 @@ def test_every_preset_survives_its_config_json(preset: str) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ConvolutionalViT(), Marian()],
+    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ConvolutionalViT(), Marian(), RotaryMarian()],
     ids=lambda f: f.model_type,
 )
 def test_a_table_names_every_tensor_once(format) -> None:
@@ -161,6 +205,7 @@ def test_a_table_names_every_tensor_once(format) -> None:
         "vit": ViTConfig(depth=3, dim=12, mlp_dim=12, labels=("a",)),
         "vit_convolutional_stem": ViTConfig(depth=3, dim=48, mlp_dim=12, stem="convolutions", labels=("a",)),
         "marian": TransformerConfig(depth=3, dim=8, mlp_dim=12),
+        "rotary_marian": TransformerConfig(depth=3, dim=16, mlp_dim=12, position="rotary", qk_norm=True),
     }
     config = configs[format.model_type]
     rows = list(format.table.layers(config))

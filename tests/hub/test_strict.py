@@ -54,7 +54,15 @@ def refused(folder: str | Path, pattern: str, **options: object) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "openai-gpt", "bert-masked-lm", "vit-classification", "vit-convolutions", "marian"],
+    [
+        "gpt2",
+        "openai-gpt",
+        "bert-masked-lm",
+        "vit-classification",
+        "vit-convolutions",
+        "marian",
+        "rotary-marian-qk-norm",
+    ],
 )
 def test_every_tensor_is_needed(name: str, tmp_path: Path) -> None:
     """Without any one of its tensors a checkpoint is refused, and the message names it."""

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from qkv.hub.code import modeling_rotary_marian as rotary
 from qkv.hub.code import modeling_vit_convolutional_stem as stem
 from qkv.models import GPT, Bert, Model, Transformer
 from qkv.ragged import Ragged, pack
@@ -49,6 +50,9 @@ _MARIAN = {
 stem.ViTConvolutionalStemConfig.register_for_auto_class()
 stem.ViTConvolutionalStemModel.register_for_auto_class()
 stem.ViTConvolutionalStemForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+rotary.RotaryMarianConfig.register_for_auto_class()
+rotary.RotaryMarianMTModel.register_for_auto_class("AutoModelForSeq2SeqLM")
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT, **_GPT_IDS)),
@@ -91,6 +95,10 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         stem.ViTConvolutionalStemConfig(**_VIT, id2label=_LABELS, hidden_act="relu")
     ),
     "marian": lambda: transformers.MarianMTModel(transformers.MarianConfig(**_MARIAN)),
+    "rotary-marian": lambda: rotary.RotaryMarianMTModel(rotary.RotaryMarianConfig(**_MARIAN)),
+    "rotary-marian-qk-norm": lambda: rotary.RotaryMarianMTModel(
+        rotary.RotaryMarianConfig(**_MARIAN, qk_norm=True)
+    ),
 }
 
 
@@ -101,7 +109,7 @@ def make(name: str) -> transformers.PreTrainedModel:
         for parameter in model.parameters():
             if parameter.requires_grad:  # Marian's sinusoids are a parameter that is not trained
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-        if name == "marian":
+        if "marian" in name:
             model.final_logits_bias.normal_()
     return model
 
@@ -126,7 +134,7 @@ def their_answers(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
         inputs = {"input_ids": torch.tensor([ids])}
         if model.config.model_type == "bert":
             inputs["token_type_ids"] = torch.tensor([segments])
-        if model.config.model_type == "marian":
+        if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.tensor([target])
         answers.append(_named(model(**inputs), _NAMES[type(model).__name__]))
     return {key: torch.cat([answer[key] for answer in answers]) for key in answers[0]}
@@ -149,6 +157,7 @@ _NAMES: dict[str, dict[str, str]] = {
     "BertForSequenceClassification": {"logits": "class_logits"},
     "BertForTokenClassification": {"logits": "tag_logits"},
     "MarianMTModel": {"logits": "logits", "encoder_last_hidden_state": "memory"},
+    "RotaryMarianMTModel": {"logits": "logits", "encoder_last_hidden_state": "memory"},
 }
 
 

@@ -215,11 +215,8 @@ def fit(first: int, second: int, budget: int) -> tuple[int, int]:
     """How many tokens two sequences keep to have at most `budget` together; the longer one gives way."""
     if first + second <= budget:
         return first, second
-    if first <= second:
-        first = min(first, budget // 2)
-        return first, budget - first
-    second = min(second, budget // 2)
-    return budget - second, second
+    short = min(first, second, budget // 2)
+    return (short, budget - short) if first <= second else (budget - short, short)
 
 
 def check_context(lengths: Ids, texts: Sequence[str], context: int, truncate: bool) -> tuple[str, ...]:
@@ -233,7 +230,7 @@ def check_context(lengths: Ids, texts: Sequence[str], context: int, truncate: bo
     i = int(lengths.argmax())
     raise InputError(
         f"{count} are longer than the model's context of {context} tokens; the longest has {lengths[i]:,} "
-        f"and begins {texts[i][:40]!r}: raise model.context, or set data.truncate to cut them"
+        f"and begins {texts[i][:40]!r}: set data.truncate to cut them, or raise a new model's model.context"
     )
 
 

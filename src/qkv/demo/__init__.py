@@ -17,7 +17,7 @@ from rich.console import Console
 
 from qkv.config import Family
 from qkv.demo import bert, gpt, transformer, vit
-from qkv.demo.lab import Lab, Part
+from qkv.demo.lab import Lab, Part, need
 from qkv.errors import InputError
 from qkv.files import replace_text
 from qkv.report import page
@@ -28,7 +28,16 @@ PARTS: dict[Family, Callable[[Lab], Part]] = {
     "transformer": transformer.part,
     "vit": vit.part,
 }
+NEEDS: dict[Family, tuple[str, ...]] = {
+    "gpt": (),
+    "bert": ("sklearn",),
+    "transformer": ("babel", "sacrebleu"),
+    "vit": ("sklearn",),
+}
+"""Modules of the demo's extra packages."""
 SCORES = "scores.json"
+MARK = ".qkv-demo"
+"""Says that a folder is a demo's, whose runs may be begun afresh."""
 
 
 def run_demo(only: tuple[Family, ...], out: Path, console: Console, share: float = 1.0) -> None:
@@ -37,6 +46,7 @@ def run_demo(only: tuple[Family, ...], out: Path, console: Console, share: float
     A folder of an earlier demo is begun afresh. share: of each recipe's optimiser steps. Raises
     InputError for a folder that is not a demo's, or if an extra package is missing.
     """
+    need(*(module for family in only for module in NEEDS[family]))
     _claim(out)
     lab = Lab(out, console, share)
     started = time.monotonic()
@@ -62,10 +72,10 @@ def run_demo(only: tuple[Family, ...], out: Path, console: Console, share: float
 
 def _claim(out: Path) -> None:
     """Make the folder, or take over that of an earlier demo."""
-    if not (out / SCORES).exists():
+    if not (out / MARK).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is there and is not an earlier demo's: choose another --out")
-        replace_text(out / SCORES, "{}\n")
+        replace_text(out / MARK, "")
 
 
 def _write(out: Path, parts: list[Part], numbers: dict[str, object]) -> None:

@@ -25,7 +25,6 @@ from qkv.demo.lab import (
     Run,
     library,
     lot,
-    need,
     recorded,
     sharpest,
     write_table,
@@ -65,7 +64,6 @@ SENTENCES = (
 
 def part(lab: Lab) -> Part:
     """Make the data, pre-train, fine-tune, score and show."""
-    need("sklearn")
     folder = lab.data("bert")
     labelled = _write_data(folder)
     data = DataConfig(path=str(folder / "documents.txt"), valid=str(folder / "documents-valid.txt"))

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 
 from qkv.config import DataConfig, RunConfig, TokenizerConfig, TrainConfig, TransformerConfig
-from qkv.demo.lab import Lab, Part, accuracy, lot, need, recorded, sharpest, write_table
+from qkv.demo.lab import Lab, Part, accuracy, lot, recorded, sharpest, write_table
 from qkv.explanations.alignment import align_texts
 from qkv.metrics import alignment_error_rate, translation_scores
 from qkv.pipelines import Translator, from_pretrained
@@ -40,7 +40,6 @@ Pairs = list[tuple[str, str]]
 
 def part(lab: Lab) -> Part:
     """Make the data, train, score and show."""
-    need("babel", "sacrebleu")
     folder = lab.data("transformer")
     train, valid = make_pairs()
     for name, pairs in (("train", train), ("valid", valid)):

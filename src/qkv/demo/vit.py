@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -12,7 +11,8 @@ import torch
 from PIL import Image
 
 from qkv.config import AugmentConfig, DataConfig, RunConfig, TrainConfig, ViTConfig
-from qkv.demo.lab import Lab, Part, accuracy, logistic_regression, lot, need, recorded
+from qkv.demo.counts import majority_accuracy
+from qkv.demo.lab import Lab, Part, accuracy, logistic_regression, lot, recorded
 from qkv.pipelines import ImageClassifier, from_pretrained
 from qkv.recording import record
 from qkv.report import Figure, Measure, Scores, gallery, overlay
@@ -34,7 +34,6 @@ RECIPE = RunConfig(
 
 def part(lab: Lab) -> Part:
     """Make the data, train, score and show."""
-    need("sklearn")
     folder = lab.data("vit")
     files = _write_images(folder)
     data = DataConfig(path=str(folder / "train"), valid=str(folder / "valid"))
@@ -43,7 +42,6 @@ def part(lab: Lab) -> Part:
     labels = {split: [path.parent.name for path in paths] for split, paths in files.items()}
     flat = {split: images.reshape(len(images), -1) / 240 for split, images in pixels.items()}
     linear = logistic_regression(flat["train"], labels["train"])
-    majority = Counter(labels["train"]).most_common(1)[0][0]
     classifier = cast(ImageClassifier, from_pretrained(run.folder, device="cpu"))
     return Part(
         key="vit",
@@ -56,7 +54,7 @@ def part(lab: Lab) -> Part:
             {
                 "ViT": (run.scores["label_accuracy"],),
                 "logistic regression on pixels": (accuracy(linear.predict(flat["valid"]), labels["valid"]),),
-                "majority": (accuracy([majority] * len(labels["valid"]), labels["valid"]),),
+                "majority": (majority_accuracy(labels["train"], labels["valid"]),),
             },
             frozenset({"ViT"}),
         ),

@@ -28,6 +28,7 @@ from qkv.attention import Pattern
 from qkv.config import Family
 from qkv.errors import InputError
 from qkv.explanations.explanation import Outcome, Picture, Stack, Units
+from qkv.layers import rotation
 from qkv.models import GPT, Bert, Transformer, ViT
 from qkv.ragged import Layout
 
@@ -240,8 +241,8 @@ class GPTSubject(Subject):
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """As of `Subject`."""
         tokens, pattern = _flat(x, (x.shape[1],), causal=True)
-        rotation = self.model.rotation(self.positions.repeat(len(x)))
-        for state in self.model.blocks.states(tokens, pattern, rotation=rotation):
+        turned = rotation(self.model.config, self.positions.repeat(len(x)))
+        for state in self.model.blocks.states(tokens, pattern, rotation=turned):
             yield state.view_as(x)
 
 
@@ -282,10 +283,14 @@ class TransformerSubject(Subject):
         """As of `Subject`; the states are the target's."""
         source, target = torch.split(x, self.sizes, dim=1)  # (N, S, D), (N, T, D)
         tokens, sources = _flat(source, (self.sizes[0],))
-        memory = self.model.decoder.read(self.model.run_encoder(tokens, sources))
+        encoded = self.model.run_encoder(tokens, sources.queries.positions, sources)
+        memory = self.model.decoder.read(encoded)
         tokens, targets = _flat(target, (self.sizes[1],), causal=True)
         across = Pattern(targets.queries, sources.keys)
-        for state in self.model.decoder.states(tokens, targets, memory=memory, memory_pattern=across):
+        turned = rotation(self.model.config, targets.queries.positions)
+        for state in self.model.decoder.states(
+            tokens, targets, rotation=turned, memory=memory, memory_pattern=across
+        ):
             yield state.view_as(target)
 
 

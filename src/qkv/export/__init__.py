@@ -19,13 +19,16 @@ Format = Literal["hf", "onnx"]
 def export(source: str | Path, folder: str | Path, format: Format) -> dict[str, Any]:
     """Write a checkpoint, a folder or a Hub id, to a folder: an adapter as the whole model that it makes.
 
-    Returns what to tell of it. Raises InputError like `hub.load`, `hub.save` and `save_onnx`.
+    Returns what to tell of it. Raises InputError if the folder holds another one, and like `hub.load`,
+    `hub.save` and `save_onnx`.
     """
     folder = expanded(folder)
+    if format == "hf" and (folders.holds_checkpoint(folder) or (folder / folders.ADAPTER).exists()):
+        raise InputError(f"{folder} holds a checkpoint, which would be lost: give another folder")
     if format == "onnx":
         check_free(folder)
         largest = save_onnx(folder, hub.load(source))
-        written = sorted(path.name for path in folder.glob("*.onnx"))
+        written = sorted(path.name for path in folder.glob("*.onnx*"))
         return {"folder": str(folder), "files": written, "largest_difference": largest}
     hub.save(folder, hub.load(source))
     return {"folder": str(folder)}

@@ -26,8 +26,6 @@ DECODER_WITH_PAST = "decoder_with_past_model.onnx"
 
 _SIZES = {padded.BATCH: 2, padded.LENGTH: 3, padded.SOURCE: 4, padded.PAST: 5, padded.ALL: 8}
 """Sizes of the tensors that a graph is traced with: all differ, so that no two are taken for one."""
-_LARGEST = 2**31 - 2**20
-"""Bytes of weights that fit into one file: protobuf's limit is 2 GiB."""
 
 
 def check_installed() -> None:
@@ -58,7 +56,7 @@ def graphs(checkpoint: Checkpoint) -> dict[str, Padded]:
 
 
 def write(path: Path, graph: Padded) -> None:
-    """Write a graph and its weights to one file; weights over 2 GiB to another, `path`.data, beside it."""
+    """Write a graph and its weights to one file; weights over 1.5 GiB to another, `path`.data, beside it."""
     examples = [_example(name, shape) for name, shape in graph.inputs.items()]
     past = tuple(_axes(shape) for name, shape in graph.inputs.items() if _is_past(name))
     others = [_axes(shape) for name, shape in graph.inputs.items() if not _is_past(name)]
@@ -76,8 +74,7 @@ def write(path: Path, graph: Padded) -> None:
     program.model.producer_name = "qkv"
     for node in program.model.graph.all_nodes():  # the source lines that they were traced from
         node.metadata_props.clear()
-    size = sum(parameter.nbytes for parameter in graph.parameters())
-    program.save(path, external_data=size > _LARGEST)
+    program.save(path)
 
 
 def _is_past(name: str) -> bool:

@@ -151,9 +151,9 @@ class PaddedEncoder(Padded):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
         """(N, S) each -> (N, S, D)."""
         N, S = input_ids.shape
-        positions = torch.arange(S).expand(N, S)
-        x = self.model.embed(input_ids.flatten(), positions.flatten())
-        return (self.model.run_encoder(x, _attended(attention_mask)).view(N, S, -1),)
+        positions = torch.arange(S).expand(N, S).flatten()
+        x = self.model.embed(input_ids.flatten(), positions)
+        return (self.model.run_encoder(x, positions, _attended(attention_mask)).view(N, S, -1),)
 
 
 class PaddedDecoder(Padded):
@@ -245,10 +245,12 @@ def _decoded(
     """ids (N, L) behind the past of the layers, and keys and values of the sources -> logits (N, L, V)."""
     N, L = input_ids.shape
     P = layers[0].length
-    positions = P + torch.arange(L)  # (L,)
-    causal = torch.arange(P + L) <= positions[:, None]  # (L, K)
+    new = P + torch.arange(L)  # (L,)
+    causal = torch.arange(P + L) <= new[:, None]  # (L, K)
+    positions = new.expand(N, L).flatten()
     hidden = model.run_decoder(
-        model.embed(input_ids.flatten(), positions.expand(N, L).flatten()),
+        model.embed(input_ids.flatten(), positions),
+        positions,
         Masked.by(causal.expand(N, 1, L, P + L)),
         memory,
         _attended(encoder_attention_mask),

@@ -35,12 +35,11 @@ from qkv.hub import folder as folders
 from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
-from qkv.hub.marian import Marian
+from qkv.hub.marian import Marian, RotaryMarian
 from qkv.hub.sentence import CONTRASTIVE, Pooling
 from qkv.hub.table import Format
 from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.images import ImageProcessor
-from qkv.layers import sinusoidal
 from qkv.lora import HEAD
 from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, allocate, build
@@ -54,6 +53,7 @@ _ALL: tuple[Format[Any], ...] = (
     VIT(),
     ConvolutionalViT(),
     Marian(),
+    RotaryMarian(),
 )
 _FORMATS = {format.model_type: format for format in _ALL}
 _CODE = Path(__file__).with_name("code")
@@ -101,6 +101,17 @@ def load(
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
         return _load_adapted(found, adapter, family, heads, labels)
+    return _load_whole(found, family, heads, labels)
+
+
+def _load_whole(
+    found: Path,
+    family: Family | None,
+    heads: tuple[BertHead, ...],
+    labels: tuple[str, ...],
+    unnamed: tuple[str, ...] = (),
+) -> Checkpoint:
+    """The checkpoint of a folder. unnamed: names of a head's outputs where nobody else has any."""
     own = sentence.read(found)
     folder = own.folder
     theirs = files.read_json(folder / folders.CONFIG)
@@ -115,8 +126,8 @@ def load(
         with files.blame(folder / folders.CONFIG):
             declared: AnyModelConfig = format.config(settings, theirs, names.keys())
         if family not in (None, declared.family):
-            raise InputError(f"{source} is a {declared.family} model, but this run trains a {family}")
-        config = _asked(declared, heads, labels)
+            raise InputError(f"{found} is a {declared.family} model, but this run trains a {family}")
+        config = _asked(declared, heads, labels, unnamed)
         if _classes(config) != _classes(declared):
             names = {known: name for known, name in names.items() if not known.startswith("classifier.")}
         model = _unfilled(config)
@@ -158,7 +169,8 @@ def _load_adapted(
     with files.blame(folder / folders.ADAPTER):
         base_folder = folders.locate(adapter.base, adapter.revision)
         check_base(base_folder)
-        base = load(base_folder, family=family, head=heads or adapter.heads, labels=labels or adapter.labels)
+        names = labels or adapter.labels
+        base = _load_whole(base_folder, family, heads or adapter.heads, names, adapter.unnamed)
     config: AnyModelConfig = base.model.config
     try:
         adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)
@@ -187,14 +199,16 @@ def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _asked(declared: AnyModelConfig, heads: tuple[BertHead, ...], labels: tuple[str, ...]) -> AnyModelConfig:
+def _asked(
+    declared: AnyModelConfig, heads: tuple[BertHead, ...], labels: tuple[str, ...], unnamed: tuple[str, ...]
+) -> AnyModelConfig:
     """The declared config with the head and the classes that the caller asks for."""
     if not heads and not labels:
         return declared
     if isinstance(declared, BertConfig):
         wanted = declared.head if not heads or declared.head in heads else heads[0]
         kept = declared.labels if wanted == declared.head else ()
-        return replace(declared, head=wanted, labels=labels or kept)
+        return replace(declared, head=wanted, labels=labels or kept or unnamed)
     if isinstance(declared, ViTConfig) and not heads:
         return replace(declared, labels=labels)
     raise InputError(f"a {declared.family} checkpoint has no head {heads[0] if heads else 'with labels'}")
@@ -232,7 +246,7 @@ def _unfilled(config: AnyModelConfig) -> Model:
         model = build(body)
     allocate(model, torch.device("cpu"))
     if isinstance(model, Transformer):
-        model.position_table = sinusoidal(model.config.context, model.config.dim)  # on no disk
+        model.position_table = model.sinusoids()  # on no disk
     elif isinstance(model, Bert) and isinstance(config, BertConfig):
         model.reset_head(config.head, config.labels)
     elif isinstance(model, ViT) and isinstance(config, ViTConfig):
@@ -281,7 +295,7 @@ def _format_of(config: AnyModelConfig) -> Format[Any]:
     if isinstance(config, BertConfig):
         return _FORMATS["bert"]
     if isinstance(config, TransformerConfig):
-        return _FORMATS["marian"]
+        return _FORMATS["marian" if config.position == "sinusoidal" else "rotary_marian"]
     return _FORMATS["vit" if config.stem == "patches" else "vit_convolutional_stem"]
 
 

@@ -57,8 +57,9 @@ _TASKS = {
 _HEADS: Mapping[str | None, tuple[BertHead, ...]] = {
     "SEQ_CLS": ("classification", "multi_label", "regression"),
     "TOKEN_CLS": ("tagging",),
+    "VALUE": ("regression",),
 }
-"""What peft's tasks may mean: that of them which the base has, else the first."""
+"""What peft's tasks may mean: that of them which the base has, else the first. VALUE: one output."""
 _READ = (
     "base_model_name_or_path",
     "revision",
@@ -86,6 +87,8 @@ class Adapter(NamedTuple):
     """Its head, or those that its task may need; empty: the one of the base."""
     labels: tuple[str, ...]
     """Its classes, in a folder that was written here."""
+    unnamed: tuple[str, ...]
+    """Names for the outputs of its classifier, where neither it nor the base has any."""
 
     def targeted(self, module: str) -> bool:
         """Whether a module of that name is adapted."""
@@ -129,6 +132,9 @@ def read(folder: Path) -> Adapter | None:
         with files.blame(folder / LABELS):
             ours = files.json_or_empty(folder / LABELS)
             head, labels = ours.get("head"), tuple(ours.get("labels", ()))
+        with open_tensors(folder, ADAPTER_WEIGHTS) as tensors:
+            outputs = [part.shape[0] for name, part in tensors.items() if name.endswith(".classifier.weight")]
+        task = "VALUE" if outputs == [1] else theirs.get("task_type")
         return Adapter(
             base=theirs["base_model_name_or_path"],
             revision=theirs.get("revision"),
@@ -136,8 +142,9 @@ def read(folder: Path) -> Adapter | None:
             alpha=float(theirs["lora_alpha"]),
             targets=targets,
             whole=tuple(theirs.get("modules_to_save") or ()),
-            heads=(head,) if head else _HEADS.get(theirs.get("task_type"), ()),
+            heads=(head,) if head else _HEADS.get(task, ()),
             labels=labels,
+            unnamed=tuple(f"LABEL_{i}" for i in range(*outputs)) if outputs else (),
         )
 
 

@@ -1,8 +1,9 @@
-"""The encoder-decoder Transformer on disk: `marian`, the format of the opus-mt models."""
+"""The encoder-decoder Transformer on disk: `marian`, the format of the opus-mt models, or `rotary_marian`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from qkv.config import TransformerConfig, from_dict
@@ -98,7 +99,9 @@ class Marian(Format[TransformerConfig]):
         }
 
     def obstacle(self, config: TransformerConfig) -> str | None:
-        """It must be post-norm with the usual epsilon."""
+        """It must be post-norm with the usual epsilon, queries and keys as they are."""
+        if config.qk_norm and config.position != "rotary":
+            return "transformers' marian has no model.qk_norm: set model.position rotary"
         if config.norm_first:
             return "transformers' marian is post-norm: model.norm_first must be false"
         if config.norm_eps != _NORM_EPS:
@@ -115,3 +118,49 @@ class Marian(Format[TransformerConfig]):
             "bad_words_ids": [[config.pad_id]],
             "max_length": config.context,
         }
+
+
+_SELF_ATTENTION = (
+    ("encoder.{}.attention", "encoder.layers.{}"),
+    ("decoder.{}.attention", "decoder.layers.{}"),
+)
+
+
+class RotaryMarian(Marian):
+    """The same with rotary positions, and with or without norms of queries and keys in self-attention.
+
+    transformers has no such model: the folder carries its code.
+    """
+
+    model_type = "rotary_marian"
+    code = "modeling_rotary_marian.py"
+    fields = replace(Marian.fields, names={**Marian.fields.names, "qk_norm": ("qk_norm",)})
+    table = replace(
+        Marian.table,
+        rows=(
+            *Marian.table.rows,
+            *(
+                row
+                for ours, theirs in _SELF_ATTENTION
+                for kind in ("query", "key")
+                for row in module(f"{ours}.{kind}_norm", f"{theirs}.self_attn.{kind[0]}_norm")
+            ),
+        ),
+        ignored=(),
+    )
+
+    def config(
+        self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]
+    ) -> TransformerConfig:
+        """Positions are rotary."""
+        return replace(super().config(ours, theirs, tensors), position="rotary")
+
+    def rest(self, config: TransformerConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Also where transformers finds the code."""
+        file = self.code.removesuffix(".py")
+        auto_map = {
+            "AutoConfig": f"{file}.RotaryMarianConfig",
+            "AutoModelForSeq2SeqLM": f"{file}.RotaryMarianMTModel",
+        }
+        shared = super().rest(config, tokenizer)
+        return {**shared, "architectures": ["RotaryMarianMTModel"], "auto_map": auto_map}

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from qkv.attention import KeyValue, Past, Pattern, Tappable
+from qkv.attention import Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.kv_cache import Branches, Cache
-from qkv.layers import Output, Stack, check_lengths, init_normal, rotary
+from qkv.layers import Output, Stack, check_lengths, init_normal, rotation
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, GPTConfig] = {
@@ -80,14 +80,8 @@ class GPT(nn.Module):
 
         caches: where each layer keeps keys and values of earlier tokens.
         """
-        x = self.blocks(x, pattern, rotation=self.rotation(positions), caches=caches)
+        x = self.blocks(x, pattern, rotation=rotation(self.config, positions), caches=caches)
         return self.norm(x)  # type: ignore[no-any-return]
-
-    def rotation(self, positions: Tensor) -> KeyValue | None:
-        """What turns queries and keys at positions (T,), (T, 1, E) each; None: positions are learned."""
-        if self.positions is not None:
-            return None
-        return rotary(positions, self.config.dim // self.config.heads)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the token embeddings (Radford et al. 2018, equation 2)."""

@@ -16,7 +16,7 @@ from qkv.attention import KeyValue, Past, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.kv_cache import Branches, Cache
-from qkv.layers import Output, Stack, check_lengths, init_xavier, sinusoidal
+from qkv.layers import Output, Stack, check_lengths, init_xavier, rotation, sinusoidal
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -44,18 +44,17 @@ class TransformerOutput:
 class Transformer(nn.Module):
     """Source ids and target ids so far in, logits of each next target token out."""
 
-    position_table: Tensor
+    position_table: Tensor | None
     logits_bias: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(config.vocab_size, config.dim)
-        table = sinusoidal(config.context, config.dim).to(self.tokens.weight.device)
-        self.register_buffer("position_table", table, persistent=False)
+        self.register_buffer("position_table", self.sinusoids(), persistent=False)
         self.dropout = Dropout(config.dropout)
-        self.encoder = Stack(config)
-        self.decoder = Stack(config, cross=True)
+        self.encoder = Stack(config, qk_norm=config.qk_norm)
+        self.decoder = Stack(config, cross=True, qk_norm=config.qk_norm)
         self.encoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
         self.decoder_norm = nn.LayerNorm(config.dim, config.norm_eps) if config.norm_first else nn.Identity()
         self.output = Output()
@@ -75,12 +74,13 @@ class Transformer(nn.Module):
     def encode(self, source: Ragged) -> Ragged:
         """source ids (S,) -> memory (S, D)."""
         check_lengths(source.layout, self.config.context)
-        pattern = Pattern(source.layout, source.layout)
-        return source.like(self.run_encoder(self.embed(source.values, source.layout.positions), pattern))
+        pattern, positions = Pattern(source.layout, source.layout), source.layout.positions
+        return source.like(self.run_encoder(self.embed(source.values, positions), positions, pattern))
 
-    def run_encoder(self, x: Tensor, pattern: Pattern) -> Tensor:
-        """x (S, D), embedded tokens that attend as the pattern says -> memory (S, D)."""
-        return self.encoder_norm(self.encoder(x, pattern))  # type: ignore[no-any-return]
+    def run_encoder(self, x: Tensor, positions: Tensor, pattern: Pattern) -> Tensor:
+        """x (S, D), embedded tokens at positions (S,) that attend as the pattern says -> memory (S, D)."""
+        x = self.encoder(x, pattern, rotation=rotation(self.config, positions))
+        return self.encoder_norm(x)  # type: ignore[no-any-return]
 
     def read(self, memory: Ragged) -> list[KeyValue]:
         """Each decoder layer's keys and values of memory (S, D)."""
@@ -102,28 +102,44 @@ class Transformer(nn.Module):
             pattern, positions = cache.extend(target.layout, branches)
         caches = None if cache is None else cache.layers
         x = self.embed(target.values, positions)
-        return target.like(self.run_decoder(x, pattern, memory, memory_pattern, caches))
+        return target.like(self.run_decoder(x, positions, pattern, memory, memory_pattern, caches))
 
     def run_decoder(
         self,
         x: Tensor,
+        positions: Tensor,
         pattern: Pattern,
         memory: Sequence[KeyValue],
         memory_pattern: Pattern,
         caches: Sequence[Past] | None = None,
     ) -> Tensor:
-        """x (T, D), embedded tokens that attend as the patterns say -> hidden (T, D).
+        """x (T, D), embedded tokens at positions (T,) that attend as the patterns say -> hidden (T, D).
 
         memory: each layer's keys and values of the sources. caches: where each keeps those of earlier tokens.
         """
-        x = self.decoder(x, pattern, caches=caches, memory=memory, memory_pattern=memory_pattern)
+        x = self.decoder(
+            x,
+            pattern,
+            rotation=rotation(self.config, positions),
+            caches=caches,
+            memory=memory,
+            memory_pattern=memory_pattern,
+        )
         return self.decoder_norm(x)  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """ids (T,) -> sqrt(D) times their embeddings, plus positions: (T, D) (3.4, 3.5)."""
+        """ids (T,) -> sqrt(D) times their embeddings, plus sinusoidal positions: (T, D) (3.4, 3.5)."""
         x = self.tokens(ids) * math.sqrt(self.config.dim)
-        # FSDP2 gathers parameters in bfloat16, but no buffers.
-        return self.dropout(x + self.position_table[positions].to(x.dtype))  # type: ignore[no-any-return]
+        if self.position_table is not None:
+            # FSDP2 gathers parameters in bfloat16, but no buffers.
+            x = x + self.position_table[positions].to(x.dtype)
+        return self.dropout(x)  # type: ignore[no-any-return]
+
+    def sinusoids(self) -> Tensor | None:
+        """A new position table (context, D), which is on no disk; None: positions are rotary."""
+        if self.config.position == "rotary":
+            return None
+        return sinusoidal(self.config.context, self.config.dim).to(self.tokens.weight.device)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V), by the matrix that also embeds sources and targets (3.4)."""

@@ -198,7 +198,7 @@ def _table(scores: Sequence[Record]) -> Scores:
             _title(name),
             digits=4,
             percent=name.endswith("_accuracy"),
-            lower_is_better=name.endswith(("loss", "error", "perplexity", "bits_per_byte")),
+            lower_is_better=name.endswith(("loss", "perplexity", "bits_per_byte")),
         )
         for name in names
     )
