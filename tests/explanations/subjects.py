@@ -25,6 +25,11 @@ TWO = "Two dogs run.", "A quick fox"
 CASES: dict[str, Callable[[], Case]] = {
     "gpt": lambda: (generator(), "The quick brown", " fox jumps"),
     "transformer": lambda: (translator(), "Two dogs run.", "Zwei Hunde"),
+    "transformer-rotary": lambda: (
+        translator(position="rotary", qk_norm=True),
+        "Two dogs run.",
+        "Zwei Hunde",
+    ),
     "bert-classification": lambda: (encoder("classification", ("a", "b", "c")), "A quick fox", None),
     "bert-pair": lambda: (encoder("classification", ("a", "b", "c")), ("Two dogs run.", "A fox jumps"), "b"),
     "bert-multi-label": lambda: (encoder("multi_label", ("a", "b", "c")), "A quick fox", "c"),

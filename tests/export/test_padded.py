@@ -55,7 +55,7 @@ def test_they_are_the_ragged_models(name, lengths):
     same(Checkpoint(tiny.tiny(CONFIGS[name], torch.float32)), lengths)
 
 
-@pytest.mark.parametrize("name", ["gpt-rotary", "gpt-pre-norm", "transformer-pre-norm", "bert-masked-lm"])
+@pytest.mark.parametrize("name", ["gpt-rotary", "gpt-pre-norm", "transformer-rotary", "bert-masked-lm"])
 def test_up_to_the_whole_context(name):
     same(Checkpoint(tiny.tiny(name, torch.float32)), [tiny.CONTEXT, 1, tiny.CONTEXT])
 
@@ -138,7 +138,7 @@ def test_a_wrong_graph_is_noticed(name, wrong):
         check(checkpoint, disturbed)
 
 
-@pytest.mark.parametrize("name", ["gpt-qk-norm", "transformer-pre-norm", "bert-masked-lm"])
+@pytest.mark.parametrize("name", ["gpt-qk-norm", "transformer-rotary", "bert-masked-lm"])
 def test_a_context_shorter_than_what_graphs_are_checked_with(name):
     checkpoint = Checkpoint(tiny.tiny(replace(tiny.CONFIGS[name], context=2), torch.float32))
     assert check(checkpoint, eager(checkpoint)) < 1e-4

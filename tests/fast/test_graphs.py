@@ -104,7 +104,7 @@ def test_passes_of_the_same_lengths_are_answered_each_with_its_own(name: str, ma
     assert made == ["Pass"]
 
 
-@pytest.mark.parametrize("name", ["gpt-rotary", "bert-masked-lm", "transformer-post-norm"])
+@pytest.mark.parametrize("name", ["gpt-rotary", "bert-masked-lm", "transformer-rotary"])
 def test_passes_of_different_lengths_share_one_that_has_room_for_them(
     name: str, made: list[str], monkeypatch
 ):
@@ -279,7 +279,7 @@ def test_only_the_graphs_used_last_are_kept(monkeypatch):
     assert [key[2] for key in stack._passes._known] == [5, 3]
 
 
-@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-post-norm", "bert-masked-lm", "vit-pre-norm"])
+@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-rotary", "bert-masked-lm", "vit-pre-norm"])
 def test_what_is_recorded_is_computed(name: str):
     seen = []
     for model in (plain(name), graphed(name)):

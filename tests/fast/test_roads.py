@@ -457,7 +457,7 @@ def test_the_likeliest_tokens_are_those_of_all_logits(precision, rows, vocabular
 
 
 @native_code
-@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-pre-norm", "bert-masked-lm"])
+@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-rotary", "bert-masked-lm"])
 def test_threads_share_the_work(name: str):
     """Few tokens are computed by all threads together, many sequences each by one."""
     for lengths in ([(5, 3)], [(40 + i, 70 - i) for i in range(12)]):
