@@ -35,7 +35,7 @@ from qkv.config import (
     read_toml,
 )
 from qkv.errors import InputError
-from qkv.recipes import default_recipe
+from qkv.recipes import default_recipe, fine_tuning
 
 if TYPE_CHECKING:
     from qkv.output import Output
@@ -63,7 +63,7 @@ Settings = Annotated[RunConfig, arg(name="")]
 Folder = Annotated[Path | None, arg(metavar="FOLDER")]
 Texts = Annotated[tuple[str, ...], arg(metavar="TEXT", help_behavior_hint="(none: lines of standard input)")]
 Data = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(none)")]
-Column = Annotated[str, arg(metavar="NAME", help="Where a table has them.")]
+Column = Annotated[str, arg(metavar="NAME", help="Column of a table that has them.")]
 Columns = Annotated[
     tuple[str, ...], arg(metavar="NAME", help_behavior_hint="(text, and text_pair if there is one)")
 ]
@@ -216,12 +216,8 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
         config = default_recipe("gpt")
     else:
         raise InputError(f"name what to train: a recipe file or one of {', '.join(FAMILIES)}")
-    if named in FAMILIES and "--init" in options:  # the model is the checkpoint's, not the recipe's
-        made = config.model
-        chosen = type(made)(
-            dropout=made.dropout, attention_dropout=made.attention_dropout, drop_path=made.drop_path
-        )
-        config = replace(config, model=chosen)
+    if named in FAMILIES and "--init" in options:
+        config = fine_tuning(config, adapters="--lora.rank" in options)
     command = partial(_deferred(train), config=config)
     return tyro.cli(
         command, args=arguments, prog=f"qkv train {named}".rstrip(), config=(tyro.conf.AvoidSubcommands,)
@@ -361,7 +357,7 @@ def classify(
         inputs: Texts, or image files.
         data: A file of texts, or of images' paths, instead: .jsonl, .csv, .tsv, .parquet, or one a line. Or a
             folder of images, in the order of their paths.
-        column: Where a table has them, and their second texts; default for images: image.
+        column: Columns of a table that have them, and their second texts; default for images: image.
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
         pair: Second text of all, for a model of text pairs.
         top_k: How many classes; default 5, but all labels of a multi-label model.

@@ -502,9 +502,9 @@ class FigureOptions:
     stack: Literal["", "encoder", "decoder", "cross"] = ""
     """Whose attention; "": the first that the explanation has."""
     layer: int = 0
-    """In which layer of the stack,"""
+    """Its layer in the stack."""
     head: int = 0
-    """and of which head of the layer."""
+    """The head of that layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qkv.config import (
     BertConfig,
     Family,
@@ -39,3 +41,20 @@ def default_recipe(family: Family) -> RunConfig:
             train=TrainConfig(learning_rate=1e-3, batch_tokens=8192, weight_decay=0.05),
         ),
     }[family]
+
+
+FINE_TUNING_RATE = 1e-4
+"""For whole pretrained weights, as in `recipes/bert-sst2.toml`; Devlin et al. 2018, A.3, took half of it."""
+
+
+def fine_tuning(recipe: RunConfig, adapters: bool) -> RunConfig:
+    """The recipe from a checkpoint on: the model is the checkpoint's but for dropout, and learns slower.
+
+    adapters: they alone are trained, at the rate of fresh weights.
+    """
+    made = recipe.model
+    model = type(made)(
+        dropout=made.dropout, attention_dropout=made.attention_dropout, drop_path=made.drop_path
+    )
+    rate = recipe.train.learning_rate if adapters else FINE_TUNING_RATE
+    return replace(recipe, model=model, train=replace(recipe.train, learning_rate=rate))
