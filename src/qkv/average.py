@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +18,22 @@ from qkv.config import TrainConfig
 Weights = dict[str, Tensor]
 
 
-class Average(Protocol):
-    """How the weights that are scored and kept follow from those that are trained."""
-
-    state: Weights
-    """What resuming needs, by parameter name."""
-
-    def update(self, model: nn.Module) -> None:
-        """An optimiser step is done."""
-        ...
-
-    def weights(self, model: nn.Module, run: Path) -> Weights:
-        """The averaged parameters; none: the model's own."""
-        ...
-
-
-class Last:
-    """No average: the last weights."""
+class Average:
+    """How the weights that are scored and kept follow from those that are trained: here they are the same."""
 
     def __init__(self) -> None:
         self.state: Weights = {}
+        """What resuming needs, by parameter name."""
 
     def update(self, model: nn.Module) -> None:
-        """Nothing to remember."""
+        """An optimiser step is done."""
 
     def weights(self, model: nn.Module, run: Path) -> Weights:
-        """Those of the model."""
+        """The averaged parameters; none: the model's own."""
         return {}
 
 
-class MovingAverage:
+class MovingAverage(Average):
     """The mean of all weights so far, a step's counting `decay` times the next one's.
 
     It begins with the initial weights, which are soon forgotten: at step t the decay in use is
@@ -56,8 +41,9 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__()
         self.decay = decay
-        self.state: Weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.state = {name: p.detach().clone() for name, p in model.named_parameters()}
         self.state[_COUNT] = torch.zeros((), dtype=torch.int64)
 
     @torch.no_grad()
@@ -77,7 +63,7 @@ class MovingAverage:
 _COUNT = "steps"
 
 
-class LastCheckpoints:
+class LastCheckpoints(Average):
     """The mean of the present weights and those of the last saved states, `count` in all.
 
     Only states saved at multiples of `every` steps count, so that an interrupt, which saves one in between,
@@ -85,11 +71,8 @@ class LastCheckpoints:
     """
 
     def __init__(self, count: int, every: int) -> None:
+        super().__init__()
         self.count, self.every = count, every
-        self.state: Weights = {}
-
-    def update(self, model: nn.Module) -> None:
-        """The states are on the disk."""
 
     @torch.no_grad()
     def weights(self, model: nn.Module, run: Path) -> Weights:
@@ -110,7 +93,7 @@ def average_of(model: nn.Module, config: TrainConfig) -> Average:
         return MovingAverage(model, config.ema_decay)
     if config.average_checkpoints > 1:
         return LastCheckpoints(config.average_checkpoints, config.save_steps)
-    return Last()
+    return Average()
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def shrunk(batch: Batch, share: float) -> tuple[Batch, float]:
         lengths: list[int] = []
         for length in batch.ids.layout.lengths:
             part = max(round(length * share), 1)
-            lengths += [part] * (length // part) + ([length % part] if length % part else [])
+            lengths += [min(part, length - start) for start in range(0, length, part)]
         layout = Layout(tuple(lengths), batch.ids.values.device)
         return replace(batch, ids=Ragged(batch.ids.values, layout)), 1.0
     assert isinstance(batch, ImageBatch)

@@ -204,20 +204,12 @@ class SquaredError(Term):
         return
 
 
-class Contrastive(Term):
-    """Which text belongs to which: similarities (M, M), with -inf where texts are not compared."""
+def contrastive(vectors: Tensor, batch: ContrastiveBatch) -> CrossEntropy:
+    """Which text belongs to which, by vectors (2 N, D): InfoNCE (van den Oord et al. 2018, equation 4).
 
-    def loss_sum(self, smoothing: float = 0.0) -> Tensor:
-        """InfoNCE in nats (van den Oord et al. 2018, equation 4)."""
-        return F.cross_entropy(self.logits, self.labels, reduction="sum")
-
-    def predictions(self) -> Tensor:
-        """The nearest text, (M,)."""
-        return self.logits.argmax(-1)
-
-
-def contrastive(vectors: Tensor, batch: ContrastiveBatch) -> Contrastive:
-    """vectors (2 N, D) of the batch's texts -> cosines over the temperature (Gao et al. 2021, equation 1)."""
+    The logits (N, N) are cosines over the temperature (Gao et al. 2021, equation 1), -inf where texts are not
+    compared.
+    """
     texts, pairs = F.normalize(vectors.float()).chunk(2)  # (N, D)
     right = torch.arange(len(texts), device=vectors.device)
     compared = batch.wrong | torch.eye(len(texts), dtype=torch.bool, device=vectors.device)  # (N, N)
@@ -226,7 +218,7 @@ def contrastive(vectors: Tensor, batch: ContrastiveBatch) -> Contrastive:
     known = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if known else nullcontext():
         similarities = texts @ pairs.T / batch.temperature
-    return Contrastive(similarities.masked_fill(~compared, -torch.inf), right)
+    return CrossEntropy(similarities.masked_fill(~compared, -torch.inf), right)
 
 
 # ---------------------------------------------------------------- from a batch to its losses

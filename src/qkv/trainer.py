@@ -17,9 +17,7 @@ import torch
 
 from qkv.average import Average, average_of
 from qkv.config import TrainConfig
-from qkv.data import (
-    Dataset,
-)
+from qkv.data import Dataset
 from qkv.data.batches import Batch
 from qkv.distributed import ALONE, Ranks, spread, whole
 from qkv.divergence import check_finite

@@ -24,7 +24,7 @@ from qkv.data import Samples
 from qkv.hub import Checkpoint
 from qkv.images import ImageProcessor
 from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, TextGenerator, Translator
-from qkv.report.page import continuation, filled, table
+from qkv.report.page import continuation, filled, framed, table
 from qkv.report.pictures import gallery
 
 Answer = dict[str, Any]
@@ -196,14 +196,13 @@ class Classes(Exhibit[Encoder]):
 
     def show(self, answers: Sequence[Answer]) -> str:
         """A table; wrong answers are marked."""
-        head = "".join(f'<th scope="col">{name}</th>' for name in ("text", "label", "model says"))
-        rows = "".join(
+        rows = (
             f"<tr><td>{escape(_short(a['text']))}</td><td>{escape(a['label'])}</td>"
             f'<td class="{"right" if a["guess"] == a["label"] else "wrong"}">{escape(a["guess"])} '
             f"({100 * a['probability']:.0f} %)</td></tr>"
             for a in answers
         )
-        return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        return framed(("text", "label", "model says"), rows)
 
 
 class Tags(Exhibit[Encoder]):
@@ -232,14 +231,12 @@ class Tags(Exhibit[Encoder]):
         """A table a sentence; wrong answers are marked."""
         tables = []
         for a in answers:
-            words = "".join(f'<th scope="col">{escape(word)}</th>' for word in a["words"])
             tags = "".join(f"<td>{escape(tag)}</td>" for tag in a["tags"])
             guesses = "".join(
                 f'<td class="{"right" if guess == tag else "wrong"}">{escape(guess or "–")}</td>'
                 for guess, tag in zip(a["guesses"], a["tags"], strict=True)
             )
-            rows = f"<thead><tr>{words}</tr></thead><tbody><tr>{tags}</tr><tr>{guesses}</tr></tbody>"
-            tables.append(f'<div class="scroll"><table>{rows}</table></div>')
+            tables.append(framed(map(escape, a["words"]), (f"<tr>{tags}</tr>", f"<tr>{guesses}</tr>")))
         return "".join(tables)
 
 

@@ -135,13 +135,23 @@ def _figure(figure: Figure) -> str:
 # ---------------------------------------------------------------- tables and text
 
 
+def framed(heads: Iterable[str], rows: Iterable[str], look: str = "") -> str:
+    """A table of a header's cells and of rows, all HTML already, that scrolls. look: a class of the style."""
+    header = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    named = f' class="{look}"' if look else ""
+    return (
+        f'<div class="scroll"><table{named}><thead><tr>{header}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def score_table(scores: Scores) -> str:
     """Scores with the best of each column in bold, and models apart from baselines."""
-    heads = "".join(
-        f'<th scope="col">{escape(m.name)} <span class="arrow" title="{better} is better">{arrow}</span></th>'
-        for m in scores.measures
-        for better, arrow in [("lower", "↓") if m.lower_is_better else ("higher", "↑")]
-    )
+    heads = [escape(scores.rows_are)]
+    for measure in scores.measures:
+        better, arrow = ("lower", "↓") if measure.lower_is_better else ("higher", "↑")
+        sign = f'<span class="arrow" title="{better} is better">{arrow}</span>'
+        heads.append(f"{escape(measure.name)} {sign}")
     rows = []
     for name, values in scores.rows.items():
         cells = []
@@ -154,23 +164,18 @@ def score_table(scores: Scores) -> str:
             cells.append(f"<td>{f'<b>{shown}</b>' if best else shown}</td>")
         mark = ' class="ours"' if name in scores.ours else ""
         rows.append(f'<tr{mark}><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
-    return (
-        f'<div class="scroll"><table class="scores"><thead><tr><th scope="col">{escape(scores.rows_are)}</th>'
-        f"{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return framed(heads, rows, "scores")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of texts."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = ("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return framed(map(escape, header), body)
 
 
 def shares(header: Sequence[str], rows: Iterable[tuple[str, Sequence[float]]]) -> str:
     """A table of names with shares of a whole, as bars."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(
+    body = (
         f'<tr><th scope="row">{escape(name)}</th>'
         + "".join(
             f'<td><div class="share"><span class="bar" style="width:{100 * value:.1f}%"></span>'
@@ -180,10 +185,7 @@ def shares(header: Sequence[str], rows: Iterable[tuple[str, Sequence[float]]]) -
         + "</tr>"
         for name, values in rows
     )
-    return (
-        f'<div class="scroll"><table class="shares"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return framed(map(escape, header), body, "shares")
 
 
 def continuation(prompt: str, text: str) -> str:
