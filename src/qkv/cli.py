@@ -169,9 +169,18 @@ def _plan_command(arguments: list[str]) -> Callable[[], None]:
     named = arguments[0] if arguments and not arguments[0].startswith("-") else ""
     if not named and "--help" not in arguments and "-h" not in arguments:
         raise InputError(f"name what to plan: a recipe file, a preset or one of {', '.join(FAMILIES)}")
-    command = partial(_deferred(plan), config=_planned_config(named or "gpt"))
+    return _configured(plan, named, _planned_config(named or "gpt"), arguments)
+
+
+def _configured(
+    command: Callable[..., None], named: str, config: RunConfig, arguments: list[str]
+) -> Callable[[], None]:
+    """The command with settings for arguments, whose defaults are those of the config that was named."""
     return tyro.cli(
-        command, args=arguments, prog=f"qkv plan {named}".rstrip(), config=(tyro.conf.AvoidSubcommands,)
+        partial(_deferred(command), config=config),
+        args=arguments,
+        prog=f"qkv {command.__name__} {named}".rstrip(),
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 
@@ -218,10 +227,7 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
         raise InputError(f"name what to train: a recipe file or one of {', '.join(FAMILIES)}")
     if named in FAMILIES and "--init" in options:
         config = fine_tuning(config, adapters="--lora.rank" in options)
-    command = partial(_deferred(train), config=config)
-    return tyro.cli(
-        command, args=arguments, prog=f"qkv train {named}".rstrip(), config=(tyro.conf.AvoidSubcommands,)
-    )
+    return _configured(train, named, config, arguments)
 
 
 # ---------------------------------------------------------------- use
