@@ -29,7 +29,7 @@ from qkv.cli import _with_data_path, main
 from qkv.config import FAMILIES, read_toml
 from qkv.errors import InputError
 from qkv.pipelines import from_pretrained
-from qkv.recipes import default_recipe
+from qkv.recipes import FINE_TUNING_RATE, default_recipe
 
 TINY = {
     "gpt": [
@@ -310,14 +310,16 @@ def test_fine_tune_a_checkpoint_of_another_size_than_the_recipe(runs, tmp_path):
     start = ["train", "bert", "--data", data, "--init", runs["masked"], "--out", tmp_path / "tuned", *STEPS]
     assert "with init the model is the checkpoint's" in fail(*start, "--model.depth=5")
     succeed(*start, "--model.dropout=0.3")
-    model = read_toml(tmp_path / "tuned" / "config.toml").model
-    assert (model.dim, model.dropout, model.labels) == (32, 0.3, ("bad", "good"))
+    made = read_toml(tmp_path / "tuned" / "config.toml")
+    assert (made.model.dim, made.model.dropout, made.model.labels) == (32, 0.3, ("bad", "good"))
+    assert made.train.learning_rate == FINE_TUNING_RATE
 
 
 def test_adapters_are_trained_used_and_made_whole(runs, tmp_path):
     data, run, out = runs["bert"].parent / "labelled.csv", tmp_path / "run", tmp_path / "out"
     succeed("train", "bert", "--data", data, "--init", runs["bert"], "--lora.rank=2", "--out", run, *STEPS)
     assert (run / "adapter_model.safetensors").is_file() and not (run / "model.safetensors").exists()
+    assert read_toml(run / "config.toml").train.learning_rate > FINE_TUNING_RATE
     assert "accuracy" in succeed("eval", run)
     assert json.loads(succeed("export", run, out)) == {"folder": str(out)}
     assert succeed("classify", out, "fine") == succeed("classify", run, "fine")
@@ -328,6 +330,7 @@ def test_export(runs, tmp_path):
     asked = ["3 bottles", "--max-new-tokens", 4, "--temperature", 0]
     assert succeed("generate", tmp_path / "hf", *asked) == succeed("generate", runs["gpt"], *asked)
     assert not (tmp_path / "hf" / "state").exists()
+    assert "holds a checkpoint, which would be lost" in fail("export", runs["vit"], tmp_path / "hf")
     said = json.loads(succeed("export", runs["vit"], tmp_path / "onnx", "--format", "onnx"))
     assert said["files"] == ["model.onnx"] and 0 <= said["largest_difference"] < 1e-4
     assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()

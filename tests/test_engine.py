@@ -310,7 +310,9 @@ def test_impossible_requests_are_named_when_they_come() -> None:
     with pytest.raises(InputError, match="prompt 1 has no tokens"):
         engine.submit(Request([], GREEDY))
     for strange in (Request([4, VOCAB], GREEDY), Request([4], GREEDY, eos=[-1])):
-        with pytest.raises(InputError, match=f"prompt 1 has the id .*; the model's are 0 to {VOCAB - 1}"):
+        with pytest.raises(
+            InputError, match=f"prompt 1 has, or is to end at, the id .*; the model's are 0 to {VOCAB - 1}"
+        ):
             engine.submit(strange)
     assert engine.submit(Request([4], GREEDY)) == 1
     assert len(list(engine.run())) == 2 * GREEDY.max_new_tokens

@@ -158,17 +158,14 @@ def load_state(
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if stored := fields.get(names[id(p)]):
-                    if stored.keys() != _STATE[isinstance(optimizer, torch.optim.Muon)]:
+                    muon = isinstance(optimizer, torch.optim.Muon)
+                    if stored.keys() != ({"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"}):
                         raise InputError(
                             f"{states[-1]} does not fit the run's {CONFIG}: train.optimizer was another one"
                         )
                     optimizer.state[p] = stored
     with blame(states[-1] / PROGRESS):
         return from_dict(Progress, read_json(states[-1] / PROGRESS))
-
-
-_STATE = {False: {"step", "exp_avg", "exp_avg_sq"}, True: {"momentum_buffer"}}
-"""What AdamW, and what Muon, keeps of a parameter."""
 
 
 def load_weights(state: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:

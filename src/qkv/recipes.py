@@ -44,7 +44,7 @@ def default_recipe(family: Family) -> RunConfig:
 
 
 FINE_TUNING_RATE = 1e-4
-"""For whole pretrained weights, as in `recipes/bert-sst2.toml`; Devlin et al. 2018, A.3, took half of it."""
+"""For whole pretrained weights, as in `recipes/bert-sst2.toml`; at most half of it in Devlin et al. 2018."""
 
 
 def fine_tuning(recipe: RunConfig, adapters: bool) -> RunConfig:

@@ -75,7 +75,9 @@ class Search(ABC):
                 f"{kind} {number} has {length} tokens; the model's context is {context}: shorten it"
             )
         if strange := [id for id in (*request.ids, *request.eos) if not 0 <= id < size]:
-            raise InputError(f"{kind} {number} has the id {strange[0]}; the model's are 0 to {size - 1}")
+            raise InputError(
+                f"{kind} {number} has, or is to end at, the id {strange[0]}; the model's are 0 to {size - 1}"
+            )
         self.request = request
         self.number = number
         self.decoding = request.decoding

@@ -183,7 +183,8 @@ def _evaluate(
         gathered = trainer.bf16 and trainer.ranks.count > 1
         with torch.autocast(trainer.device.type, torch.bfloat16, enabled=gathered):
             # Without a backward pass there is room for twice the tokens.
-            tokens = min(8192, 2 * max(1, config.batch_tokens // config.gradient_accumulation_steps))
+            parts = config.gradient_accumulation_steps * trainer.ranks.count
+            tokens = min(8192, 2 * max(1, config.batch_tokens // parts))
             scores = evaluate(trainer.objective, job.valid, tokens, trainer.ranks)
         check_finite(step, config, scores["loss"])
         checkpoint = trainer.checkpoint()

@@ -33,6 +33,7 @@ MODELS = {
     "bert": replace(tiny.CONFIGS["bert-pretraining"], depth=1),
     "vit": replace(tiny.CONFIGS["vit-convolutions"], depth=1),
     "marian": replace(tiny.CONFIGS["transformer-post-norm"], depth=1),
+    "rotary-marian": replace(tiny.CONFIGS["transformer-rotary"], depth=1),
 }
 """Each family, and between them both kinds of positions, and norms of queries and keys."""
 PROMPTS = [[3, 5, 7, 11, 2], [9], [4, 4, 10, 1, 6, 8, 5, 2, 7, 2, 12]]

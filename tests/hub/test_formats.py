@@ -139,14 +139,24 @@ def test_transformers_translates_with_what_we_save(name: str, tmp_path: Path) ->
     assert out[1:-1] == generate(model, [theirs.IDS[0]], decoding)[0][0].ids
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_transformers_translates_a_padded_batch_with_rotary_positions(num_beams: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
+def test_transformers_translates_a_padded_batch_with_rotary_positions(options: dict, side: str) -> None:
     model = theirs.make("rotary-marian-qk-norm")
     sources = [ids[:8] for ids in theirs.IDS]
     width = max(map(len, sources))
-    padded = torch.tensor([ids + [36] * (width - len(ids)) for ids in sources])
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sources])
-    options = {"num_beams": num_beams, "max_new_tokens": 8, "do_sample": False}
+    rest = [width - len(ids) for ids in sources]
+    before = rest if side == "left" else [0] * len(rest)
+    padded, mask = (
+        torch.tensor(
+            [
+                [pad] * left + value(ids) + [pad] * (gap - left)
+                for ids, gap, left in zip(sources, rest, before, strict=True)
+            ]
+        )
+        for pad, value in ((36, list), (0, lambda ids: [1] * len(ids)))
+    )
+    options = {"max_new_tokens": 8, "do_sample": False, **options}
     together = model.generate(padded, attention_mask=mask, **options).tolist()
     alone = [model.generate(torch.tensor([ids]), **options)[0].tolist() for ids in sources]
     assert [out[: len(one)] for out, one in zip(together, alone, strict=True)] == alone

@@ -74,7 +74,7 @@ def _claim(out: Path) -> None:
     """Make the folder, or take over that of an earlier demo."""
     if not (out / MARK).exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} is there and is not an earlier demo's: choose another --out")
+            raise InputError(f"{out} is there and is no demo's (it has no {MARK}): choose another --out")
         replace_text(out / MARK, "")
 
 

@@ -23,7 +23,7 @@ def export(source: str | Path, folder: str | Path, format: Format) -> dict[str, 
     `hub.save` and `save_onnx`.
     """
     folder = expanded(folder)
-    if format == "hf" and (folders.holds_checkpoint(folder) or (folder / folders.ADAPTER).exists()):
+    if format == "hf" and folders.holds_checkpoint(folder):
         raise InputError(f"{folder} holds a checkpoint, which would be lost: give another folder")
     if format == "onnx":
         check_free(folder)

@@ -1,9 +1,9 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
 `load` reads a folder or a Hub id, strictly; `save` writes a folder whole. The formats are `gpt2`,
-`openai-gpt`, `persimmon`, `bert`, `vit`, `vit_convolutional_stem` and `marian`, one table each in the files
-beside this one, and peft's adapters of them. A format that transformers lacks has its code in `code/`, which
-`save` puts into the folder for transformers to run; `load` never runs any.
+`openai-gpt`, `persimmon`, `bert`, `vit`, `vit_convolutional_stem`, `marian` and `rotary_marian`, one table
+each in the files beside this one, and peft's adapters of them. A format that transformers lacks has its code
+in `code/`, which `save` puts into the folder for transformers to run; `load` never runs any.
 """
 
 from __future__ import annotations
@@ -101,17 +101,18 @@ def load(
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
         return _load_adapted(found, adapter, family, heads, labels)
-    return _load_whole(found, family, heads, labels)
+    return _load_whole(source, found, family, heads, labels)
 
 
 def _load_whole(
+    source: str | Path,
     found: Path,
     family: Family | None,
     heads: tuple[BertHead, ...],
     labels: tuple[str, ...],
     unnamed: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """The checkpoint of a folder. unnamed: names of a head's outputs where nobody else has any."""
+    """The checkpoint in the folder `found`. unnamed: names of a head's outputs where nobody else has any."""
     own = sentence.read(found)
     folder = own.folder
     theirs = files.read_json(folder / folders.CONFIG)
@@ -126,7 +127,7 @@ def _load_whole(
         with files.blame(folder / folders.CONFIG):
             declared: AnyModelConfig = format.config(settings, theirs, names.keys())
         if family not in (None, declared.family):
-            raise InputError(f"{found} is a {declared.family} model, but this run trains a {family}")
+            raise InputError(f"{source} is a {declared.family} model, but this run trains a {family}")
         config = _asked(declared, heads, labels, unnamed)
         if _classes(config) != _classes(declared):
             names = {known: name for known, name in names.items() if not known.startswith("classifier.")}
@@ -170,7 +171,8 @@ def _load_adapted(
         base_folder = folders.locate(adapter.base, adapter.revision)
         check_base(base_folder)
         names = labels or adapter.labels
-        base = _load_whole(base_folder, family, heads or adapter.heads, names, adapter.unnamed)
+        wanted = heads or adapter.heads
+        base = _load_whole(adapter.base, base_folder, family, wanted, names, adapter.unnamed)
     config: AnyModelConfig = base.model.config
     try:
         adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)

@@ -57,9 +57,9 @@ _TASKS = {
 _HEADS: Mapping[str | None, tuple[BertHead, ...]] = {
     "SEQ_CLS": ("classification", "multi_label", "regression"),
     "TOKEN_CLS": ("tagging",),
-    "VALUE": ("regression",),
+    "VALUE": ("regression", "multi_label"),
 }
-"""What peft's tasks may mean: that of them which the base has, else the first. VALUE: one output."""
+"""What peft's tasks may mean: that of them which the base has, else the first. VALUE: with one output."""
 _READ = (
     "base_model_name_or_path",
     "revision",
@@ -134,7 +134,8 @@ def read(folder: Path) -> Adapter | None:
             head, labels = ours.get("head"), tuple(ours.get("labels", ()))
         with open_tensors(folder, ADAPTER_WEIGHTS) as tensors:
             outputs = [part.shape[0] for name, part in tensors.items() if name.endswith(".classifier.weight")]
-        task = "VALUE" if outputs == [1] else theirs.get("task_type")
+        task = theirs.get("task_type")
+        task = "VALUE" if task == "SEQ_CLS" and outputs == [1] else task
         return Adapter(
             base=theirs["base_model_name_or_path"],
             revision=theirs.get("revision"),
@@ -144,7 +145,7 @@ def read(folder: Path) -> Adapter | None:
             whole=tuple(theirs.get("modules_to_save") or ()),
             heads=(head,) if head else _HEADS.get(task, ()),
             labels=labels,
-            unnamed=tuple(f"LABEL_{i}" for i in range(*outputs)) if outputs else (),
+            unnamed=tuple(f"LABEL_{i}" for i in range(outputs[0])) if outputs else (),
         )
 
 

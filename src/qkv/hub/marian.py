@@ -120,12 +120,6 @@ class Marian(Format[TransformerConfig]):
         }
 
 
-_SELF_ATTENTION = (
-    ("encoder.{}.attention", "encoder.layers.{}"),
-    ("decoder.{}.attention", "decoder.layers.{}"),
-)
-
-
 class RotaryMarian(Marian):
     """The same with rotary positions, and with or without norms of queries and keys in self-attention.
 
@@ -134,17 +128,19 @@ class RotaryMarian(Marian):
 
     model_type = "rotary_marian"
     code = "modeling_rotary_marian.py"
-    fields = replace(Marian.fields, names={**Marian.fields.names, "qk_norm": ("qk_norm",)})
+    fields = replace(
+        Marian.fields,
+        names={**Marian.fields.names, "qk_norm": ("qk_norm",)},
+        fixed={k: v for k, v in Marian.fields.fixed.items() if k != "static_position_embeddings"},
+    )
     table = replace(
         Marian.table,
         rows=(
             *Marian.table.rows,
-            *(
-                row
-                for ours, theirs in _SELF_ATTENTION
-                for kind in ("query", "key")
-                for row in module(f"{ours}.{kind}_norm", f"{theirs}.self_attn.{kind[0]}_norm")
-            ),
+            *module("encoder.{}.attention.query_norm", "encoder.layers.{}.self_attn.q_norm"),
+            *module("encoder.{}.attention.key_norm", "encoder.layers.{}.self_attn.k_norm"),
+            *module("decoder.{}.attention.query_norm", "decoder.layers.{}.self_attn.q_norm"),
+            *module("decoder.{}.attention.key_norm", "decoder.layers.{}.self_attn.k_norm"),
         ),
         ignored=(),
     )
@@ -153,7 +149,7 @@ class RotaryMarian(Marian):
         self, ours: dict[str, Any], theirs: Mapping[str, Any], tensors: Collection[str]
     ) -> TransformerConfig:
         """Positions are rotary."""
-        return replace(super().config(ours, theirs, tensors), position="rotary")
+        return super().config({**ours, "position": "rotary"}, theirs, tensors)
 
     def rest(self, config: TransformerConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Also where transformers finds the code."""

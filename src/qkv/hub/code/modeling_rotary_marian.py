@@ -4,7 +4,7 @@ transformers has no such model, so each folder of one has this file, with which 
 
     AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
 
-Sources are padded on the right. Needs transformers 5.0 or later.
+Written for transformers 5.24.
 
 Legend: N sequences, T tokens of each that are new, H heads, E head width.
 """
@@ -52,8 +52,7 @@ class RotaryAttention(MarianAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (N, T, H E), which follow those of the cache -> (N, T, H E), and the weights."""
-        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]  # by version
-        cache = caches[1] if caches[0] is None else caches[0]
+        cache = kwargs.pop("cache", None)
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
         start = 0 if cache is None else cache.get_seq_length(self.layer_idx)
@@ -61,7 +60,8 @@ class RotaryAttention(MarianAttention):
             projection(hidden_states).unflatten(-1, (self.num_heads, -1))  # (N, T, H, E)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = turned(self.q_norm(query), start), turned(self.k_norm(key), start)
+        query = turned(self.q_norm(query), start).to(value.dtype)  # autocast normalises in float32
+        key = turned(self.k_norm(key), start).to(value.dtype)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (N, H, T, E)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -77,7 +77,8 @@ class RotaryAttention(MarianAttention):
 
 def turned(x: Tensor, start: int) -> Tensor:
     """x (N, T, H, E) of positions from `start` on, each pair of numbers turned (equation 15)."""
-    rates = 10000.0 ** -torch.arange(0, 1, 2 / x.shape[-1], device=x.device)  # (E / 2,)
+    pairs = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float32)  # (E / 2,)
+    rates = 10000.0 ** (-pairs / x.shape[-1])
     angles = torch.outer(start + torch.arange(x.shape[1], device=x.device), rates)  # (T, E / 2)
     cosine, sine = (part[:, None].to(x.dtype) for part in (angles.cos(), angles.sin()))
     first, second = x.chunk(2, dim=-1)  # (N, T, H, E / 2)
