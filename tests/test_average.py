@@ -127,7 +127,7 @@ def test_an_interrupt_changes_nothing_of_what_is_averaged_and_that_is_what_is_sc
     best = whole.weights[done.best_step]
     assert all(torch.equal(p, best[name]) for name, p in kept.named_parameters())
     job = new_job(config)
-    assert evaluate(Objective(kept), job.valid)["loss"] == done.best_scores["loss"]
+    assert evaluate(Objective(kept), job.valid)["loss"] == pytest.approx(done.best_scores["loss"], rel=1e-5)
     last = {name: torch.empty_like(p) for name, p in best.items()}
     load_weights(saved_states(tmp_path / "cut")[-1], last)
     assert any(not torch.equal(last[name], p) for name, p in whole.weights[12].items())  # averaged indeed
