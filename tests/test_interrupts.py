@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def signals_at_step(*numbers: signal.Signals):
     def step(self: TrainingBar, step: int, record: object) -> None:
         for number in numbers if step == STEP else ():
             signal.raise_signal(number)
+            time.sleep(0.01)  # Python runs handlers soon, but beside other threads not at once
 
     return step
 

@@ -57,6 +57,9 @@ def test_what_we_save_transformers_loads_with_the_same_answers(name: str, tmp_pa
     torch.testing.assert_close(again.state_dict(), ours.state_dict(), atol=0, rtol=0)
 
 
+_TRANSFORMER = TransformerConfig(
+    vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=20, pad_id=36, eos_id=35
+)
 FRESH: dict[str, AnyModelConfig] = {
     "gpt": GPTConfig(vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=17, activation="silu"),
     "gpt-post-norm": GPTConfig(
@@ -84,33 +87,9 @@ FRESH: dict[str, AnyModelConfig] = {
         activation="gelu_tanh",
         labels=("x", "y"),
     ),
-    "transformer": TransformerConfig(
-        vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=20, pad_id=36, eos_id=35
-    ),
-    "transformer-rotary": TransformerConfig(
-        vocab_size=37,
-        context=20,
-        dim=12,
-        depth=2,
-        heads=3,
-        mlp_dim=20,
-        pad_id=36,
-        eos_id=35,
-        position="rotary",
-    ),
-    "transformer-qk-norm": TransformerConfig(
-        vocab_size=37,
-        context=20,
-        dim=12,
-        depth=2,
-        heads=3,
-        mlp_dim=20,
-        activation="relu2",
-        pad_id=36,
-        eos_id=35,
-        position="rotary",
-        qk_norm=True,
-    ),
+    "transformer": _TRANSFORMER,
+    "transformer-rotary": replace(_TRANSFORMER, position="rotary"),
+    "transformer-qk-norm": replace(_TRANSFORMER, position="rotary", qk_norm=True, activation="relu2"),
 }
 
 
