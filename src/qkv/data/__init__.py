@@ -123,13 +123,13 @@ def check_settings(kind: Kind, config: RunConfig) -> None:
     for name in ("label_smoothing_factor", "r_drop"):
         if getattr(config.train, name) and kind in ("regression", "contrastive"):
             raise InputError(f"train.{name} is for classes, not for {kind}: leave it out")
-    if config.train.r_drop and not _drops(config):
+    if config.train.r_drop and not _has_dropout(config):
         raise InputError(
             "train.r_drop compares two passes that only dropout tells apart: set model.dropout above 0"
         )
 
 
-def _drops(config: RunConfig) -> bool:
+def _has_dropout(config: RunConfig) -> bool:
     """Whether two passes of training differ."""
     model = config.model
     adapters = config.lora.dropout if config.lora.rank else 0.0
@@ -213,7 +213,7 @@ def _for_bert(
         case "tagging":
             return TaggedDataset(samples.words, samples.tags, tokenizer, context, data.truncate, cache)
         case "contrastive":
-            if not samples.pairs and not _drops(config):
+            if not samples.pairs and not _has_dropout(config):
                 raise InputError(
                     "contrastive learning without a second text compares a text with itself under another "
                     "dropout: set model.dropout above 0"

@@ -153,10 +153,6 @@ class RotaryMarian(Marian):
 
     def rest(self, config: TransformerConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Also where transformers finds the code."""
-        file = self.code.removesuffix(".py")
-        auto_map = {
-            "AutoConfig": f"{file}.RotaryMarianConfig",
-            "AutoModelForSeq2SeqLM": f"{file}.RotaryMarianMTModel",
-        }
-        shared = super().rest(config, tokenizer)
-        return {**shared, "architectures": ["RotaryMarianMTModel"], "auto_map": auto_map}
+        model = "RotaryMarianMTModel"
+        found = self.auto_map({"AutoConfig": "RotaryMarianConfig", "AutoModelForSeq2SeqLM": model})
+        return {**super().rest(config, tokenizer), "architectures": [model], **found}

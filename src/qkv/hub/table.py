@@ -340,6 +340,11 @@ class Format(ABC, Generic[C]):
         """Why a model of this config cannot be expressed in this format; None if it can."""
         return None
 
+    def auto_map(self, classes: Mapping[str, str]) -> dict[str, Any]:
+        """Where transformers finds the classes in `code`, by the automatic ones that look for them."""
+        file = self.code.removesuffix(".py")
+        return {"auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()}}
+
     def generation(self, config: C) -> dict[str, Any]:
         """What generation_config.json says; nothing: there is none."""
         return {}

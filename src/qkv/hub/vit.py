@@ -115,6 +115,5 @@ class ConvolutionalViT(VIT):
 
     def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """Also where transformers finds the code."""
-        file = self.code.removesuffix(".py")
-        auto_map = {auto: f"{file}.{self.classes}{kind}" for auto, kind in _AUTO.items()}
-        return {**super().rest(config, tokenizer), "auto_map": auto_map}
+        classes = {auto: self.classes + kind for auto, kind in _AUTO.items()}
+        return {**super().rest(config, tokenizer), **self.auto_map(classes)}
