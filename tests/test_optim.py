@@ -92,40 +92,49 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_every_other_parameter(m
     assert len(of_muon) + len(of_adamw) == len(list(model.parameters()))
 
 
-def test_matrices_worked_on_together_go_where_torchs_muon_takes_each_alone():
+def test_each_matrix_goes_where_torchs_muon_takes_it_alone():
+    """Of the first parameter, which is three matrices one below the other, each third."""
     torch.manual_seed(0)
-    shapes = [(6, 4), (4, 4), (6, 4), (4, 6), (4, 4), (5, 3)]
+    shapes = [(12, 4), (6, 4), (4, 4), (6, 4), (4, 6), (4, 4), (5, 3)]
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    groups = [
-        [{"params": ps[:4]}, {"params": ps[4:], "weight_decay": 0.3, "lr": 0.05}] for ps in (ours, theirs)
-    ]
-    together = Muon(groups[0], 0.1)
-    alone = torch.optim.Muon(groups[1], 0.1, adjust_lr_fn="match_rms_adamw")
+    theirs = [torch.nn.Parameter(part.clone()) for p in ours[:1] for part in p.detach().chunk(3)]
+    theirs += [torch.nn.Parameter(p.detach().clone()) for p in ours[1:]]
+    other = {"weight_decay": 0.3, "lr": 0.05}
+    together = Muon(
+        [
+            {"params": ours[:1], "parts": 3},
+            {"params": ours[1:4], "parts": 1},
+            {"params": ours[4:], "parts": 1, **other},
+        ],
+        0.1,
+    )
+    alone = torch.optim.Muon(
+        [{"params": theirs[:6]}, {"params": theirs[6:], **other}], 0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(4):
-        for mine, other in zip(ours[:-1], theirs[:-1], strict=True):  # the last has no gradient
+        for mine in ours[:-1]:  # the last has no gradient
             mine.grad = torch.randn_like(mine)
-            other.grad = mine.grad.clone()
-        together.step_together()
+        gradients = [*ours[0].grad.chunk(3), *(p.grad for p in ours[1:-1])]
+        for p, gradient in zip(theirs[:-1], gradients, strict=True):
+            p.grad = gradient.clone()
+        together.step()
         alone.step()
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0, atol=5e-3)  # of steps of 0.2 in bfloat16
-    states = [s.state_dict()["state"] for s in (together, alone)]
-    assert states[0].keys() == states[1].keys() == set(range(5))
-    for number, state in states[0].items():
-        assert state.keys() == {"momentum_buffer"}
-        torch.testing.assert_close(state["momentum_buffer"], states[1][number]["momentum_buffer"])
+    found = [*ours[0].chunk(3), *ours[1:]]
+    for mine, expected in zip(found, theirs, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=0, atol=5e-3)  # of steps of 0.2 in bfloat16
+    states = together.state_dict()["state"]
+    assert states.keys() == set(range(6))
+    for number, p in enumerate(theirs[3:-1], start=1):
+        assert states[number].keys() == {"momentum_buffer"}
+        torch.testing.assert_close(states[number]["momentum_buffer"], alone.state[p]["momentum_buffer"])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpus_matrices_are_worked_on_together(monkeypatch):
-    called = []
-    monkeypatch.setattr(Muon, "step_together", lambda self: called.append(self))
-    for device in ("cuda", "cpu"):
-        p = torch.nn.Parameter(torch.randn(4, 3, device=device))
-        p.grad = torch.randn_like(p)
-        Muon([{"params": [p]}], 0.1).step()
-    assert len(called) == 1
+def test_queries_keys_and_values_are_matrices_of_their_own():
+    model = build(TransformerConfig(**SIZES, vocab_size=9, context=9))
+    muon, _ = optimizers(model, config(optimizer="muon"))
+    in_parts = [p for group in muon.param_groups if group["parts"] == 3 for p in group["params"]]
+    assert [tuple(p.shape) for p in in_parts] == [(24, 8)] * 6
+    assert {group["parts"] for group in muon.param_groups} == {1, 3}
 
 
 @settings(max_examples=30)
