@@ -2,9 +2,9 @@
 
 `from_pretrained` opens a checkpoint as the pipeline of its family. Pipelines only translate between
 what people read and what models read: tokens and pixels are made by the checkpoint's own tokenizer
-and image processor, answers by the model and the decoding engine. A list gives a list of answers. An
-iterator gives an iterator, which reads ahead no more than `batching` says: there may be more inputs than
-memory holds.
+and image processor, answers by the model and the decoding engine. A list gives as many answers, and where
+there may be more inputs than memory holds, an iterator gives an iterator, which reads ahead no more than
+`batching` says.
 
 Legend: T tokens of a batch, N inputs of one, D model width, V vocabulary, K classes.
 """
@@ -67,7 +67,7 @@ Answer = TypeVar("Answer")
 
 
 BEAMS = 4
-"""Beam width of translations, if nothing else is said."""
+"""Beam width of `translate`, if nothing else is said."""
 
 
 class Guess(NamedTuple):

@@ -90,9 +90,7 @@ def test_letters_of_several_tokens_are_whole_in_an_answer():
     ids = bytes_of.plain("a ’🙂 b")
     read = units.of_ids("text", bytes_of, ids[:-1], [False] * (len(ids) - 1))
     step = made.generated().choices[0]
-    choices = tuple(
-        replace(step, answer=units.written(bytes_of, id), unit=i) for i, id in enumerate(ids[1:])
-    )
+    choices = tuple(replace(step, answer=units.written(bytes_of, id), unit=i) for i, id in enumerate(ids[1:]))
     whole = replace(made.generated(), sequences=(read,), choices=choices)
     assert answered(whole) == bytes_of.decode(ids[1:]).strip()
     assert answered(replace(whole, target=" ’🙂 b")) == "’🙂 b"
