@@ -220,7 +220,7 @@ class Table:
             if row.ours in ours:
                 for name, part in zip(row.theirs, row.write(ours[row.ours], config), strict=True):
                     disk[self.on_disk(name, bare)] = part
-            elif row.ours.startswith(("blocks.", "encoder.", "decoder.")):
+            elif row.ours.startswith(("blocks.", "encoder.", "decoder.")) and "_norm." not in row.ours:
                 raise InputError(f"the model has no {row.ours}; one that is optimized has no weights to save")
         return disk
 
