@@ -44,7 +44,8 @@ def test_a_text_ends_before_the_first_stop_string(kind: str, words: list[str], s
     ids = tokenizer.plain("".join(words))
     whole = tokenizer.decode(ids)
     completion, shown = write(tokenizer, ids, stops)
-    cut = min((whole.find(stop) for stop in stops if stop in whole), default=None)
+    found = [(whole.find(stop), len(stop)) for stop in stops if stop in whole]
+    cut = min(((start + size, start) for start, size in found), default=(0, None))[1]
     assert completion.text == whole[:cut]
     assert completion.finish == ("length" if cut is None else "stop")
     assert all(completion.text.startswith(part) for part in shown)
@@ -63,6 +64,14 @@ def test_a_stop_string_may_span_tokens_and_part_of_one_is_shown_once_it_is_none(
     assert pieces == ["", "a", "", "ab", "", "a", "", ""]
     assert (completion.text, completion.finish) == ("aaba", "stop")
     assert len(completion.tokens) == 6  # what comes after the stop string is passed over
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_stop_string_that_is_complete_first_ends_a_text(kind: str) -> None:
+    """However many letters a token has: where they come one by one, no other can be known yet."""
+    tokenizer = TOKENIZERS[kind]
+    assert write(tokenizer, tokenizer.plain("cbaa"), ["baa", "a"])[0].text == "cb"
+    assert write(tokenizer, tokenizer.plain("cab"), ["b", "ab"])[0].text == "c"
 
 
 def test_an_unfinished_beginning_of_a_stop_string_is_shown_at_the_end() -> None:

@@ -16,7 +16,7 @@ from qkv.decode import Hypothesis
 from qkv.engine import STEP_TOKENS, Engine
 from qkv.errors import InputError
 from qkv.models import GPT, Transformer
-from qkv.search import Beams, Request
+from qkv.search import Beams, Request, Stream
 from qkv.slots import Decoder, Reading, Slots
 
 EOS = (5, 8)
@@ -214,6 +214,71 @@ def test_the_cache_holds_at_most_slots_times_context(name: str) -> None:
     assert all(token.finish in (None, "context") for token in engine.run())
     for layer in engine._slots.cache.layers:
         assert layer.key is not None and layer.key.shape[0] == 2 * CONTEXT
+
+
+def interrupt_once(patch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """Let this function fail the n-th time that it is called, and never again."""
+    calls, original = iter(range(10**6)), getattr(owner, name)
+
+    def failing(*args: object, **options: object) -> object:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    patch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("call", [0, 1, 3])
+def test_a_cache_that_could_not_grow_is_as_it_was(
+    name: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may not suffice, or somebody lose patience; the other requests go on."""
+    requests = [Request([4, 9, 3 + i, 7], replace(GREEDY, max_new_tokens=38)) for i in range(3)]
+    model = tiny(name)
+    engine = Engine(model, 3)
+    for request in requests:
+        engine.submit(request)
+    found: dict[int, list[int]] = {}
+    interrupt_once(monkeypatch, torch.nn.functional, "pad", call)
+    interrupted = False
+    while engine.busy:
+        try:
+            tokens = engine.step()
+        except KeyboardInterrupt:
+            interrupted = True
+            continue
+        for token in tokens:
+            found.setdefault(token.request, []).append(token.id)
+    assert interrupted
+    assert all(found[i] == alone(model, request)[0][0] for i, request in enumerate(requests))
+
+
+def test_a_copy_that_was_interrupted_is_not_taken_for_a_text() -> None:
+    model = tiny("gpt-pre-norm")
+    slots = Slots(model, 2)
+    for slot, first in enumerate((4, 9)):
+        slots.read({slot: Reading([first, 3, 3, 4, 4])})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots.cache.layers[-1], "slots", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            slots.copy(0, 1, 3)
+    text = Reading([9, 3, 3, 4, 4])
+    assert slots.shared(1, text) == 0
+    again, places = slots.read({1: text})
+    expected, rows = Slots(model, 1).read({0: text})
+    torch.testing.assert_close(again.logits(places[1]), expected.logits(rows[0]))
+
+
+def test_what_ended_in_a_step_that_was_interrupted_has_left() -> None:
+    engine = Engine(tiny("gpt-pre-norm"), 2)
+    for length in (1, 5):
+        engine.submit(Request([4, 9], replace(GREEDY, max_new_tokens=length)))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_once(patch, Stream, "take", 1)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert {token.request for token in engine.run()} == {1}
 
 
 # ---------------------------------------------------------------- beams

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ViTImageProcessorPil
 
 from qkv.errors import InputError
@@ -94,6 +94,44 @@ def test_photos_are_turned_upright() -> None:
     exif = image.getexif()
     exif[0x0112] = 6  # a camera held on its side
     assert open_image(encoded(image, "PNG", exif=exif)).size == (10, 20)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0II*\0",
+        b"Exif\0\0rubbish",
+        b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # turn it
+        b"\x1a\x01\x02\0\x03\0\0\0\x37\x32\0\0\0\0\0\0",  # XResolution in letters
+    ],
+)
+def test_a_photo_is_good_whatever_its_exif_data_are(exif: bytes) -> None:
+    for kind in ("JPEG", "PNG", "WEBP"):
+        size = open_image(encoded(picture("RGB", 20, 10), kind, exif=exif)).size
+        assert size == ((10, 20) if b"\x12\x01" in exif else (20, 10))
+
+
+def test_all_ways_to_turn_a_photo_are_pillows() -> None:
+    image = picture("RGB", 6, 4)
+    for orientation in range(1, 9):
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        content = encoded(image, "PNG", exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        assert np.array_equal(np.array(open_image(content)), np.array(expected)), orientation
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_damage_of_any_kind_is_named(kind: str) -> None:
+    """Or is none: some formats do without the rest."""
+    whole = encoded(picture("RGB", 40, 40), kind)
+    for place in range(len(whole) // 4, len(whole), max(len(whole) // 40, 1)):
+        spoilt = whole[:place] + bytes(200 - b % 200 for b in whole[place : place + 30]) + whole[place + 30 :]
+        for content in (spoilt, whole[:place]):
+            try:
+                IMAGENET(content)
+            except InputError as error:
+                assert "an image of" in str(error)
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "empty", "cut", "folder"])

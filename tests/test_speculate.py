@@ -23,7 +23,7 @@ from qkv.models import GPT
 from qkv.sampling import filter_logits, verify
 from qkv.search import Request
 from qkv.slots import Decoder, Reading, Slots
-from qkv.speculate import LONGEST_MATCH, look_up
+from qkv.speculate import LONGEST_MATCH, Draft, look_up
 
 EOS = (5, 8)
 
@@ -103,6 +103,16 @@ def test_a_draft_model_changes_no_greedy_token(name: str, prompt: list[int], dat
     plain = answer(Engine(model, 1), prompt, Decoding(**options))
     engine = Engine(model, 1, draft=smaller(model))
     assert answer(engine, prompt, Decoding(speculate=data.draw(st.integers(1, 5)), **options)) == plain
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_draft_model_reads_the_input_of_several_samples_once(name: str) -> None:
+    model, prompt = tiny(name), [4, 9, 1] * 5
+    engine = Engine(model, 4, draft=smaller(model))
+    engine.submit(Request(prompt, Decoding(max_new_tokens=4, speculate=2, num_return_sequences=4)))
+    _ = list(engine.run())
+    assert isinstance(engine._guesser, Draft)
+    assert len(prompt) < engine._guesser.slots.computed < 2 * len(prompt) + 4 * 4
 
 
 def test_a_draft_model_that_does_not_fit_is_refused() -> None:

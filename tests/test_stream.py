@@ -20,6 +20,8 @@ from test_pipelines import TEXTS, classifier, encoder, image, translator
 
 from qkv import batching, output
 from qkv.data.corpus import ImageFolder, TextCorpus
+from qkv.data.files import read_table
+from qkv.errors import InputError
 from qkv.files import replace_file
 from qkv.output import Output, npy_header
 from qkv.pipelines import Encoder
@@ -131,9 +133,11 @@ def test_images_of_a_folder_a_list_and_a_table(models, tmp_path):
     rows = [{"image": {"bytes": file.read_bytes(), "path": None}} for file in files]
     write(tmp_path / "images.parquet", rows)
     write(tmp_path / "images.csv", [{"image": str(file)} for file in files])
+    named = [{"image": {"bytes": None, "path": str(file)}} for file in files]
+    write(tmp_path / "named.parquet", named)
     wanted = succeed("classify", models["images"], *files)
     assert wanted.count("\n") == len(files)
-    for data in ("images", "list.txt", "images.parquet", "images.csv"):
+    for data in ("images", "list.txt", "images.parquet", "named.parquet", "images.csv"):
         assert succeed("classify", models["images"], "--data", tmp_path / data) == wanted
     succeed("classify", models["images"], "--data", tmp_path / "images", "-o", tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == wanted
@@ -393,3 +397,33 @@ def test_other_images_of_the_same_names_are_another_input(tmp_path):
 def test_a_pipe_cannot_be_read_again(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert TextCorpus(tmp_path / "pipe", []).identity() is None
+
+
+@pytest.mark.parametrize("name", ["pipe.csv", "pipe.tsv", "pipe.jsonl", "pipe"])
+def test_a_pipe_is_read_whatever_it_is_called(tmp_path, name):
+    """Nobody knows how long its values will be."""
+    os.mkfifo(tmp_path / name)
+    rows = [json.dumps({"text": text}) if "jsonl" in name else text for text in ("one text", "two")]
+    lines = rows if name in ("pipe", "pipe.jsonl") else ["text", *rows]
+    writer = subprocess.Popen(["sh", "-c", 'printf "%s\\n" "$@" > "$0"', tmp_path / name, *lines])
+    corpus = TextCorpus(tmp_path / name, ["text"])
+    assert corpus.total is None
+    assert list(corpus) == [("one text",), ("two",)]
+    assert writer.wait() == 0
+
+
+def test_an_empty_text_of_a_lone_column_is_a_row(tmp_path):
+    """A .tsv file has no quotes to show that something is there."""
+    (tmp_path / "a.tsv").write_text("text\none\n\ntwo\n")
+    assert list(TextCorpus(tmp_path / "a.tsv", ["text"])) == [("one",), ("",), ("two",)]
+    (tmp_path / "a.csv").write_text('text\none\n\n""\ntwo\n')
+    assert list(TextCorpus(tmp_path / "a.csv", ["text"])) == [("one",), ("",), ("two",)]
+
+
+def test_strings_of_a_table_that_are_not_utf8_are_named(tmp_path):
+    values = pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet is not a Parquet file that can be read: 'utf-8'"):
+        list(TextCorpus(tmp_path / "a.parquet", ["text"]))
+    with pytest.raises(InputError, match=r"a\.parquet is not a Parquet file that can be read: 'utf-8'"):
+        read_table(tmp_path / "a.parquet", ["text"])

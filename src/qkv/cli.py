@@ -272,8 +272,8 @@ def generate(
         draft: A smaller GPT with the same tokens, which guesses those that --speculate asks for.
         as_json: Print a JSON line an answer: its text, its tokens, why it ended; with --logprobs, how likely.
     """
-    generator = cast("TextGenerator", _load(model, "gpt", precision))
-    guesser = None if draft is None else cast("TextGenerator", _load(draft, "gpt", precision))
+    generator = cast("TextGenerator", _load(model, "gpt", precision=precision))
+    guesser = None if draft is None else cast("TextGenerator", _load(draft, "gpt", precision=precision))
     options = cast("DecodingOptions", asdict(decoding))
     given = list(_lines(texts))
     if as_json:
@@ -339,7 +339,7 @@ def fill(
         texts: Texts with one mask token, [MASK] in BERT's vocabulary.
         top_k: How many answers.
     """
-    encoder = cast("Encoder", _load(model, "bert", precision))
+    encoder = cast("Encoder", _load(model, "bert", precision=precision))
     for text in _lines(texts):
         print(_rows(encoder.fill(text, top_k=top_k)))
 
@@ -368,48 +368,38 @@ def classify(
         pair: Second text of all, for a model of text pairs.
         top_k: How many classes; default 5, but all labels of a multi-label model.
     """
-    from qkv import from_pretrained  # as a public name it comes faster
     from qkv.pipelines import ImageClassifier
 
-    pipeline = from_pretrained(model)
+    pipeline = _load(model, "bert", "vit")
     target = _Target(output, ".jsonl", precision, (pair, top_k))
     if isinstance(pipeline, ImageClassifier):
         if pair is not None or truncate:
             raise InputError(f"{model} classifies images: leave out --pair and --truncate")
         if len(column) > 1:
             raise InputError(f"images are in one column: name it, not {len(column)}")
-        count = 5 if top_k is None else top_k
         source = _images(inputs, data, column)
+        count = 5 if top_k is None else top_k
         _answer(pipeline, source, lambda given: pipeline.classify(given, top_k=count), _rows, target)
         return
-    encoder = cast("Encoder", _of_family(pipeline, model, "bert"))
+    encoder = cast("Encoder", pipeline)
     if pair is not None and len(column) > 1:
         raise InputError("the second text is either --pair or a column: leave one out")
     if len(column) > 2:
         raise InputError(f"texts are in one column, or pairs in two: name them, not {len(column)}")
     perhaps = ["text_pair"] if not column and pair is None else []
     source = _texts(inputs, data, column or ["text"], perhaps)
+    gives_values = encoder.model.config.head == "regression"
+    if gives_values and top_k is not None:
+        raise InputError(f"{model} gives values, not classes: leave out --top-k")
 
-    def paired(texts: Iterator[Any]) -> Iterator[Any]:
-        return texts if pair is None else ((text, pair) for text in texts)
+    def ask(given: Iterator[Any]) -> Iterator[Any]:
+        texts = given if pair is None else ((text, pair) for text in given)
+        if gives_values:
+            return encoder.estimate(texts, truncate=truncate)
+        return encoder.classify(texts, top_k=top_k, truncate=truncate)
 
-    if encoder.model.config.head == "regression":
-        labels = encoder.model.config.labels
-        _answer(
-            encoder,
-            source,
-            lambda given: encoder.estimate(paired(given), truncate=truncate),
-            lambda values: json.dumps(dict(zip(labels, values.tolist(), strict=True))),
-            target,
-        )
-    else:
-        _answer(
-            encoder,
-            source,
-            lambda given: encoder.classify(paired(given), top_k=top_k, truncate=truncate),
-            _rows,
-            target,
-        )
+    line = partial(_values, encoder.model.config.labels) if gives_values else _rows
+    _answer(encoder, source, ask, line, target)
 
 
 def tag(
@@ -611,7 +601,8 @@ def _answer(
     if target.precision is not None:
         pipeline.optimize(target.precision)
     if output is None:
-        watch = _stderr(quiet=sys.stdout.isatty())  # a bar between lines would be in their way
+        seen = sys.stdout is not None and sys.stdout.isatty()
+        watch = _stderr(quiet=seen)  # a bar between lines would be in their way
         answer_all(source, ask, lambda answer: print(line(answer)), None, watch)
         return
 
@@ -625,7 +616,7 @@ def _answer(
     except BaseException:
         if output.kept:
             said = f"{output.kept:,} answers are kept in {output.part}: the same command goes on from there"
-            console.print(said, highlight=False, soft_wrap=True)
+            console.print(said, highlight=False, markup=False, soft_wrap=True)
         raise
     print(json.dumps({"file": str(target.path), "answers": output.done}))
 
@@ -683,18 +674,20 @@ def _rows(rows: Sequence[Guess | TaggedWord]) -> str:
     return json.dumps([row._asdict() for row in rows], ensure_ascii=False)
 
 
-def _load(source: str, family: Family, precision: Precision = None) -> AnyPipeline:
+def _values(labels: Sequence[str], values: Any) -> str:
+    return json.dumps(dict(zip(labels, values.tolist(), strict=True)))
+
+
+def _load(source: str, *families: Family, precision: Precision = None) -> AnyPipeline:
+    """The pipeline of a checkpoint. Raises InputError if it is of none of these families."""
     from qkv import from_pretrained  # as a public name it comes faster
 
-    pipeline = _of_family(from_pretrained(source), source, family)
-    return pipeline if precision is None else pipeline.optimize(precision)
-
-
-def _of_family(pipeline: AnyPipeline, source: str, family: Family) -> AnyPipeline:
+    pipeline = from_pretrained(source)
     config: AnyModelConfig = pipeline.model.config
-    if config.family != family:
-        raise InputError(f"{source} is a {config.family} model; this command needs a {family} model")
-    return pipeline
+    if config.family not in families:
+        wanted = " or ".join(families)
+        raise InputError(f"{source} is a {config.family} model; this command needs a {wanted} model")
+    return pipeline if precision is None else pipeline.optimize(precision)
 
 
 def _lines(texts: Sequence[str]) -> Iterator[str]:

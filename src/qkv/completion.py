@@ -54,9 +54,10 @@ class Completion:
         self._held += self._pieces.push(token.id)
         if token.finish is not None:
             self._held += self._pieces.rest()
-        ends = [self._held.find(stop) for stop in self._stops if stop in self._held]
-        if ends:
-            self.finish, certain = "stop", min(ends)
+        found = [(self._held.find(stop), len(stop)) for stop in self._stops if stop in self._held]
+        if found:
+            # The first to end, which is the one that is found letter by letter, and of these the longest.
+            self.finish, certain = "stop", min((start + size, start) for start, size in found)[1]
         else:
             self.finish = token.finish
             certain = len(self._held) - (0 if self.finish else self._undecided())

@@ -341,7 +341,8 @@ class TrainConfig:
     batch_tokens: int = 4096
     """Tokens of one optimiser step (images count as their patches)."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of the blocks, AdamW for the rest; one learning rate suits both."""
+    """muon: Muon for the matrices of the blocks, those of queries, keys and values apart, and AdamW for the
+    rest; one learning rate suits both."""
     learning_rate: float = 1e-3
     """Its highest value, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "inverse_sqrt", "constant"] = "cosine"

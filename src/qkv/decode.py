@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 
 from qkv.config import Decoding as Decoding
 from qkv.engine import Engine
+from qkv.models.transformer import Transformer
 from qkv.search import Finish, Request, Token
 from qkv.slots import Decoder
 
 CACHE_TOKENS = 16384
-"""Most tokens that the cache is made for: so many slots as texts of full length fit in, but at least one."""
+"""Tokens that the cache is made for: so many slots as texts of full length fit in, but at least one."""
+
+TRANSLATED = 2
+"""How many times as long as its source a translation is taken to be; for longer ones the cache grows."""
 
 
 @dataclass
@@ -47,8 +51,10 @@ def engine_for(
 ) -> Engine:
     """An engine with as many slots as these inputs need and CACHE_TOKENS allow."""
     searches = len(inputs) * (1 if decoding.num_beams > 1 else decoding.num_return_sequences)
-    longest = max((len(ids) for ids in inputs), default=0)
-    tokens = min(longest + decoding.max_new_tokens, model.config.context) * decoding.num_beams
+    longest, new = max((len(ids) for ids in inputs), default=0), decoding.max_new_tokens
+    if isinstance(model, Transformer):
+        new = min(new, TRANSLATED * longest)
+    tokens = min(longest + new, model.config.context) * decoding.num_beams
     return Engine(model, max(1, min(searches, CACHE_TOKENS // max(tokens, 1))), draft)
 
 

@@ -124,21 +124,24 @@ class Engine:
         for twin, other in twins.items():
             self._slots.copy(other.slot, twin.slot, len(twin.prompt))
             rows[twin] = rows[other][:1]
+        ahead.prepare(row for search in self._live if search.weighs for row in rows[search])
         chosen, continuations = self._choose(ahead, rows), self._continuations(ahead, rows)
         tokens: list[Token] = []
-        for search in self._live:
-            logits = ahead.logits(rows[search]) if search.decoding.logprobs else None
-            if isinstance(search, Stream):
-                guesses = len(search.guesses)
-                new = search.take(chosen[search], logits)
-                self.counts.guessed += guesses
-                self.counts.accepted += sum(token.guessed for token in new)
-            else:
-                assert isinstance(search, Beams)
-                new = search.take(continuations[search], logits)
-            tokens += new
+        try:
+            for search in self._live:
+                logits = ahead.logits(rows[search]) if search.decoding.logprobs else None
+                if isinstance(search, Stream):
+                    guesses = len(search.guesses)
+                    new = search.take(chosen[search], logits)
+                    self.counts.guessed += guesses
+                    self.counts.accepted += sum(token.guessed for token in new)
+                else:
+                    assert isinstance(search, Beams)
+                    new = search.take(continuations[search], logits)
+                tokens += new
+        finally:
+            self._leave([search for search in self._live if search.done])
         self.counts.steps += 1
-        self._leave([search for search in self._live if search.done])
         return tokens
 
     def _admit(self) -> dict[Search, Search]:

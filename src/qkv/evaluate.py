@@ -38,6 +38,7 @@ from qkv.data import (
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
 from qkv.distributed import ALONE, Ranks
 from qkv.errors import InputError
+from qkv.files import expanded
 from qkv.metrics import (
     entity_scores,
     is_bio,
@@ -51,6 +52,7 @@ from qkv.metrics import (
 from qkv.models import Model, MultiTaskBert
 from qkv.objectives import Objective, Term
 from qkv.pipelines import Translator, from_pretrained
+from qkv.runtime import evaluating
 
 Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
 """Labels and predictions of a batch, or of one of its sentences."""
@@ -67,19 +69,11 @@ def evaluate(
     `bits_per_byte` tell. Of several tasks, all of these as `task/name`, and in `loss` the sum over tasks. The
     answer does not depend on batch_tokens, and is the same on all ranks.
     """
-    was_training = objective.training
-    objective.eval()
-    if isinstance(dataset, MultiTaskDataset):
-        scores = joined(
-            {
-                task: _scores(objective, part, batch_tokens, ranks, task)
-                for task, part in dataset.tasks.items()
-            }
-        )
-    else:
-        scores = _scores(objective, dataset, batch_tokens, ranks)
-    objective.train(was_training)
-    return scores
+    with evaluating(objective):
+        if not isinstance(dataset, MultiTaskDataset):
+            return _scores(objective, dataset, batch_tokens, ranks)
+        parts = dataset.tasks.items()
+        return joined({task: _scores(objective, part, batch_tokens, ranks, task) for task, part in parts})
 
 
 def joined(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -189,7 +183,7 @@ def _settings(folder: Path) -> RunConfig | None:
     """Those of a run folder, or of the task whose folder in a run it is; None if it is neither."""
     if (folder / CONFIG).exists():
         return read_toml(folder / CONFIG)
-    if folder.is_dir() and (folder.parent / STATES).is_dir():
+    if folder.is_dir() and (folder.parent / STATES).is_dir() and (folder.parent / CONFIG).exists():
         run = read_toml(folder.parent / CONFIG)
         return run.of_task(folder.name) if folder.name in run.tasks else None
     return None
@@ -216,9 +210,9 @@ def score(
     with beam search and compared by `translation_scores`, which is told to `tokenize`. precision: of a model
     made faster by `qkv.fast.optimize`. Raises InputError for data that do not suit the model.
     """
-    settings = _settings(Path(source))
+    settings = _settings(expanded(source))
     if settings and settings.tasks:
-        folders = {name: str(Path(source) / name) for name in settings.tasks}
+        folders = {name: str(expanded(source) / name) for name in settings.tasks}
         if data:
             named = ", ".join(folders.values())
             raise InputError(f"{source} has several tasks: score one on other data, as {named}")

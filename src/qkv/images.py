@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from qkv.config import from_dict
@@ -88,7 +88,7 @@ class ImageProcessor:
         Raises InputError as a call does.
         """
         image = source if isinstance(source, Image.Image) else open_image(source)
-        with _readable("an image"):
+        with readable_image("an image"):
             image.load()  # one that was given may not have been read to its end
         image = _convert(image, "L" if self.channels == 1 else "RGB")
         box = None if region is None else region.box(*image.size)
@@ -159,12 +159,33 @@ def open_image(source: str | Path | bytes) -> Image.Image:
     """
     name = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    with _readable(name), Image.open(file) as image:
-        return ImageOps.exif_transpose(image)
+    with readable_image(name), Image.open(file) as image:
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        return image if turn is None else image.transpose(turn)
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the orientation of its EXIF data."""
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of EXIF data that are broken, Pillow raises many kinds: its pixels may be good
+        return None
 
 
 @contextmanager
-def _readable(name: str) -> Iterator[None]:
+def readable_image(name: str) -> Iterator[None]:
     """Around what Pillow reads: its errors as an InputError that names the image."""
     try:
         yield
@@ -175,9 +196,11 @@ def _readable(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image that can be read") from None
     except (
+        EOFError,
         OSError,
-        ValueError,
+        RuntimeError,
         SyntaxError,
+        ValueError,
         Image.DecompressionBombError,
     ) as error:  # what Pillow's readers raise
         raise InputError(f"{name} is broken: {error}") from None

@@ -52,10 +52,9 @@ class LayerCache:
         """Keys and values as views (S, C, H, E); none if nothing is stored yet."""
         return [x.view(len(self.cache), -1, *x.shape[1:]) for x in (self.key, self.value) if x is not None]
 
-    def grow(self, rows: int) -> None:
-        """Give every slot so many more rows."""
-        if self.key is not None and self.value is not None:
-            self.key, self.value = (F.pad(x, (0, 0, 0, 0, 0, rows)).flatten(0, 1) for x in self.slots())
+    def grown(self, rows: int) -> list[Tensor]:
+        """What `slots` would be with so many more rows, flat."""
+        return [F.pad(x, (0, 0, 0, 0, 0, rows)).flatten(0, 1) for x in self.slots()]
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,9 @@ class Cache:
         # Only the branches of one text can need more rows than the context.
         twice = 2 * self.capacity
         grown = max(longest, twice if longest > self.context else min(twice, self.context))
-        for layer in self.layers:
-            layer.grow(grown - self.capacity)
+        larger = [layer.grown(grown - self.capacity) for layer in self.layers]  # all, or none if one fails
+        for layer, tensors in zip(self.layers, larger, strict=True):
+            layer.key, layer.value = tensors or (None, None)
         self.capacity = grown
 
     def copy(self, source: int, target: int, length: int) -> None:

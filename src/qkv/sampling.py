@@ -127,12 +127,12 @@ def _nucleus(probability: Tensor, top_p: float) -> Tensor:
 
 def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Ids (R,) where the cumulative distributions of logits (R, V) pass float64 uniforms (R,) from [0, 1)."""
-    return _invert(logits.double().softmax(-1), uniforms)
+    return _invert((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (R,) drawn in proportion to float64 weights (R, V), not all of them zero."""
-    cumulative = weights.cumsum(-1)  # (R, V)
+    """Ids (R,) drawn in proportion to weights (R, V), not all of them zero."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)  # (R, V)
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 

@@ -95,6 +95,9 @@ class Search(ABC):
         room = context - len(self.prompt) + 1
         self.limit = min(self.decoding.max_new_tokens, room)
         self.penalised = self.decoding.repetition_penalty != 1
+        draws = self.decoding.num_beams == 1 and self.decoding.temperature > 0
+        self.weighs = draws or self.penalised or self.decoding.logprobs > 0
+        """Whether it needs more than the likeliest tokens: all logits."""
         self.full: Finish = "length" if self.limit == self.decoding.max_new_tokens else "context"
 
     def banned(self, made: int) -> tuple[int, ...]:

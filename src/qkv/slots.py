@@ -7,7 +7,7 @@ Legend: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,11 +43,22 @@ class Ahead:
         """hidden: (R, D)."""
         self._model = model
         self._hidden = hidden
+        self._places: dict[int, int] = {}
+        self._logits: Tensor | None = None
+
+    @torch.inference_mode()
+    def prepare(self, rows: Iterable[int]) -> None:
+        """Compute the logits of rows that will be asked for, all in one product."""
+        self._places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        if self._places:
+            self._logits = self._model.head(rows_of(self._hidden, list(self._places))).float()
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[int]) -> Tensor:
-        """Of these rows, (rows, V) in float32."""
-        return self._model.head(rows_of(self._hidden, rows)).float()
+        """Of these rows, (rows, V) in float32; if some are prepared, all must be."""
+        if self._logits is None:
+            return self._model.head(rows_of(self._hidden, rows)).float()
+        return rows_of(self._logits, [self._places[row] for row in rows])
 
     @torch.inference_mode()
     def likeliest(self, rows: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
@@ -83,6 +94,7 @@ class Slots:
     @torch.inference_mode()
     def copy(self, donor: int, slot: int, length: int) -> None:
         """Let a slot begin with the first tokens of another's text, and have its source."""
+        self.texts[slot], self.sources[slot] = [], ()  # should copying fail
         self.cache.copy(donor, slot, length)
         self.texts[slot] = self.texts[donor][:length]
         self.sources[slot] = self.sources[donor]

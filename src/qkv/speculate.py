@@ -8,7 +8,7 @@ Legend: R rows of logits, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qkv.errors import InputError
 from qkv.sampling import choose, distribution
@@ -57,15 +57,34 @@ class Draft:
         """Give each stream its guesses, as far as the draft model's context goes."""
         going = list(streams)
         while going := [stream for stream in going if self._goes_on(stream)]:
-            readings = {s.slot: Reading(s.ids + s.guesses, s.source) for s in going}
-            ahead, places = self.slots.read(readings)
-            logits = ahead.logits([places[s.slot][0] for s in going])  # (R, V)
-            rows = [s.row(len(s.guesses), s.draft_uniforms) for s in going]
-            for stream, row, id, scores in zip(going, rows, choose(logits, rows), logits, strict=True):
+            now = list(self._readers(going))
+            ahead, places = self.slots.read({s.slot: _reading(s) for s in now})
+            logits = ahead.logits([places[s.slot][0] for s in now])  # (R, V)
+            rows = [s.row(len(s.guesses), s.draft_uniforms) for s in now]
+            for stream, row, id, scores in zip(now, rows, choose(logits, rows), logits, strict=True):
                 stream.guesses.append(id)
                 if stream.decoding.temperature > 0:
                     stream.draft.append(distribution(scores[None], [row])[0])
 
+    def _readers(self, streams: Sequence[Stream]) -> Iterator[Stream]:
+        """Those that read now: of samples of one text one, from which the others copy it."""
+        begun: list[Stream] = []
+        for stream in streams:
+            reading = _reading(stream)
+            if not self.slots.saved(stream.slot, reading):
+                donor = max((s.slot for s in streams), key=lambda slot: self.slots.saved(slot, reading))
+                if self.slots.saved(donor, reading):
+                    self.slots.copy(donor, stream.slot, self.slots.shared(donor, reading))
+                elif any((s.prompt, s.source) == (stream.prompt, stream.source) for s in begun):
+                    continue
+                else:
+                    begun.append(stream)
+            yield stream
+
     def _goes_on(self, stream: Stream) -> bool:
         length = max(len(stream.ids) + len(stream.guesses), len(stream.source))
         return len(stream.guesses) < stream.room and length <= self.slots.model.config.context
+
+
+def _reading(stream: Stream) -> Reading:
+    return Reading(stream.ids + stream.guesses, stream.source)

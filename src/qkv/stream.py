@@ -87,7 +87,7 @@ def answer_all(
     inputs = (parts[0] if len(parts) == 1 else parts for parts in source)
     first = output.done if output is not None else 0
     if first:
-        console.print(f"Going on behind {first:,} answers.", highlight=False)
+        console.print(f"Going on behind {first:,} answers.", highlight=False, markup=False)
     next(islice(inputs, first, first), None)  # goes past them
     answered = 0
     with CorpusBar(console, source.unit, source.total) as bar:

@@ -300,8 +300,8 @@ class Tokenizer:
     def _save_config(self, folder: Path, tokenizer_class: str, context: int | None) -> None:
         values: dict[str, Any] = {"tokenizer_class": tokenizer_class, "clean_up_tokenization_spaces": False}
         values |= {f"{role}_token": token for role, token in self.special.items()}
-        if "cls" in self.special:
-            values["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        segments = ["token_type_ids"] if "cls" in self.special else []  # transformers 4 adds them if not told
+        values["model_input_names"] = ["input_ids", *segments, "attention_mask"]
         if context is not None:
             values["model_max_length"] = context
         write_json(folder / "tokenizer_config.json", values)

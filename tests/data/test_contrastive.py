@@ -56,7 +56,7 @@ def test_groups_are_of_similar_lengths_where_there_are_many() -> None:
 
 
 def test_texts_that_belong_together_stand_in_the_same_place_and_equals_are_not_wrong() -> None:
-    texts, pairs = list("abcd"), ["e", "f", "e", "ff"]
+    texts, pairs = list("abca"), ["e", "f", "e", "ff"]
     dataset = made(texts, pairs)
     (members,) = (dataset.group(0, 0),)
     batch = dataset.batch([0], 0)
@@ -64,7 +64,7 @@ def test_texts_that_belong_together_stand_in_the_same_place_and_equals_are_not_w
     for row, i in enumerate(members):
         assert sequences[row].tolist() == TOKENIZER.encode(texts[i]).ids
         assert sequences[4 + row].tolist() == TOKENIZER.encode(pairs[i]).ids
-        expected = [pairs[i] != pairs[j] for j in members]
+        expected = [pairs[i] != pairs[j] and texts[i] != texts[j] for j in members]
         assert batch.wrong[row].tolist() == expected
     itself = made(texts, [])
     batch = itself.batch([0], 0)
@@ -74,6 +74,8 @@ def test_texts_that_belong_together_stand_in_the_same_place_and_equals_are_not_w
 def test_what_cannot_be_told_apart_is_refused() -> None:
     with pytest.raises(InputError, match="at least two different texts"):
         made(["a", "b"], ["c", "c"])
+    with pytest.raises(InputError, match="at least two different texts"):
+        made(["c", "c"], ["a", "b"])
     with pytest.raises(InputError, match="longer than the model's context"):
         made(["a" * 70, "b"], [])
     cut = ContrastiveDataset(["a" * 70, "b"], [], TOKENIZER, candidates=2, **{**SETTINGS, "truncate": True})

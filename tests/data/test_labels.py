@@ -75,6 +75,12 @@ def test_held_out_data_are_read_as_the_training_data(tmp_path: Path) -> None:
     assert read(DataConfig(path=train, valid=valid), "bert").valid.values == [1.0, 2.0]
 
 
+def test_a_number_that_no_float_holds_is_named(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": 0.5}, {"text": "b", "label": 10**400}]
+    with pytest.raises(InputError):
+        _all(_jsonl(tmp_path / "a.jsonl", rows), task="regression")
+
+
 def test_labels_that_are_one_number_are_in_one_order(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": label} for label in ("01", "1", "001", "0")]
     assert _all(_jsonl(tmp_path / "a.jsonl", rows)).labels == ("0", "001", "01", "1")

@@ -351,7 +351,7 @@ def test_images_that_cannot_train_are_refused(tmp_path: Path) -> None:
         _write(tmp_path / "more" / "7" / "1.png", _png())
         read(DataConfig(path=digits, valid=str(tmp_path / "more")), "vit")
     broken = _write(tmp_path / "digits" / "0" / "broken.png", _png()[:20])
-    with pytest.raises(InputError, match=r"broken\.png is not an image that can be read") as caught:
+    with pytest.raises(InputError, match=r"broken\.png is broken") as caught:
         _ = read(DataConfig(path=digits, valid=digits), "vit").image_size
     assert broken in str(caught.value)
     from datasets import Dataset
@@ -371,8 +371,12 @@ def test_missing_data_is_refused(tmp_path: Path) -> None:
     for family in families:
         with pytest.raises(InputError, match=r"no such file or folder: .*gone"):
             read(DataConfig(path=str(tmp_path / "gone")), family)
+    _write(tmp_path / "upper" / "A.TXT", "one")
+    _write(tmp_path / "upper" / "b.txt", "two")
+    assert len(qkv.data.raw._text_files(tmp_path / "upper")) == 2
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds no \.txt files"):
-        read(DataConfig(path=str(tmp_path)), "gpt")
+        read(DataConfig(path=str(tmp_path / "empty")), "gpt")
 
 
 def test_every_family_gets_its_batches(tmp_path: Path) -> None:

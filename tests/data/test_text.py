@@ -85,10 +85,12 @@ def test_pieces_have_the_tokens_of_the_whole_text(kind: str) -> None:
         "a\n\n\n",
         "a \n",
         "a\t\n",
+        "a\r\nb\r\n",
+        " a = \n b = \n \n c",
     ] * 3  # white space merges
     tokenizer = train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), "gpt", sample)  # type: ignore[arg-type]
 
-    @given(st.text(alphabet="ab1's. \n\t", max_size=80))
+    @given(st.text(alphabet="ab1's. \n\r\t", max_size=80))
     def check(text: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(qkv.data.text, "_PIECE", 3)
@@ -114,6 +116,8 @@ def test_a_file_read_in_parts_has_the_pieces_of_its_text(
 def test_long_texts_are_divided() -> None:
     assert len(list(pieces("a paragraph without line breaks\n\n" * 40_000))) > 10
     assert len(list(pieces("some words\n" * 100_000))) > 10
+    assert len(list(pieces("of another system\r\n" * 100_000))) > 10
+    assert len(list(pieces(" = tokenised = \n" * 100_000))) > 10
 
 
 def test_unknown_characters_are_reported() -> None:

@@ -68,6 +68,13 @@ def test_a_translation_without_words_has_no_alignment():
     assert align(one, looks(one)[0]) is None
 
 
+def test_one_word_for_many_is_no_alignment():
+    """As a script without spaces has: no head can tell anything of it."""
+    pipeline, given, _ = CASES["transformer"]()
+    assert align_texts(pipeline, given, "Zweihunde") is None
+    assert align_texts(pipeline, "Two", "Zweihunde").links == ((0, 0),)
+
+
 def test_an_alignment_is_the_same_with_all_else_explained():
     pipeline, given, target = CASES["transformer"]()
     one = subject("transformer", torch.float32)

@@ -9,14 +9,17 @@ from io import StringIO
 import pytest
 from rich.console import Console
 from test_cli import fail, succeed
+from test_pipelines import tokenizer
 
 import qkv
 from explanations import made
 from qkv.errors import InputError
+from qkv.explanations import units
 from qkv.explanations.explainer import METHODS, RANDOM_ORDERS
 from qkv.explanations.explanation import Explanation
 from qkv.explanations.plain import to_json
 from qkv.explanations.summary import summary
+from qkv.explanations.words import answered
 from qkv.explanations.words import asked as asked_about
 
 
@@ -80,6 +83,34 @@ def test_what_was_asked_about_is_not_called_the_answer():
     assert said.endswith("and was asked about “!”.")
     value = replace(first, answer="stars", probability=4.25, outcome="value")
     assert asked_about(replace(whole, choices=(value,))).endswith("”: stars 4.25.")
+
+
+def test_letters_of_several_tokens_are_whole_in_an_answer():
+    bytes_of = tokenizer("gpt", "bpe", 300)
+    ids = bytes_of.plain("a ’🙂 b")
+    read = units.of_ids("text", bytes_of, ids[:-1], [False] * (len(ids) - 1))
+    step = made.generated().choices[0]
+    choices = tuple(replace(step, answer=units.written(bytes_of, id), unit=i) for i, id in enumerate(ids[1:]))
+    whole = replace(made.generated(), sequences=(read,), choices=choices)
+    assert answered(whole) == bytes_of.decode(ids[1:]).strip()
+    assert answered(replace(whole, target=" ’🙂 b")) == "’🙂 b"
+
+
+def test_the_likeliest_of_labels_is_no_answer():
+    whole = made.sentence()
+    label = replace(whole.choices[0], answer="toxic", probability=0.03, outcome="label")
+    assert asked_about(replace(whole, choices=(label,))).endswith("finds “toxic” likeliest, 3.0 % probable.")
+
+
+def test_nothing_is_said_to_matter_where_nothing_else_was_read():
+    whole = made.generated()
+    first = whole.sequences[0]
+    alone = replace(first, units=first.units[:1], special=(False,), words=first.words[:1])
+    one = whole.choices[0].relevances[0]
+    relevance = replace(one, values={alone.name: one.values[alone.name][:1]})
+    choice = replace(whole.choices[0], unit=0, relevances=(relevance,))
+    lines = shown(replace(whole, sequences=(alone,), choices=(choice,)))
+    assert any("nothing else was read" in line for line in lines)
 
 
 def test_each_step_of_a_text_is_a_line(asked):

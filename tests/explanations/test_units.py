@@ -45,6 +45,16 @@ def test_tokens_of_texts_keep_to_what_is_written(one: str, other: str):
         assert word == -1 or segment == (word >= count)
 
 
+def test_a_letter_of_several_tokens_is_written_once():
+    made = tokenizer("bert", "bpe", 300)
+    text = "a 🙂🙂 b"
+    found = units.of_encoding("text", (text,), made.located(text))
+    count = made.located("🙂").tokens
+    assert len(count) > 3  # its bytes, and the markers
+    legible = [u for u, w in zip(found.units, found.words, strict=True) if w >= 0 or u.isspace()]
+    assert "".join(legible) == text
+
+
 def test_units_of_a_pair():
     one = subject("bert-pair").sequences[0]
     assert one.units[0] == "[CLS]"

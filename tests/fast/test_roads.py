@@ -25,6 +25,7 @@ from qkv.errors import InputError
 from qkv.fast import optimize
 from qkv.fast.native import FLAGS, NativeLinear, NativeOutput, UnavailableError, library
 from qkv.fast.roads import Road, _fastest, _seconds
+from qkv.hub import Checkpoint, save
 from qkv.layers import Output
 from qkv.models import Model
 from qkv.ragged import pack
@@ -381,6 +382,67 @@ def test_a_model_is_optimized_once(make: Callable[[str], Model]):
 
 
 @native_code
+@native_code
+def test_a_model_that_was_half_optimized_says_so(monkeypatch):
+    made = iter(range(100))
+
+    class Interrupted(NativeLinear):
+        def __init__(self, *about: object) -> None:
+            if next(made) == 5:
+                raise KeyboardInterrupt
+            super().__init__(*about)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("qkv.fast.native.NativeLinear", Interrupted)
+    model = wide("gpt-pre-norm")
+    with pytest.raises(KeyboardInterrupt):
+        compiled(model, "int8")
+    with pytest.raises(InputError, match="was interrupted: load it anew"):
+        generate(model, [[3, 4]], Decoding(max_new_tokens=1))
+    with pytest.raises(InputError, match="load it anew"):
+        optimize(model, "int8")
+
+
+@native_code
+def test_an_optimized_model_is_never_saved_without_its_blocks(tmp_path):
+    model = wide("bert-masked-lm")
+    checkpoint = Checkpoint(model)
+    save(tmp_path / "kept", checkpoint)
+    before = (tmp_path / "kept" / "model.safetensors").read_bytes()
+    compiled(model, "int8")
+    with pytest.raises(InputError, match="no weights to save"):
+        save(tmp_path / "kept", checkpoint)
+    assert (tmp_path / "kept" / "model.safetensors").read_bytes() == before
+
+
+@native_code
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_packed_stays_where_a_model_is_converted(name: str):
+    model, batch = native(name, "fp32"), samples(wide(name), [(7, 3), (1, 9)])
+    with torch.inference_mode():
+        expected = flat(answers(model, batch))
+        model.double().float()
+        _ = [torch.full((64,), torch.nan) for _ in range(100)]  # where freed weights were
+        assert_near(flat(answers(model, batch)), expected, 1e-6)
+
+
+@native_code
+def test_an_engine_may_be_older_than_the_packed_weights():
+    """What it remembers was written in float32."""
+    model = wide("gpt-pre-norm")
+    engine = Engine(model, 1)
+    first = Request([4, 9, 1, 12, 7], Decoding(temperature=0.0, max_new_tokens=6))
+    engine.submit(first)
+    _ = list(engine.run())
+    compiled(model, "bf16")
+    longer = Request([*first.ids, 3, 2], Decoding(temperature=0.0, max_new_tokens=6, logprobs=1))
+
+    def logprobs(engine: Engine) -> list[float]:
+        engine.submit(longer)
+        return [token.logprob for token in engine.run()]
+
+    assert logprobs(engine) == pytest.approx(logprobs(Engine(model, 1)), abs=0.05)
+
+
 def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch, fresh_library):
     monkeypatch.setenv("QKV_CACHE", "/proc/none")
     with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):

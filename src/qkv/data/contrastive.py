@@ -47,7 +47,7 @@ class ContrastiveDataset(Dataset):
         cut, and for fewer than two different texts to be found.
         """
         second = pairs or texts
-        if len(set(second)) < 2:
+        if min(len(set(texts)), len(set(second))) < 2:
             raise InputError(
                 f"contrastive learning, and its score, need at least two different texts to tell apart; here "
                 f"is 1 in {len(second)} samples"
@@ -57,8 +57,7 @@ class ContrastiveDataset(Dataset):
         self.texts, self.pairs = one.ids, other.ids
         self.notes = one.notes + other.notes if pairs else one.notes
         self.fingerprint = fingerprint("contrastive", one.fingerprint, other.fingerprint)
-        numbers: dict[str, int] = {}
-        self.identity = np.array([numbers.setdefault(text, len(numbers)) for text in second])
+        self.identities = _identity(texts), _identity(second)
         self.temperature = torch.tensor(temperature)
         self.seed = seed
         lengths = self.texts.lengths + self.pairs.lengths
@@ -91,7 +90,14 @@ class ContrastiveDataset(Dataset):
         groups = [self.group(i, epoch) for i in indices]
         members = np.concatenate(groups)  # (N,)
         owner = np.repeat(np.arange(len(groups)), [len(group) for group in groups])  # (N,)
-        identity = self.identity[members]
-        wrong = (owner[:, None] == owner) & (identity[:, None] != identity)  # (N, N)
+        wrong = owner[:, None] == owner  # (N, N)
+        for identity in self.identities:  # what belongs to another sample of the same text is right too
+            wrong &= identity[members][:, None] != identity[members]
         ids = [part[i] for part in (self.texts, self.pairs) for i in members.tolist()]
         return ContrastiveBatch(lay(ids), torch.from_numpy(wrong), self.temperature)
+
+
+def _identity(texts: Sequence[str]) -> Ids:
+    """A number for each text, the same for equal ones."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,15 @@ class Corpus:
     def _is_parquet(self) -> bool:
         return self.path.suffix.lower() == ".parquet"
 
-    def _total(self) -> int:
+    def _total(self) -> int | None:
+        """None for a pipe, of which nobody knows."""
         if self._is_parquet:
             return int(parquet_file(self.path).metadata.num_rows)
         try:
-            return self.path.stat().st_size
+            about = self.path.stat()
         except OSError as error:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+        return about.st_size if stat.S_ISREG(about.st_mode) else None
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         readers = {
@@ -71,7 +74,7 @@ class Corpus:
             yield (line.removesuffix("\n").removesuffix("\r"),)
 
     def _csv(self) -> Iterator[tuple[Any, ...]]:
-        rows = each_csv_row(self.path, self._lines(), self.total)
+        rows = each_csv_row(self.path, self._lines(), self.total or sys.maxsize)
         header = next(rows, [])
         places = [header.index(name) for name in self._present(header)]
         for row in rows:
@@ -92,9 +95,10 @@ class Corpus:
         while True:
             with parquet_errors(self.path):
                 batch = next(batches, None)
+                columns = [] if batch is None else [batch.column(name).to_pylist() for name in names]
             if batch is None:
                 return
-            for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+            for values in zip(*columns, strict=True):
                 yield self._complete(self.read, names, values)
                 self.read += 1
 
@@ -143,7 +147,7 @@ class ImageCorpus(Corpus):
 
     def __iter__(self) -> Iterator[tuple[str | bytes]]:
         for number, (value,) in enumerate(super().__iter__()):
-            content = value.get("bytes") if isinstance(value, dict) else value
+            content = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
             if not isinstance(content, str | bytes):
                 raise InputError(f"{self.name(number)} holds neither an image file's path nor its bytes")
             yield (content,)

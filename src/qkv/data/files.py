@@ -260,7 +260,10 @@ def each_csv_row(path: Path, lines: Iterable[str], longest: int) -> Iterator[lis
     )
     columns = 0
     try:
-        for row in filter(None, reader):
+        for row in reader:
+            if not row and (columns != 1 or not tabs):
+                continue
+            row = row or [""]  # without quotes, a lone empty value is a blank line
             columns = columns or len(row)
             if len(row) != columns:
                 raise csv.Error(f"{len(row)} columns, not {columns}")
@@ -306,11 +309,11 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> Table:
     schema = file.schema_arrow
     with parquet_errors(path):
         table = file.read([name for name in wanted if schema.names.count(name) == 1], use_threads=False)
+        columns = {name: table[name].to_pylist() for name in table.column_names}
     about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     elements = {name: _element(feature) for name, feature in features.items()}
     class_names = {name: tuple(f["names"]) for name, f in elements.items() if f.get("_type") == "ClassLabel"}
-    columns = {name: table[name].to_pylist() for name in table.column_names}
     return Table(path, tuple(schema.names), columns, class_names)
 
 
@@ -337,7 +340,7 @@ def parquet_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a Parquet file that can be read: {_first_line(error)}") from None
 
 

@@ -131,6 +131,6 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, or a whole one that no float holds
         return None
     return number if math.isfinite(number) else None

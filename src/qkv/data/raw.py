@@ -39,7 +39,7 @@ from qkv.data.labels import (
 from qkv.data.text import pieces
 from qkv.errors import InputError
 from qkv.files import visible
-from qkv.images import ImageProcessor, Region
+from qkv.images import ImageProcessor, Region, readable_image
 
 Kind = Literal["text", "pairs", "images"] | Task
 """Running text, sources with targets, labelled images, or what one of BERT's tasks needs."""
@@ -95,11 +95,9 @@ class ImageFile:
 
     def shape(self) -> tuple[int, int]:
         """Shorter side and number of channels (1 or 3), by the file's header."""
-        try:
-            with Image.open(BytesIO(self.source) if isinstance(self.source, bytes) else self.source) as image:
-                return min(image.size), 1 if image.mode in ("1", "L", "LA") else 3
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            raise InputError(f"{self.name} is not an image that can be read") from None
+        file = BytesIO(self.source) if isinstance(self.source, bytes) else self.source
+        with readable_image(self.name), Image.open(file) as image:
+            return min(image.size), 1 if image.mode in ("1", "L", "LA") else 3
 
 
 @dataclass(frozen=True)
@@ -379,7 +377,7 @@ def _read_task(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[S
 def _text_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = visible(path, "**/*.txt")
+    files = [file for file in visible(path, "**/*") if file.suffix.lower() == ".txt"]
     if not files:
         raise InputError(f"folder {path} holds no .txt files")
     return files

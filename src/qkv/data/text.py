@@ -29,7 +29,7 @@ from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
-_SEAM = re.compile(r"(?<=\S)\n(?=\S)|\n(?=\n\S)")
+_SEAM = re.compile(r"(?<=\S)\n(?=\S)|[ \t\r\n](?=[ \n]\S)")
 _PIECE = 1 << 16
 _PIECES = 32
 """As many at a time keep all threads of the tokenizer busy, and its memory small."""
@@ -39,17 +39,18 @@ def pieces(text: str | TextFile) -> Iterator[str]:
     """Parts of some ten thousand characters, whose tokens are those of the whole text.
 
     Tokenizers split at white space before anything else. They see a lone line break alike in the middle
-    and at the end of a text, and the last of several line breaks apart from those before it. (One huge
-    text costs them much memory.)
+    and at the end of a text, and the last of several spaces or line breaks apart from those before it. (One
+    huge text costs them much memory.)
     """
-    rest = ""
+    rest, seen = "", 0  # up to where it has no seam
     for part in [text] if isinstance(text, str) else text.parts():
         rest += part
         start = 0
-        while seam := _SEAM.search(rest, start + _PIECE):
+        while seam := _SEAM.search(rest, max(start + _PIECE, seen)):
             yield rest[start : seam.end()]
             start = seam.end()
         rest = rest[start:]
+        seen = max(len(rest) - 2, 0)  # of what stands there, what follows is not known yet
     yield rest
 
 

@@ -26,18 +26,19 @@ NEAR = 0.8
 
 
 def align_texts(translator: Translator, source: str, target: str) -> Alignment | None:
-    """The alignment of a text and its translation; None if either has no words. InputError: as `explain`."""
+    """The alignment of a text and its translation, or None, as `align`. InputError: as `explain`."""
     subject = subject_of(translator, source, target, 1)
     return align(subject, looks(subject)[0])
 
 
 def align(subject: Subject, seen: Sequence[Look]) -> Alignment | None:
-    """The alignment of a Transformer's source and target; None if either has no words.
+    """The alignment of a Transformer's source and target; None if there is nothing to tell.
 
-    Each target word is linked to the source word that its tokens look at most.
+    That is where either has no words, or the target is one word for several: of a script without spaces,
+    perhaps. Each target word is linked to the source word that its tokens look at most.
     """
     source, target = (_tokens_of_words(one).to(subject.embedded) for one in subject.sequences)
-    if not (len(source) and len(target)):
+    if not (len(source) and len(target)) or len(target) == 1 < len(source):
         return None
     read_as_input, written = target, target.roll(-1, dims=1)  # a token is written one row before it is read
     best: dict[tuple[int, int], Tensor] = {}
@@ -64,7 +65,7 @@ def information(matrix: Tensor) -> float:
     High where each target word looks at few source words, and others at others. A head that always looks at
     one place tells nothing.
     """
-    return float((matrix * (matrix / matrix.mean(0)).log()).sum(-1).mean())
+    return max(0.0, float((matrix * (matrix / matrix.mean(0)).log()).sum(-1).mean()))
 
 
 def _tokens_of_words(sequence: Units) -> Tensor:

@@ -218,9 +218,8 @@ def _continued(generator: TextGenerator, text: str, target: str | None, max_new_
             raise InputError("an empty text has nothing to continue, and this tokenizer has no begin token")
         prompt, special = [tokenizer.bos_id], [True]
     if target is None:
-        eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         greedy = Decoding(max_new_tokens=max_new_tokens, temperature=0.0)
-        written = generate(model, [prompt], greedy, eos)[0][0].ids
+        written = generate(model, [prompt], greedy, generator.eos)[0][0].ids
     else:
         written = _given(tokenizer.plain(target))
     read = [*prompt, *written[:-1]]

@@ -77,6 +77,8 @@ def _where(explanation: Explanation, choice: Choice) -> str:
 
 def _others(choice: Choice) -> str:
     """The likeliest other answers."""
+    if choice.outcome == "value":
+        return ""
     others = [guess for guess in choice.alternatives if guess.name != choice.answer]
     return " · ".join(f"{visible(name)} {percent(probability)}" for name, probability in others[:2])
 
@@ -85,9 +87,11 @@ def _found(explanation: Explanation, choice: Choice, relevance: Relevance | None
     """What was read that has the largest values, and whether the map holds up."""
     if relevance is None:
         return "", ""
-    values = [(unit, value) for unit, value in read(explanation, choice, relevance) if value > 0]
+    values = read(explanation, choice, relevance)
+    if not values:
+        return "nothing else was read", _holds(relevance.faithfulness)
     best = sorted(values, key=lambda pair: -pair[1])[:_TOP]
-    listed = " · ".join(f"{visible(unit)} {value:.2g}" for unit, value in best)
+    listed = " · ".join(f"{visible(unit)} {value:.2g}" for unit, value in best if value > 0)
     return listed or "nothing", _holds(relevance.faithfulness)
 
 

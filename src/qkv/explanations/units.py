@@ -85,14 +85,15 @@ def _written(
         numbers.append(_word_numbers(text, count))
         count = 1 + max(numbers[-1], default=count - 1)
     units, words = [], []
-    for span, token in zip(spans, tokens, strict=True):
-        if span is None:
+    for before, span, token in zip((None, *spans), spans, tokens, strict=False):
+        if span is None or span == before:  # a marker, or more of a letter that several tokens make
             units.append(token)
             words.append(-1)
             continue
         which, start, end = span
         text = texts[which]
-        spaced = 0 < start < end and text[start - 1].isspace() and not text[start].isspace()
+        free = before is None or before[0] != which or before[2] < start  # no token has the space before it
+        spaced = 0 < start < end and free and text[start - 1].isspace() and not text[start].isspace()
         units.append(text[start - spaced : end] or token)
         words.append(_word(numbers[which][start:end]))
     special = tuple(span is None for span in spans)

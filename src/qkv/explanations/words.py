@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from qkv.explanations.explanation import Choice, Explanation, Method, Relevance, Units
@@ -44,7 +45,8 @@ METHODS: dict[Method, Words] = {
     ),
     "occlusion": Words(
         "Occlusion",
-        "How much less sure the model is when this part alone is blanked out; below 0, it becomes surer.",
+        "By how much the answer's probability, or its value, falls when this part alone is blanked out; "
+        "below 0, it rises.",
     ),
 }
 
@@ -54,13 +56,19 @@ def answered(explanation: Explanation) -> str:
     if not generates(explanation):
         answers = [choice.answer for choice in explanation.choices]
         return answers[0] if explanation.choices[0].outcome == "value" else ", ".join(answers)
+    if explanation.target is not None:
+        return explanation.target.strip()
+    first, *_, last = (explanation.choices[0], *explanation.choices)
+    sequence = next(one for one in explanation.sequences if one.name == first.sequence)
     markers = {
         unit
-        for sequence in explanation.sequences
-        for unit, special in zip(sequence.units, sequence.special, strict=True)
+        for one in explanation.sequences
+        for unit, special in zip(one.units, one.special, strict=True)
         if special
     }
-    return "".join(choice.answer for choice in explanation.choices if choice.answer not in markers).strip()
+    # All but the last token were read again, so that letters of several tokens are whole there.
+    text = "".join(sequence.units[i] for i in _legible(sequence) if i > first.unit)
+    return (text if last.answer in markers else text + last.answer).strip()
 
 
 def read(explanation: Explanation, choice: Choice, relevance: Relevance) -> list[tuple[str, float]]:
@@ -95,23 +103,32 @@ def given(explanation: Explanation) -> str:
     if explanation.picture is not None:
         return "an image"
     last = explanation.choices[0].unit if explanation.family == "gpt" else len(sequence.units)
-    places = [
-        i
-        for i, special in enumerate(sequence.special)
-        # Neither word nor white space are the first bytes of a letter, whose last one has all of it.
-        if not special and i <= last and (sequence.words[i] >= 0 or sequence.units[i].isspace())
-    ]
+    places = [i for i in _legible(sequence) if i <= last]
     if not sequence.segments:
         return "".join(sequence.units[i] for i in places).strip()
     texts = ["".join(sequence.units[i] for i in places if sequence.segments[i] == s) for s in (0, 1)]
     return " | ".join(text.strip() for text in texts if text)
 
 
+def _legible(sequence: Units) -> Iterator[int]:
+    """The units that are text, and not markers.
+
+    Neither word nor white space are the first bytes of a letter, whose last one has all of it.
+    """
+    for i, (unit, special, word) in enumerate(
+        zip(sequence.units, sequence.special, sequence.words, strict=True)
+    ):
+        if not special and (word >= 0 or unit.isspace()):
+            yield i
+
+
 def why(explanation: Explanation) -> str:
     """The question that is answered."""
     answer = shortened(answered(explanation), 60)
     first = explanation.choices[0]
-    return f"Why {answer} {amount(first)}?" if first.outcome == "value" else f"Why “{answer}”?"
+    if first.outcome == "value":
+        return f"Why {answer} {amount(first)}?"
+    return f"Why “{answer}” {amount(first)}?" if first.outcome == "label" else f"Why “{answer}”?"
 
 
 def asked(explanation: Explanation) -> str:
@@ -125,6 +142,8 @@ def asked(explanation: Explanation) -> str:
     if explanation.target is None or all(
         one.answer == one.alternatives[0].name for one in explanation.choices
     ):
+        if first.outcome == "label":
+            return f"{said} and finds “{answer}” likeliest, {amount(first)} probable."
         return f"{said} and answered “{answer}”" + ("." if more else f", {amount(first)} sure.")
     said = f"{said} and was asked about “{answer}”"
     best = first.alternatives[0]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from qkv.attention import KeyValue, Pattern, Tap, Tappable
 from qkv.config import Activation, ModelConfig
 from qkv.config import InferencePrecision as Precision
+from qkv.errors import InputError
 from qkv.files import cache_folder, reason, sync
 from qkv.kv_cache import LayerCache
 from qkv.layers import Block, Stack
@@ -255,7 +256,8 @@ class NativeStack(nn.Module):
         self.dim, self.heads = config.dim, config.heads
         self.kept = torch.float32 if precision == "fp32" else torch.bfloat16
         """How keys and values are remembered."""
-        self.matrices, self.norms, self.memory_maps = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.matrices, self.memory_maps = nn.ModuleList(), nn.ModuleList()
+        self.norms: list[tuple[Tensor, Tensor]] = []  # as packed weights, where `.to` does not find them
 
         def matrix(weight: Tensor, bias: Tensor) -> CMatrix:
             self.matrices.append(NativeLinear(weight, bias, precision))
@@ -267,8 +269,9 @@ class NativeStack(nn.Module):
         def norm(layer: nn.LayerNorm | None) -> CNorm:
             if layer is None:
                 return CNorm()
-            self.norms.append(layer.float().requires_grad_(False))
-            return CNorm(layer.weight.data_ptr(), layer.bias.data_ptr(), layer.eps)
+            weight, bias = (x.detach().float().clone() for x in (layer.weight, layer.bias))
+            self.norms.append((weight, bias))
+            return CNorm(weight.data_ptr(), bias.data_ptr(), layer.eps)
 
         layers = []
         while len(stack):
@@ -309,6 +312,8 @@ class NativeStack(nn.Module):
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
         """As `layers.Stack`: x (T, D) -> (T, D), float32."""
+        if x.device.type != "cpu":
+            raise InputError("the weights of an optimized model stay on the CPU: load it anew for a GPU")
         x = x.float().contiguous()
         lengths = _ints(pattern.queries.lengths)
         batch = CBatch(
@@ -325,11 +330,12 @@ class NativeStack(nn.Module):
             kept.append(turns)
         if caches is not None:
             like = torch.empty(0, self.heads, self.dim // self.heads, dtype=self.kept)
-            keys, values = map(_pointers, zip(*(layer.reserve(like) for layer in caches), strict=True))
+            reserved = [layer.reserve(like) for layer in caches]
+            keys, values = map(_pointers, zip(*reserved, strict=True))
             cache, key_lengths = caches[0].cache, _ints(pattern.keys.lengths)
             batch.keys, batch.values = ctypes.addressof(keys), ctypes.addressof(values)
             batch.places, batch.capacity = cache.rows.data_ptr(), cache.capacity
-            batch.half = self.kept == torch.bfloat16
+            batch.half = reserved[0][0].dtype == torch.bfloat16  # perhaps of before this was packed
             batch.key_lengths = key_lengths.ctypes.data
             kept += [keys, values, key_lengths]
         if pattern.masks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Literal, NoReturn, cast, get_args
 
 import torch
 from torch import nn
@@ -75,7 +75,10 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
     for parent, name in _places(model):
-        setattr(parent, name, _quick(getattr(parent, name), model, road))
+        module = getattr(parent, name)
+        setattr(parent, name, Halfway())  # stays if this is interrupted
+        setattr(parent, name, _quick(module, model, road))
+        del module
         return_freed_memory()  # the weights that are packed now
     keep_freed_memory()  # every batch takes and frees the same large blocks
     return road
@@ -99,7 +102,16 @@ def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"])
 
 # ---------------------------------------------------------------- the modules
 
-_QUICK = (GraphedStack, NativeStack, NativeLinear, NativeOutput, PackedLinear, PackedOutput)
+
+class Halfway(nn.Module):
+    """In the place of a module whose weights were being packed when this was interrupted."""
+
+    def forward(self, *_: object, **__: object) -> NoReturn:
+        """Raises InputError."""
+        raise InputError("optimizing this model was interrupted: load it anew")
+
+
+_QUICK = (Halfway, GraphedStack, NativeStack, NativeLinear, NativeOutput, PackedLinear, PackedOutput)
 
 
 def _places(model: Model) -> list[tuple[nn.Module, str]]:

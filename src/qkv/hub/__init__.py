@@ -43,6 +43,7 @@ from qkv.images import ImageProcessor
 from qkv.lora import HEAD
 from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, allocate, build
+from qkv.models.bert import LABELLED
 from qkv.tokenizers import VOCABULARIES, Tokenizer
 
 _ALL: tuple[Format[Any], ...] = (
@@ -156,7 +157,8 @@ def _for_sentences(checkpoint: Checkpoint, own: sentence.Found) -> Checkpoint:
         pooling = replace(pooling, max_tokens=min(pooling.max_tokens, config.context))
     if tokenizer is not None and own.lowercase:
         tokenizer = tokenizer.lowercased()
-    return replace(checkpoint, tokenizer=tokenizer, pooling=pooling)
+    makes_vectors = not (isinstance(config, BertConfig) and config.head in LABELLED)
+    return replace(checkpoint, tokenizer=tokenizer, pooling=pooling if makes_vectors else None)
 
 
 def _load_adapted(

@@ -213,13 +213,15 @@ class Table:
         return tuple(kept)
 
     def save(self, model: nn.Module, config: AnyModelConfig, bare: bool) -> dict[str, Tensor]:
-        """The model's tensors as they are on disk."""
+        """The model's tensors as they are on disk; InputError if those of a block are gone."""
         ours = model.state_dict()
         disk: dict[str, Tensor] = {}
         for row in self.layers(config):
             if row.ours in ours:
                 for name, part in zip(row.theirs, row.write(ours[row.ours], config), strict=True):
                     disk[self.on_disk(name, bare)] = part
+            elif row.ours.startswith(("blocks.", "encoder.", "decoder.")) and "_norm." not in row.ours:
+                raise InputError(f"the model has no {row.ours}; one that is optimized has no weights to save")
         return disk
 
     def on_disk(self, name: str, bare: bool) -> str:

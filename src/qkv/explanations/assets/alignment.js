@@ -1,6 +1,12 @@
 // Which words of the source the words of a translation come from.
 
-function alignmentColumn({ alignment }) {
+function alignmentColumn({ alignment }, state) {
+  const box = element("div");
+  state.watch([], () => box.replaceChildren(alignmentCard(alignment)));
+  return box;
+}
+
+function alignmentCard(alignment) {
   const { source, target } = alignment.words;
   const line = readout("Come to a cell to see its share.");
   const drawn = matrix({

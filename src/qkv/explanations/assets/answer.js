@@ -54,10 +54,10 @@ function reader({ units, special, segments }, unit) {
   return visible(units[unit]);
 }
 
-/** What a text generator was given: all up to its first choice. */
-function prompt({ sequences: [sequence], choices: [first] }) {
-  const units = sequence.units.slice(0, first.unit + 1);
-  return units.map((unit) => (unit.trim() ? unit : visible(unit))).join("");
+/** What a text generator was given: all up to its first choice, but for the first bytes of letters. */
+function prompt({ sequences: [{ units, special, words }], choices: [first] }) {
+  const text = units.slice(0, first.unit + 1).filter((unit, i) => special[i] || words[i] >= 0 || !unit.trim());
+  return text.map((unit) => (unit.trim() ? unit : visible(unit))).join("");
 }
 
 /** Answers with bars of their probabilities; the one that was given stands out. */

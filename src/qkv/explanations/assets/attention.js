@@ -162,7 +162,7 @@ function looked({ stack, weights, focus: { side, unit } }, other, least) {
   const said = sentence(`${place(here, unit)} ${query ? "looks at" : "is looked at by"} ${list}.`);
   const rest = 1 - values.reduce((sum, value) => sum + value, 0);
   if (!query || !least || rest < 0.005) return said;
-  return `${said} ${percent(rest)} of its attention is on weights under ${percent(least)}, which are not shown.`;
+  return `${said} ${percent(rest)} of its attention is on weights under ${limit(least)}, which are not shown.`;
 }
 
 /** Tokens that look, on the left, and that are looked at, on the right, with a line for each weight between. */

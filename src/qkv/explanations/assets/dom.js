@@ -88,6 +88,11 @@ function percent(share) {
   return `${value.toFixed(value < 9.95 ? 1 : 0)} %`;
 }
 
+/** A small limit below which something is left out: 0.0005 as 0.05 %. */
+function limit(share) {
+  return `${Number((100 * share).toPrecision(2))} %`;
+}
+
 /** A number with its sign and the three digits that count. */
 function signed(value) {
   const small = value !== 0 && Math.abs(value) < 0.001;

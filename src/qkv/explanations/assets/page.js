@@ -20,7 +20,7 @@ function start() {
     relevanceSection(explanations, state, methods, matches),
     attentionSection(explanations, state),
     layersSection(explanations, state),
-    alignmentSection(explanations),
+    alignmentSection(explanations, state),
   ];
   main.append(...parts.filter((part) => part !== null));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => state.redraw());
@@ -73,13 +73,13 @@ function attentionSection(explanations, state) {
   const lead =
     "Where each head of each layer looks. Attention shows what was read, not what the answer rests on. " +
     "Weights are rounded by at most 0.4 %, small ones by less." +
-    (least > 0 ? ` Weights under ${percent(least)} are not shown, so that the page stays small.` : "");
+    (least > 0 ? ` Weights under ${limit(least)} are not shown, so that the page stays small.` : "");
   const options = stacks.map((stack) => [stack, STACKS[stack]]);
   const controls = element("div", { class: "controls" }, chooser("Attention of", "stack", options, state));
   const residual = Math.max(...explanations.map((one) => one.residual));
   const note =
-    "The weights were computed beside the kernel that answered; what they give differs from its result by at most " +
-    `${residual === 0 ? 0 : residual.toExponential(0)}.`;
+    "The weights were computed beside the kernel that answered; what they give differs from its result by " +
+    `${residual === 0 ? 0 : residual.toExponential(1)} at most.`;
   const heads = columns(explanations, (one) => attentionColumn(one, state));
   return section("attention", "Where it looks", lead, controls, heads, element("p", { class: "note" }, note));
 }
@@ -100,9 +100,9 @@ function layersSection(explanations, state) {
   return section("layers", "Layer by layer", lead, columns(explanations, build));
 }
 
-function alignmentSection(explanations) {
+function alignmentSection(explanations, state) {
   if (!explanations.some(({ alignment }) => alignment)) return null;
-  const build = (one) => (one.alignment ? alignmentColumn(one) : card("", "There is no alignment here."));
+  const build = (one) => (one.alignment ? alignmentColumn(one, state) : card("", "There is no alignment here."));
   const lead = "Which words of the source each word of the translation comes from.";
   return section("alignment", "Word by word", lead, columns(explanations, build));
 }

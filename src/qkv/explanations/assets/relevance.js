@@ -125,12 +125,14 @@ function differenceColumn([first, second], matches, state) {
     const both = second.sequences.filter(({ name }) => name in now && name in old && name !== "image");
     const parts = both.map((sequence) => {
       const was = matched(old[sequence.name], matches[sequence.name], sequence.units.length);
-      return differenceStrip(sequence, was, now[sequence.name], (said) => (line.textContent = said));
+      const own = chosen(second, state);
+      const read = sequence.units.map((_, i) => !sequence.special[i] && (sequence.name !== own.sequence || i !== own.unit));
+      return differenceStrip(sequence, read, was, now[sequence.name], (said) => (line.textContent = said));
     });
     if (!parts.length) return box.replaceChildren();
     const caption =
       "The share of each token in all that was read, in the second compared with the first. " +
-      "Dotted: the first has no such token.";
+      "Dotted: the first has no such token. Without the model's markers and the token that the answer was made at.";
     const colours = key("matters more in the second", "matters less");
     box.replaceChildren(card("Difference", caption, ...parts, line, colours));
   });
@@ -144,11 +146,12 @@ function matched(values, pairs, count) {
   return made;
 }
 
-function differenceStrip(sequence, was, is, say) {
-  const change = is.map((value, i) => value - was[i]);
-  const read = change.filter((value, i) => !Number.isNaN(value) && !sequence.special[i]);
-  const most = Math.max(...read.map(Math.abs), 1e-9);
+/** read: whether each unit counts among what was read. */
+function differenceStrip(sequence, read, was, is, say) {
+  const change = is.map((value, i) => (read[i] ? value - was[i] : 0));
+  const most = Math.max(...change.filter((value) => !Number.isNaN(value)).map(Math.abs), 1e-9);
   const about = (i) => {
+    if (!read[i]) return `${quoted(sequence.units[i])} is not counted.`;
     if (Number.isNaN(was[i])) return `${quoted(sequence.units[i])} is in the second only.`;
     const points = signed(100 * change[i]);
     return `${quoted(sequence.units[i])}: ${signed(100 * was[i])} % → ${signed(100 * is[i])} %, by ${points} points`;
@@ -156,8 +159,8 @@ function differenceStrip(sequence, was, is, say) {
   const options = { attend: (i) => say(about(i)), about };
   const { element: text, items } = strip(sequence, `${sequence.name}: change of relevance`, options);
   items.forEach((item, i) => {
-    item.classList.toggle("new", Number.isNaN(was[i]));
-    tint(item, Number.isNaN(was[i]) ? 0 : change[i], most);
+    item.classList.toggle("new", Number.isNaN(change[i]));
+    tint(item, Number.isNaN(change[i]) ? 0 : change[i], most);
   });
   return text;
 }

@@ -173,7 +173,8 @@ private:
     // work(sequence, its first row, first head, heads), shared out to the threads.
     template <class Do>
     void each_head(Team team, Do work) {
-        int parts = to - from >= 4 * team.size ? 1 : std::min(team.size, (int)stack.heads), item = 0, row = 0;
+        int busy = to - from - std::count(batch.lengths + from, batch.lengths + to, 0), item = 0, row = 0;
+        int parts = busy >= 4 * team.size ? 1 : std::min(team.size, (int)stack.heads);
         for (int i = from; i < to; row += batch.lengths[i], i++)
             for (int part = 0; batch.lengths[i] && part < parts; part++) {
                 int head = stack.heads * part / parts, end = stack.heads * (part + 1) / parts;

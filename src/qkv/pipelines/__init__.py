@@ -1,0 +1,72 @@
+"""Trained models in use: text or images in, answers out.
+
+`from_pretrained` opens a checkpoint as the pipeline of its family. Pipelines only translate between
+what people read and what models read: tokens and pixels are made by the checkpoint's own tokenizer
+and image processor, answers by the model and the decoding engine. A list gives as many answers, and where
+there may be more inputs than memory holds, an iterator gives an iterator, which reads ahead no more than
+`batching` says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qkv import hub
+from qkv.config import BertHead
+from qkv.hub import Checkpoint
+from qkv.models.bert import Bert
+from qkv.models.gpt import GPT
+from qkv.models.transformer import Transformer
+from qkv.models.vit import ViT
+from qkv.pipelines.base import Guess, NumberedError, Pipeline
+from qkv.pipelines.classifier import ImageClassifier, ImageLike
+from qkv.pipelines.encoder import Encoder, TaggedWord
+from qkv.pipelines.generator import DecodingOptions, TextGenerator
+from qkv.pipelines.translator import BEAMS, Translator
+from qkv.runtime import pick_device
+
+__all__ = [
+    "BEAMS",
+    "AnyPipeline",
+    "DecodingOptions",
+    "Encoder",
+    "Guess",
+    "ImageClassifier",
+    "ImageLike",
+    "NumberedError",
+    "Pipeline",
+    "TaggedWord",
+    "TextGenerator",
+    "Translator",
+    "from_pretrained",
+    "pipeline",
+]
+
+AnyPipeline = TextGenerator | Encoder | Translator | ImageClassifier
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    head: BertHead | None = None,
+    labels: tuple[str, ...] = (),
+    revision: str | None = None,
+    device: str = "auto",
+) -> AnyPipeline:
+    """Open a checkpoint, a folder or a hub id, as the pipeline of its family; an adapter, with its base.
+
+    head, labels: give the model a fresh head where the checkpoint has none. revision: a hub id's branch,
+    tag or commit. device: "auto" is the GPU if there is one. Raises InputError for what cannot be opened.
+    """
+    return pipeline(hub.load(source, head=head, labels=labels, revision=revision), device)
+
+
+def pipeline(checkpoint: Checkpoint, device: str = "auto") -> AnyPipeline:
+    """The pipeline of a checkpoint's family, its model moved to the device, which must exist (InputError)."""
+    families: dict[type, type[AnyPipeline]] = {
+        GPT: TextGenerator,
+        Bert: Encoder,
+        Transformer: Translator,
+        ViT: ImageClassifier,
+    }
+    return families[type(checkpoint.model)](checkpoint, pick_device(device))
