@@ -113,6 +113,10 @@ def test_a_draft_model_reads_the_input_of_several_samples_once(name: str) -> Non
     _ = list(engine.run())
     assert isinstance(engine._guesser, Draft)
     assert len(prompt) < engine._guesser.slots.computed < 2 * len(prompt) + 4 * 4
+    engine = Engine(model, 4, draft=model)  # each sample is right at once, and then guesses no more
+    engine.submit(Request(prompt, Decoding(max_new_tokens=3, speculate=1, num_return_sequences=4)))
+    _ = list(engine.run())
+    assert len(prompt) < engine._guesser.slots.computed < 2 * len(prompt) + 4 * 4
 
 
 def test_a_draft_model_that_does_not_fit_is_refused() -> None:

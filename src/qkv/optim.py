@@ -82,7 +82,8 @@ class Muon(torch.optim.Muon):
         gradients = [p.grad for p in parameters if p.grad is not None]
         momenta = [self._momentum(p) for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-        updates = [whole(update) for update in torch._foreach_lerp(gradients, momenta, momentum)]
+        # Not all at once: that is no operation of sharded tensors in every torch.
+        updates = [whole(g.lerp(m, momentum)) for g, m in zip(gradients, momenta, strict=True)]
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
         scales = []
         for update, (_, group) in zip(updates, members, strict=True):

@@ -72,7 +72,8 @@ class Draft:
         for stream in streams:
             reading = _reading(stream)
             if not self.slots.saved(stream.slot, reading):
-                donor = max((s.slot for s in streams), key=lambda slot: self.slots.saved(slot, reading))
+                slots = range(len(self.slots.texts))
+                donor = max(slots, key=lambda slot: self.slots.saved(slot, reading))
                 if self.slots.saved(donor, reading):
                     self.slots.copy(donor, stream.slot, self.slots.shared(donor, reading))
                 elif any((s.prompt, s.source) == (stream.prompt, stream.source) for s in begun):

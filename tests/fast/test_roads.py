@@ -382,7 +382,6 @@ def test_a_model_is_optimized_once(make: Callable[[str], Model]):
 
 
 @native_code
-@native_code
 def test_a_model_that_was_half_optimized_says_so(monkeypatch):
     made = iter(range(100))
 
@@ -443,6 +442,7 @@ def test_an_engine_may_be_older_than_the_packed_weights():
     assert logprobs(engine) == pytest.approx(logprobs(Engine(model, 1)), abs=0.05)
 
 
+@native_code
 def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch, fresh_library):
     monkeypatch.setenv("QKV_CACHE", "/proc/none")
     with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):

@@ -45,8 +45,8 @@ METHODS: dict[Method, Words] = {
     ),
     "occlusion": Words(
         "Occlusion",
-        "By how much the answer's probability, or its value, falls when this part alone is blanked out; "
-        "below 0, it rises.",
+        "By how much the answer's log-odds, or its value, fall when this part alone is blanked out; "
+        "below 0, they rise.",
     ),
 }
 

@@ -84,9 +84,9 @@ class TextGenerator(Pipeline[GPT]):
         One text gives one answer, or with stream=True an iterator of its pieces, none of which splits a
         character (beam search gives the whole in one piece). A list gives a list: the
         `num_return_sequences` answers of the first text, of the second, and so on. An empty text starts
-        from the tokenizer's begin token. stop_strings: an answer ends before the first of them. draft: a
-        smaller model that guesses where `speculate` is set. Raises InputError for a text longer than the
-        context.
+        from the tokenizer's begin token. stop_strings: an answer ends before the one that is complete
+        first. draft: a smaller model that guesses where `speculate` is set. Raises InputError for a text
+        longer than the context.
         """
         decoding = Decoding(**options)
         if decoding.logprobs:

@@ -125,8 +125,10 @@ function differenceColumn([first, second], matches, state) {
     const both = second.sequences.filter(({ name }) => name in now && name in old && name !== "image");
     const parts = both.map((sequence) => {
       const was = matched(old[sequence.name], matches[sequence.name], sequence.units.length);
-      const own = chosen(second, state);
-      const read = sequence.units.map((_, i) => !sequence.special[i] && (sequence.name !== own.sequence || i !== own.unit));
+      const from = new Map(matches[sequence.name].map(([a, b]) => [b, a]));
+      const [own, theirs] = [second, first].map((one) => chosen(one, state));
+      const makes = ({ sequence: name, unit }, i) => name === sequence.name && unit === i;
+      const read = sequence.units.map((_, i) => !sequence.special[i] && !makes(own, i) && !makes(theirs, from.get(i)));
       return differenceStrip(sequence, read, was, now[sequence.name], (said) => (line.textContent = said));
     });
     if (!parts.length) return box.replaceChildren();
