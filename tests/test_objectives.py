@@ -1,7 +1,10 @@
-"""The cross-entropy that makes its gradient with the loss, beside torch's own."""
+"""Losses beside torch's own, and by hand."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkv import objectives
-from qkv.objectives import CrossEntropy
+from qkv.data.batches import ContrastiveBatch
+from qkv.objectives import BinaryCrossEntropy, CrossEntropy, SquaredError, contrastive
+from qkv.ragged import pack
 
 
 @given(st.integers(1, 40), st.integers(2, 30), st.sampled_from([0.0, 0.1, 0.5]), st.integers(1, 200))
@@ -70,3 +75,41 @@ def test_without_gradients_there_is_only_the_loss():
     with torch.no_grad():
         loss = CrossEntropy(logits, torch.zeros(5, dtype=torch.long)).loss_sum()
     assert not loss.requires_grad
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.sampled_from([0.0, 0.2]))
+def test_binary_cross_entropy_by_hand(texts, labels, smoothing):
+    rng = np.random.default_rng(texts * labels)
+    logits, right = rng.normal(scale=3, size=(texts, labels)), rng.random((texts, labels)) < 0.4
+    p = 1 / (1 + np.exp(-logits))
+    y = np.where(right, 1 - smoothing / 2, smoothing / 2)
+    expected = -(y * np.log(p) + (1 - y) * np.log(1 - p)).sum()
+    term = BinaryCrossEntropy(torch.from_numpy(logits), torch.from_numpy(right))
+    assert term.loss_sum(smoothing).item() == pytest.approx(expected, rel=1e-5)
+    assert len(term) == texts * labels
+    assert term.correct() == ((p > 0.5) == right).sum()
+
+
+def test_squared_error_by_hand():
+    term = SquaredError(torch.tensor([[1.0], [-2.0], [0.5]]), torch.tensor([3.0, -2.0, 0.0]))
+    assert term.loss_sum().item() == 4.25 and len(term) == 3
+    assert term.predictions().tolist() == [1.0, -2.0, 0.5]
+
+
+def test_contrastive_loss_by_hand():
+    rng = np.random.default_rng(0)
+    vectors, temperature = rng.normal(size=(6, 5)), 0.3
+    wrong = ~np.eye(3, dtype=bool)
+    wrong[0, 2] = wrong[2, 0] = False  # the first and the last text mean the same
+    ids = pack([torch.zeros(1, dtype=torch.long)] * 6)
+    batch = ContrastiveBatch(ids, torch.from_numpy(wrong), torch.tensor(temperature))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected, right = 0.0, 0
+    for i in range(3):
+        compared = [j for j in range(3) if j == i or wrong[i, j]]
+        scores = {j: math.exp(unit[i] @ unit[3 + j] / temperature) for j in compared}
+        expected -= math.log(scores[i] / sum(scores.values()))
+        right += max(scores, key=scores.__getitem__) == i
+    term = contrastive(torch.from_numpy(vectors), batch)
+    assert term.loss_sum().item() == pytest.approx(expected, rel=1e-5)
+    assert term.correct() == right and len(term) == 3

@@ -1,0 +1,60 @@
+"""What `qkv eval` says of a run, beside the same figures by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+import torch.nn.functional as F
+from test_train import Nobody, run_config
+
+from qkv.evaluate import score
+from qkv.job import new_job, resumed_job
+from qkv.pipelines import TextGenerator, Translator, from_pretrained
+from qkv.ragged import pack
+from qkv.train import train
+
+
+def trained(folder: Path, family: str, **settings: float) -> str:
+    """A run folder."""
+    train(new_job(run_config(folder, family, **settings)), folder / "run", Nobody())
+    return str(folder / "run")
+
+
+def test_perplexity_and_bits_per_byte_by_hand(tmp_path: Path) -> None:
+    run = trained(tmp_path, "gpt")
+    generator = from_pretrained(run)
+    assert isinstance(generator, TextGenerator)
+    stream = torch.from_numpy(resumed_job(Path(run)).valid.stream.astype("int64"))  # type: ignore[attr-defined]
+    context = generator.model.config.context
+    nats = 0.0
+    for start in range(0, len(stream) - 1, context):
+        window = stream[start : start + context + 1]
+        with torch.no_grad():
+            logits = generator.model(pack([window[:-1]])).logits.values
+        nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    text = generator.tokenizer.decode(stream.tolist())
+    found = score(run)
+    assert found["perplexity"] == pytest.approx(math.exp(nats / (len(stream) - 1)), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-4)
+
+
+@pytest.mark.parametrize("tokenize", ["13a", "none"])
+def test_bleu_is_sacrebleu_s_of_what_the_run_translates(tokenize: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, "transformer", max_steps=100)
+    held_out = (tmp_path / "other.en", tmp_path / "other.xx")
+    sources = ["small red quick", "old", "blue new, round.", "green large"]
+    references = ["SMALL RED QUICK", "OLD", "BLUE NEW ROUND", "RED LARGE"]
+    for path, lines in zip(held_out, (sources, references), strict=True):
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    translator = from_pretrained(run)
+    assert isinstance(translator, Translator)
+    translations = translator.translate(sources, num_beams=2)
+    found = score(run, ",".join(map(str, held_out)), num_beams=2, tokenize=tokenize)  # type: ignore[arg-type]
+    bleu = sacrebleu.corpus_bleu(translations, [references], tokenize=tokenize)
+    assert found["bleu"] == pytest.approx(bleu.score)
+    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(translations, [references]).score)
+    assert found["samples"] == 4 and found["num_beams"] == 2
