@@ -246,14 +246,15 @@ def test_a_draw_is_never_an_impossible_token(seed: int, uniform: float) -> None:
     logits[torch.rand(3, 20, generator=generator) < 0.7] = -math.inf
     logits[:, 7] = 0.0
     for chance in (uniform, 0.0, 1 - 2**-53):
-        ids = draw(logits, torch.full((3,), chance, dtype=torch.float64))
+        weights = filter_logits(logits, Decoding()).exp()
+        ids = draw(weights, torch.full((3,), chance, dtype=torch.float64))
         assert torch.isfinite(logits[torch.arange(3), ids]).all()
 
 
 def test_a_draw_inverts_the_cumulative_distribution() -> None:
-    logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log()
+    weights = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniforms = torch.tensor([0.0, 0.09, 0.11, 0.69, 0.71, 0.999], dtype=torch.float64)
-    assert draw(logits.expand(6, 4), uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+    assert draw(weights.expand(6, 4), uniforms).tolist() == [0, 0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,11 @@ def signals_at_step(*numbers: signal.Signals):
 
     def step(self: TrainingBar, step: int, record: object) -> None:
         for number in numbers if step == STEP else ():
+            handler, deadline = signal.getsignal(number), time.monotonic() + 10
             signal.raise_signal(number)
-            time.sleep(0.01)  # Python runs handlers soon, but beside other threads not at once
+            # Python runs handlers soon, but beside other threads not at once; each changes what comes next.
+            while signal.getsignal(number) is handler and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     return step
 

@@ -18,8 +18,8 @@ def optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimi
     """What steps the model's parameters; a group's `lr_scale` is its share of the learning rate.
 
     adamw: AdamW (Loshchilov and Hutter 2019) for all. muon: Muon (Jordan et al. 2024) for the matrices of
-    the blocks, its updates scaled to AdamW's (Liu et al. 2025, 2.2), and AdamW for the rest. Weight decay
-    is on matrices and kernels of convolutions only.
+    the blocks, queries, keys and values apart, and AdamW for the rest. Weight decay is on matrices and
+    kernels of convolutions only.
     """
     layers = _layers(model)
     top = max(layers.values(), default=0)

@@ -38,7 +38,7 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
             ids = scores.argmax(-1)
         else:
             uniforms = torch.tensor([row.uniform for row in group], dtype=torch.float64, device=scores.device)
-            ids = draw(filter_logits(scores, group[0].decoding), uniforms)
+            ids = draw(filter_logits(scores, group[0].decoding).exp(), uniforms)
         for i, id in zip(indices, ids.tolist(), strict=True):
             chosen[i] = id
     return chosen
@@ -86,7 +86,7 @@ def penalise(scores: Tensor, history: Ragged, penalty: float) -> Tensor:
 
 
 def filter_logits(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Logits (R, V) of the distribution that is drawn from: tokens cut off are -inf.
+    """Logits (R, V) of the distribution that is drawn from: the largest is 0, tokens cut off are -inf.
 
     Temperature, then top_k, top_p and min_p, each on what the one before left. Temperature is positive.
     """
@@ -125,13 +125,11 @@ def _nucleus(probability: Tensor, top_p: float) -> Tensor:
     return probability >= best.values.gather(1, kept - 1)
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (R,) where the cumulative distributions of logits (R, V) pass float64 uniforms (R,) from [0, 1)."""
-    return _invert((logits - logits.amax(-1, keepdim=True)).exp(), uniforms)
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids (R,) in proportion to weights (R, V), not all zero: where their sums pass uniforms (R,) of all.
 
-
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (R,) drawn in proportion to weights (R, V), not all of them zero."""
+    uniforms: float64 from [0, 1).
+    """
     cumulative = weights.cumsum(-1, dtype=torch.float64)  # (R, V)
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
@@ -155,5 +153,5 @@ def verify(
             rest = (p - q).clamp(min=0)
             # Where rounding alone tells p from q, nothing is left of their difference.
             rest = rest if bool(rest.any()) else p
-            return [*guesses[:i], int(_invert(rest[None], last.fill_(uniforms[i])))]
-    return [*guesses, int(_invert(target[-1:], last))]
+            return [*guesses[:i], int(draw(rest[None], last.fill_(uniforms[i])))]
+    return [*guesses, int(draw(target[-1:], last))]
