@@ -143,6 +143,8 @@ SHAKESPEARE = _data("{data}/shakespeare.txt")
 TOKENISED, CASED = "{data}/multi30k/tok", "{data}/multi30k"
 CIFAR = _data("{data}/cifar10/train.parquet")
 CIFAR_TEST = _data("{data}/cifar10/test.parquet")
+BEAM = ("--num-beams", "5")
+"""As in Wu et al. 2021."""
 SST2 = "{data}/sst2/train.csv", "{data}/sst2/dev.csv"
 RTE = "{data}/rte/train.csv", "{data}/rte/valid.csv"
 CONLL = _data("{data}/conll2002/train.conll", "{data}/conll2002/valid.conll")
@@ -193,13 +195,13 @@ RESULTS = {
         "multi30k-en-de",
         _data(_aligned(TOKENISED, "train"), _aligned(TOKENISED, "valid")),
         (replace(BLEU, published="41.02 (Wu et al. 2021)"), CHRF),
-        ("--data", _aligned(TOKENISED, "test2016"), "--tokenize", "none"),
+        ("--data", _aligned(TOKENISED, "test2016"), *BEAM, "--tokenize", "none"),
     ),
     "multi30k-en-de-cased": Result(
         "multi30k-en-de",
         _data(_aligned(CASED, "train"), _aligned(CASED, "valid")),
         (BLEU, CHRF),
-        ("--data", _aligned(CASED, "test2016")),
+        ("--data", _aligned(CASED, "test2016"), *BEAM),
     ),
     "vit-cifar10": Result(
         "vit-cifar10",

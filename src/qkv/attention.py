@@ -73,9 +73,7 @@ class Pattern:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        if len(groups) == 1:
-            groups[0].sort()
-        return [_Block(self, group) for group in groups]
+        return [_Block(self, sorted(group)) for group in groups]
 
     def _alike(self, group: list[int], i: int) -> bool:
         """Whether sequence i may join the block that begins with this group."""
@@ -157,7 +155,7 @@ class _Side:
 
     @cached_property
     def start(self) -> int | None:
-        """First row of the members if they are evenly spaced, a view: slots of a cache, or equal lengths."""
+        """First row of the members, which ascend, if they are evenly spaced: slots of a cache, equal lengths."""
         first, last = self.members[0], self.members[-1]
         if self.layout.stride is not None:
             # An empty slot is not zero, as padding is.

@@ -23,6 +23,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from qkv.config import (
+    BEAMS,
     FAMILIES,
     AnyModelConfig,
     BleuTokenizer,
@@ -236,7 +237,7 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
 def evaluate(
     model: Positional[Model],
     data: str = "",
-    num_beams: int = 5,
+    num_beams: int = BEAMS,
     tokenize: BleuTokenizer = "13a",
     precision: Precision = None,
 ) -> None:
@@ -245,8 +246,8 @@ def evaluate(
     Args:
         model: Run folder, checkpoint folder or hub id.
         data: A file or folder in the form that the model was trained on; default: the run's held-out data.
-        num_beams: Beam width of translations, whose BLEU is measured.
-        tokenize: How BLEU splits them into words; none for text that is tokenised already.
+        num_beams: Beam width of the translations that BLEU and chrF compare.
+        tokenize: How sacreBLEU splits them into words; none for text that is tokenised already.
     """
     from qkv.evaluate import score
 
@@ -299,7 +300,7 @@ def translate(
     data: Data = None,
     column: Column = "source",
     output: Out = None,
-    num_beams: int = 4,
+    num_beams: int = BEAMS,
     length_penalty: float = 1.0,
     truncate: Truncate = False,
     precision: Precision = None,

@@ -185,7 +185,8 @@ class ViTConfig(ModelConfig):
     family: Literal["vit"] = "vit"
     """Which of the four models: ViT."""
     image_size: int = 224
-    """Side of the square training images in pixels; 0: that of the data, filled in when training starts."""
+    """Side in pixels of the squares that images are resized to; 0: the shorter side of most of the data, but
+    at most 16 patches, which with patches of 4 is 64."""
     patch_size: int = 16
     """Side of the square patches, a token each, in pixels."""
     stem: Literal["patches", "convolutions"] = "patches"
@@ -339,7 +340,7 @@ class TrainConfig:
     max_steps: int = 1000
     """Optimiser steps of the whole run."""
     batch_tokens: int = 4096
-    """Tokens of one optimiser step (images count as their patches)."""
+    """Tokens of one optimiser step: sources with targets, both texts of a pair, the patches of images."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks, those of queries, keys and values apart, and AdamW for the
     rest; one learning rate suits both."""
@@ -506,6 +507,10 @@ class FigureOptions:
     """Its layer in the stack."""
     head: int = 0
     """The head of that layer."""
+
+
+BEAMS = 4
+"""Beam width of translations where nothing is said, of which BLEU is measured too."""
 
 
 @dataclass(frozen=True, kw_only=True)

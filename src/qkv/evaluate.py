@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qkv.checkpoint import CONFIG, STATES
 from qkv.config import (
+    BEAMS,
     BertConfig,
     BleuTokenizer,
     DataConfig,
@@ -199,7 +200,7 @@ def _held_out(data: DataConfig, family: Family, labels: tuple[str, ...]) -> Samp
 def score(
     source: str,
     data: str = "",
-    num_beams: int = 5,
+    num_beams: int = BEAMS,
     tokenize: BleuTokenizer = "13a",
     precision: InferencePrecision | Literal["auto"] | None = None,
 ) -> dict[str, float | str]:

@@ -31,7 +31,7 @@ from qkv.checkpoint import (
     saved_states,
     step_of,
 )
-from qkv.config import TrainConfig, write_toml
+from qkv.config import TrainConfig, ViTConfig, write_toml
 from qkv.data import Sampler, prefetch
 from qkv.data.cache import fingerprint
 from qkv.distributed import ALONE, Ranks
@@ -128,6 +128,7 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
     ahead = 0 if trainer.device.type == "cpu" else 2
     for task, summary in job.summaries.items():
         observer.say(f"{task}: {summary.text()}" if task else summary.text())
+    observer.say(_extent(job))
     started = time.monotonic() - progress.seconds
     with (
         _sole_writer(run) if ranks.first else nullcontext(),
@@ -165,6 +166,19 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
                 if number == signal.SIGINT:
                     raise KeyboardInterrupt
                 return
+
+
+def _extent(job: Job) -> str:
+    """How far the run goes through its data, for the user."""
+    config, tokens = job.config.train, int(job.train.costs.sum())
+    steps = max(1, round(tokens / config.batch_tokens))
+    text = (
+        f"{tokens:,} tokens: an epoch is about {steps:,} steps of {config.batch_tokens:,} tokens, "
+        f"the run {config.max_steps * config.batch_tokens / tokens:.3g} epochs."
+    )
+    if isinstance(model := job.config.model, ViTConfig):
+        text = f"Each image is read as {model.image_size} x {model.image_size} pixels. {text}"
+    return text
 
 
 def _evaluate(

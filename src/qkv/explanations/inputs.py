@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qkv.config import BertHead, Decoding
+from qkv.config import BEAMS, BertHead, Decoding
 from qkv.decode import generate
 from qkv.errors import InputError
 from qkv.explanations import units
@@ -32,7 +32,7 @@ from qkv.explanations.subjects import (
     at_units,
 )
 from qkv.models.bert import SEQUENCE
-from qkv.pipelines import BEAMS, AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
+from qkv.pipelines import AnyPipeline, Encoder, ImageClassifier, ImageLike, TextGenerator, Translator
 from qkv.ragged import Layout
 
 Input = ImageLike | tuple[str, str]

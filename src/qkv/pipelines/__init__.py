@@ -22,11 +22,10 @@ from qkv.pipelines.base import Guess, NumberedError, Pipeline
 from qkv.pipelines.classifier import ImageClassifier, ImageLike
 from qkv.pipelines.encoder import Encoder, TaggedWord
 from qkv.pipelines.generator import DecodingOptions, TextGenerator
-from qkv.pipelines.translator import BEAMS, Translator
+from qkv.pipelines.translator import Translator
 from qkv.runtime import pick_device
 
 __all__ = [
-    "BEAMS",
     "AnyPipeline",
     "DecodingOptions",
     "Encoder",

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 from qkv import batching
 from qkv.batching import windows
+from qkv.config import BEAMS
 from qkv.decode import Decoding, generate
 from qkv.models.transformer import Transformer, TransformerOutput
 from qkv.pipelines.base import Pipeline, warn
@@ -15,9 +16,6 @@ from qkv.ragged import Ragged
 
 OneOrMany = TypeVar("OneOrMany", str, list[str], Iterator[str])
 """A text, a list of texts or an iterator of them; the answer is of the same type."""
-
-BEAMS = 4
-"""Beam width of `translate`, if nothing else is said."""
 
 
 class Translator(Pipeline[Transformer]):
