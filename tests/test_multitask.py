@@ -245,7 +245,8 @@ def test_all_kinds_of_tasks_train_together(tmp_path: Path) -> None:
         "words": samples.documents(tmp_path),
     }
     config = recipe(tmp_path, max_steps=20, eval_steps=20)
-    tasks = {name: DataConfig(path=path, candidates=16) for name, path in kinds.items()}
+    tasks = {name: DataConfig(path=path) for name, path in kinds.items()}
+    tasks["pairs"] = dataclasses.replace(tasks["pairs"], candidates=16)
     best = train(new_job(dataclasses.replace(config, tasks=tasks)), tmp_path / "run", Nobody()).best_scores
     names = ("sets/labels", "values/value", "pairs/pair", "words/masked_word", "words/next_sentence")
     assert best["loss"] == pytest.approx(sum(best[f"{name}_loss"] for name in names))

@@ -14,6 +14,7 @@ from hub import theirs
 from sentence_transformers import SentenceTransformer
 from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 
+from qkv import hub
 from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig
 from qkv.errors import InputError
 from qkv.evaluate import derived, evaluate, score
@@ -37,7 +38,10 @@ def task_config(folder: Path, task: str, **changes) -> RunConfig:
     """Its tiny data, and data.task left to be found."""
     folder.mkdir(exist_ok=True)
     config = run_config(folder, "bert", **{"learning_rate": 1e-2, "max_steps": 120, **changes})
-    return dataclasses.replace(config, data=DataConfig(path=TASKS[task][0](folder), candidates=16))
+    data = DataConfig(path=TASKS[task][0](folder))
+    return dataclasses.replace(
+        config, data=dataclasses.replace(data, candidates=16) if task == "contrastive" else data
+    )
 
 
 @dataclasses.dataclass
@@ -197,7 +201,22 @@ def test_a_task_goes_on_from_another(tmp_path: Path) -> None:
         job = new_job(dataclasses.replace(config, init=str(tmp_path / "a" / "run")))
         body = from_pretrained(tmp_path / "a" / "run").model.tokens.weight
         assert torch.equal(job.checkpoint.model.tokens.weight, body)
-        assert (job.checkpoint.pooling == Pooling("mean", True)) == (task == "contrastive")
+        assert (job.checkpoint.pooling is not None) == (task == "contrastive")
+
+
+def test_vectors_are_made_as_the_checkpoint_makes_them(tmp_path: Path) -> None:
+    config = task_config(tmp_path, "contrastive", max_steps=1, warmup_steps=0)
+    train(new_job(config), tmp_path / "run", Nobody())
+    begun = hub.load(tmp_path / "run")
+    pooling = Pooling("mean", False, 9, {"query": "find: "}, "dot")
+    again = dataclasses.replace(config, init=str(tmp_path / "init"))
+    hub.save(tmp_path / "init", dataclasses.replace(begun, pooling=pooling))
+    train(new_job(again), tmp_path / "on", Nobody())
+    kept = dataclasses.replace(pooling, normalize=True)
+    assert hub.load(tmp_path / "on").pooling == resumed_job(tmp_path / "on").checkpoint.pooling == kept
+    hub.save(tmp_path / "init", dataclasses.replace(begun, pooling=Pooling("cls")))
+    with pytest.raises(InputError, match="this checkpoint takes their first tokens: begin from another one"):
+        new_job(again)
 
 
 def test_a_checkpoint_s_head_says_how_data_are_read(runs: dict[str, Trained], tmp_path: Path) -> None:
@@ -290,6 +309,7 @@ def test_bpe_dropout_trains_and_resumes(family: str, tmp_path: Path) -> None:
         ("transformer", {"whole_words": True}, "whole_words is for masked language modelling"),
         ("bert", {"task": "contrastive"}, "label_smoothing_factor is for classes, not for contrastive"),
         ("gpt", {"task": "tagging"}, r"data\.task is tagging, which is BERT's"),
+        ("gpt", {"candidates": 9}, "candidates is for contrastive learning"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(
@@ -298,6 +318,12 @@ def test_settings_that_would_do_nothing_are_refused(
     config = run_config(tmp_path, family, label_smoothing_factor=0.1)
     with pytest.raises(InputError, match=message):
         new_job(dataclasses.replace(config, data=dataclasses.replace(config.data, **setting)))
+
+
+def test_a_temperature_is_for_contrastive_learning(tmp_path: Path) -> None:
+    new_job(task_config(tmp_path, "contrastive", temperature=0.1))
+    with pytest.raises(InputError, match=r"train\.temperature is for contrastive learning: leave it out"):
+        new_job(task_config(tmp_path, "tagging", temperature=0.1))
 
 
 def test_compiled_blocks_need_samples_of_equal_length(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ class _Side:
 
     @cached_property
     def start(self) -> int | None:
-        """First row of the members, which ascend, if they are evenly spaced: slots of a cache, equal lengths."""
+        """First row of the ascending members if they are evenly spaced, a view: slots, or equal lengths."""
         first, last = self.members[0], self.members[-1]
         if self.layout.stride is not None:
             # An empty slot is not zero, as padding is.

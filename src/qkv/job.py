@@ -12,7 +12,7 @@ import torch
 
 from qkv import hub, lora
 from qkv.checkpoint import CONFIG
-from qkv.config import BertHead, DataConfig, RunConfig, read_toml
+from qkv.config import BertHead, DataConfig, RunConfig, TrainConfig, read_toml
 from qkv.data import (
     Cache,
     Dataset,
@@ -28,9 +28,8 @@ from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
 from qkv.files import cache_folder, expanded
 from qkv.growth import check as check_growth
-from qkv.hub import Checkpoint
-from qkv.hub.folder import locate
-from qkv.hub.sentence import CONTRASTIVE
+from qkv.hub import Checkpoint, sentence
+from qkv.hub.folder import MODULES, locate
 from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
 from qkv.runtime import multiplies_bfloat16, pick_device
@@ -79,6 +78,9 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
         init=_folder_or_id(config.init),
     )
     raws = _read(config)
+    contrastive = any(raw.kind == "contrastive" for raw in raws.values())
+    if config.train.temperature != TrainConfig.temperature and not contrastive:
+        raise InputError("train.temperature is for contrastive learning: leave it out")
     torch.manual_seed(config.train.seed)
     cache = Cache(cache_folder() / "data", watch)
     return _job(config, raws, _load(config, raws) if config.init else _fresh(config, raws, cache), cache)
@@ -89,8 +91,16 @@ def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
-    checkpoint = Checkpoint(build(config.model), tokenizer, images)
+    checkpoint = Checkpoint(build(config.model), tokenizer, images, _pooling(config, run))
     return _job(config, _read(config), checkpoint, Cache(cache_folder() / "data", watch))
+
+
+def _pooling(config: RunConfig, run: Path) -> sentence.Pooling | None:
+    """How the checkpoint that a run began from makes vectors of texts, if the run learns to make them."""
+    learns = any(data.task == "contrastive" for data in (config.data, *config.tasks.values()))
+    if not (config.init and learns):
+        return None
+    return sentence.read(run if (run / MODULES).is_file() else locate(config.init)).pooling
 
 
 def _located(data: DataConfig) -> DataConfig:
@@ -164,8 +174,8 @@ def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache:
 def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
     config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
-    if raw.kind == "contrastive":
-        checkpoint = replace(checkpoint, pooling=CONTRASTIVE)
+    pooling = sentence.for_contrastive(checkpoint.pooling) if raw.kind == "contrastive" else None
+    checkpoint = replace(checkpoint, pooling=pooling)
     hub.check_savable(model)
     check_growth(config.train, model)
     if model.family == "bert" and model.segments < 2 and raw.reads_pairs:
@@ -189,7 +199,7 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
-        from_data = name in ("head", "labels") or given[name] == 0  # 0 pixels: the images' own
+        from_data = name in ("head", "labels") or (name == "image_size" and given[name] == 0)
         if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
@@ -197,7 +207,7 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
             )
     model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
     model.load_state_dict(loaded.model.state_dict())
-    return Checkpoint(model, loaded.tokenizer, loaded.images)
+    return Checkpoint(model, loaded.tokenizer, loaded.images, loaded.pooling)
 
 
 _DROPOUTS = ("dropout", "attention_dropout", "drop_path")

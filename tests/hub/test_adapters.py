@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +187,6 @@ def configure(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def edit(folder: Path, change: Callable[[dict], Any]) -> None:
-    tensors = load_file(folder / "adapter" / WEIGHTS)
-    change(tensors)
-    save_file(tensors, folder / "adapter" / WEIGHTS, {"format": "pt"})
-
-
 def refused(folder: Path, pattern: str) -> None:
     with pytest.raises(InputError, match=pattern) as error:
         hub.load(folder / "adapter")
@@ -314,3 +307,39 @@ def test_a_classifier_that_only_the_adapter_has(
     assert ours.config.head == head
     assert ours.config.labels == ("LABEL_0", "LABEL_1", "LABEL_2")[:outputs]
     theirs.compare(ours, adapted_model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "settings"),
+    [
+        ("vit", "ViTForImageClassification", {"modules_to_save": ["classifier"]}),
+        ("vit-classification", "ViTForImageClassification", {"modules_to_save": ["classifier"]}),
+        ("bert-classification", "BertForSequenceClassification", {"task_type": "SEQ_CLS"}),
+    ],
+)
+def test_a_classifier_of_other_classes_than_the_base_has(
+    name: str, architecture: str, settings: dict, tmp_path: Path
+) -> None:
+    theirs.make(name).save_pretrained(tmp_path / "base")
+    made = getattr(transformers, architecture)
+    model = made.from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True).eval()
+    targets = ["q_proj"] if name.startswith("vit") else ["query"]
+    adapted_model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, **settings))
+    stir(adapted_model.eval())
+    adapted_model.save_pretrained(tmp_path / "adapter")
+    ours = hub.load(tmp_path / "adapter").model
+    assert ours.config.labels == tuple(f"LABEL_{i}" for i in range(5))
+    theirs.compare(ours, adapted_model.get_base_model())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"head": "tagging", "labels": ("bad", "good")}, {"head": "classification", "labels": ("good", "bad")}],
+    ids=["head", "labels"],
+)
+def test_an_adapter_has_the_head_that_it_was_trained_with(asked: dict, tmp_path: Path) -> None:
+    base("bert", tmp_path / "base")
+    made_here(tmp_path, LoraConfig(rank=2), head="classification", labels=("bad", "good"))
+    assert hub.load(tmp_path / "adapter", head="classification", labels=("bad", "good")).fresh == ()
+    with pytest.raises(InputError, match="another head or other labels: write its whole model"):
+        hub.load(tmp_path / "adapter", **asked)

@@ -115,6 +115,8 @@ def check_settings(kind: Kind, config: RunConfig) -> None:
         for name in ("whole_words", "masked_share"):
             if getattr(config.data, name) != getattr(DataConfig, name):
                 raise InputError(f"data.{name} is for masked language modelling: leave it out")
+    if kind != "contrastive" and config.data.candidates != DataConfig.candidates:
+        raise InputError("data.candidates is for contrastive learning: leave it out")
     if config.data.bpe_dropout and config.model.family not in ("gpt", "transformer"):
         raise InputError("data.bpe_dropout is for gpt and transformer: leave it out")
     if config.train.torch_compile and (config.data.bpe_dropout or kind == "contrastive"):

@@ -36,7 +36,7 @@ from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian, RotaryMarian
-from qkv.hub.sentence import CONTRASTIVE, Pooling
+from qkv.hub.sentence import Pooling, for_contrastive
 from qkv.hub.table import Format
 from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.images import ImageProcessor
@@ -96,7 +96,8 @@ def load(
     declares must be there.
     revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
 
-    Raises InputError for anything that is missing, unexpected, misshapen, or not supported.
+    Raises InputError for anything that is missing, unexpected, misshapen, or not supported, and for an
+    adapter that was trained with another head than is asked for.
     """
     heads = (head,) if isinstance(head, str) else head or ()
     found = folders.locate(source, revision)
@@ -134,7 +135,8 @@ def _load_whole(
             names = {known: name for known, name in names.items() if not known.startswith("classifier.")}
         model = _unfilled(config)
         try:
-            fresh = format.table.load(model, config, tensors, names, _HEADS if heads or labels else ())
+            asked = bool(heads or labels or unnamed)
+            fresh = format.table.load(model, config, tensors, names, _HEADS if asked else ())
         except InputError as error:
             raise InputError(f"the tensors in {folder} do not fit its {folders.CONFIG}: {error}") from None
     model.eval()
@@ -169,6 +171,14 @@ def _load_adapted(
     labels: tuple[str, ...],
 ) -> Checkpoint:
     """The checkpoint that a folder's adapters belong to, with them in its weights."""
+    values = adapter.heads == ("regression",)  # what a value is called says nothing of what it means
+    other_head = heads and adapter.heads and not set(heads) & set(adapter.heads)
+    other_labels = labels and adapter.labels and labels != adapter.labels and not values
+    if other_head or other_labels:
+        raise InputError(
+            f"{folder} is an adapter with another head or other labels: write its whole model with "
+            f"`qkv export {folder} FOLDER`, and begin from that"
+        )
     with files.blame(folder / folders.ADAPTER):
         base_folder = folders.locate(adapter.base, adapter.revision)
         check_base(base_folder)
@@ -206,15 +216,20 @@ def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
 def _asked(
     declared: AnyModelConfig, heads: tuple[BertHead, ...], labels: tuple[str, ...], unnamed: tuple[str, ...]
 ) -> AnyModelConfig:
-    """The declared config with the head and the classes that the caller asks for."""
-    if not heads and not labels:
+    """The declared config with the head and the classes that the caller asks for.
+
+    unnamed: as many labels as the weights of the head will have, whatever the declared ones are.
+    """
+    if not heads and not labels and not unnamed:
         return declared
+    declares = getattr(declared, "labels", ())
+    kept = declares if not unnamed or len(declares) == len(unnamed) else ()
     if isinstance(declared, BertConfig):
         wanted = declared.head if not heads or declared.head in heads else heads[0]
-        kept = declared.labels if wanted == declared.head else ()
-        return replace(declared, head=wanted, labels=labels or kept or unnamed)
+        names = labels or (kept if wanted == declared.head else ())
+        return replace(declared, head=wanted, labels=names or (unnamed if wanted in LABELLED else ()))
     if isinstance(declared, ViTConfig) and not heads:
-        return replace(declared, labels=labels)
+        return replace(declared, labels=labels or kept or unnamed)
     raise InputError(f"a {declared.family} checkpoint has no head {heads[0] if heads else 'with labels'}")
 
 
@@ -314,10 +329,11 @@ def by_task(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
     """The checkpoint of each task of a multi-task model by name; any other one under the name ""."""
     if not isinstance(checkpoint.model, MultiTaskBert):
         return {"": checkpoint}
-    found = {task: replace(checkpoint, model=model) for task, model in checkpoint.model.tasks.items()}
+    found = {}
     for task, model in checkpoint.model.tasks.items():
-        if model.config.head == "none":  # contrastive learning
-            found[task] = replace(found[task], pooling=CONTRASTIVE)
+        contrastive = model.config.head == "none"
+        pooling = for_contrastive(checkpoint.pooling) if contrastive else None
+        found[task] = replace(checkpoint, model=model, pooling=pooling)
     return found
 
 

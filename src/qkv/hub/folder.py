@@ -107,6 +107,8 @@ def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Sto
         with files.blame(folder / INDEX):
             shards = {folder / name for name in index["weight_map"].values()}
     else:
+        if any(any(folder.glob(pattern)) for pattern in ONNX):
+            raise InputError(f"{folder} is for ONNX Runtime: name the checkpoint that it was made of")
         raise InputError(
             f"{folder} has no {weights}; pickled weights such as pytorch_model.bin are never loaded, because "
             "loading them runs code: convert them with transformers' save_pretrained"
@@ -151,13 +153,13 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
             for name in new:
                 files.sync(staging / name)
             for name in sorted(new, key=lambda name: (_is_weights(name), name)):
-                if _is_weights(name):  # before them, so that none is ever beside the new ones
-                    for leftover in old - new:
-                        (folder / leftover).unlink(missing_ok=True)
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (staging / name).replace(folder / name)
                 kept = ""
-        files.sync(folder)
+            for leftover in old - new:  # last: they may be all the weights that there were
+                (folder / leftover).unlink(missing_ok=True)
+        for changed in {(folder / name).parent for name in new | {Path()}}:
+            files.sync(changed)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot save to {folder}: {files.reason(error)}{kept}") from error
     finally:
