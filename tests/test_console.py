@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 import qkv.console
-from qkv.console import CorpusBar, WorkBar
+from qkv.config import GPTConfig, RunConfig, TrainConfig
+from qkv.console import CorpusBar, TrainingBar, WorkBar
 
 
 @pytest.fixture
@@ -56,3 +57,20 @@ def test_a_corpus_shows_its_rate_and_leaves_standard_output_alone(
     assert " 50% of bytes, 150 answers/s, left" in shown
     assert "0% of bytes, ," not in shown
     assert capsys.readouterr().out.endswith("an answer\n")
+
+
+def test_the_time_left_of_a_run_counts_slow_steps_and_evaluations(now: list[float]) -> None:
+    out = io.StringIO()
+    bar = TrainingBar(Console(file=out, force_terminal=True, width=120))
+    bar.begin(RunConfig(model=GPTConfig(), train=TrainConfig(max_steps=104)), 3)
+    for step, seconds in (
+        (4, 500.0),
+        (5, 540.0),
+        (6, 640.0),
+    ):  # of a resumed run; the last with an evaluation
+        bar.step(step, {"loss": 2.0, "tokens": 10.0, "seconds": seconds})
+        bar.bar.refresh()
+    bar.close()
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", out.getvalue())
+    assert re.findall(r"([\d:]+) left", shown)[:1] == ["1:06:00"]  # 99 steps of 40 s
+    assert re.findall(r"([\d:]+) left", shown)[-1] == "1:54:20"  # 98 of 70 s

@@ -23,7 +23,7 @@ from qkv.errors import InputError
 from qkv.hub import Checkpoint
 from qkv.job import new_job
 from qkv.observe import Observer, Observers
-from qkv.trackers import TRACKERS, trackers
+from qkv.trackers import TRACKERS, TensorBoard, trackers
 from qkv.train import train
 
 NO_MODEL = Checkpoint(torch.nn.Module())
@@ -155,6 +155,23 @@ def test_a_tracker_that_did_not_begin_can_be_closed(tmp_path):
         tracker.close()
 
 
+class Lost(TensorBoard):
+    """One that fails at the step's numbers, and when it is closed."""
+
+    def log(self, values, step):
+        raise ConnectionResetError("connection\nlost")
+
+    def end(self):
+        raise AssertionError("it is told no more")
+
+
+def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path):
+    config = run_config(tmp_path, "gpt", max_steps=4, logging_steps=2)
+    with pytest.warns(UserWarning, match="Lost is told no more of this run: connection lost"):
+        assert train(new_job(config), tmp_path / "run", Lost(tmp_path / "run")).finished
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r] == [1, 2, 4]
+
+
 class Heard(Observer):
     """Remembers the order in which observers hear."""
 
@@ -182,5 +199,5 @@ def test_all_observers_hear_the_same_in_order(tmp_path):
     config = run_config(tmp_path, "vit", max_steps=2, eval_steps=2)
     train(new_job(config), tmp_path / "run", Observers([Heard("a", heard), Heard("b", heard)]))
     mine, others = ([h[2:] for h in heard if h.startswith(name)] for name in "ab")
-    assert mine == others and [h[0] for h in heard] == ["a", "b"] * len(mine)
-    assert mine[1:] == ["begin 0", "step 1", "step 2", "evaluated 2", "close"]
+    assert mine == others and mine[0].startswith("say") and [h[0] for h in heard] == ["a", "b"] * len(mine)
+    assert mine[2:] == ["begin 0", "step 1", "step 2", "evaluated 2", "close"]

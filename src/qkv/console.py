@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -80,11 +81,13 @@ class TrainingBar(Observer):
             MofNCompleteColumn(),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
         self.task: TaskID | None = None
+        self.steps = 0
+        self.first = (0, 0.0)
+        """The first step that was seen, and the seconds that the run had taken then."""
         self.rate = 0.0
         self.before = 0.0
 
@@ -94,20 +97,27 @@ class TrainingBar(Observer):
 
     def begin(self, config: RunConfig, step: int) -> None:
         """Show the bar."""
-        total = config.train.max_steps
-        self.task = self.bar.add_task("", total=total, completed=step, said="left")
+        self.steps = config.train.max_steps
+        self.task = self.bar.add_task("", total=self.steps, completed=step, said="")
         self.bar.start()
         self.before = time.monotonic()
 
     def step(self, step: int, record: Record) -> None:
-        """Advance; the rate is a moving average over about twenty steps."""
+        """Advance; the rate is a moving average over about twenty steps, the time left that of all steps
+        behind the first, with their evaluations.
+        """
         assert self.task is not None
+        seconds = record["seconds"]
+        if not self.rate:
+            self.first = step, seconds
+        done, took = step - self.first[0], seconds - self.first[1]
+        left = f"{timedelta(seconds=round(took / done * (self.steps - step)))} left" if done else ""
         now = time.monotonic()
         rate = record["tokens"] / max(now - self.before, 1e-9)
         self.before = now
         self.rate = rate if not self.rate else 0.95 * self.rate + 0.05 * rate
         used = f"  MFU {100 * self.rate / self.full_rate:.0f} %" if self.full_rate else ""
-        said = f"loss {record['loss']:.3f}  {self.rate:,.0f} tokens/s{used}  left"
+        said = f"loss {record['loss']:.3f}  {self.rate:,.0f} tokens/s{used}  {left}"
         self.bar.update(self.task, completed=step, said=said)
 
     def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
@@ -54,17 +55,27 @@ class Tracker(Observer):
     def step(self, step: int, record: Record) -> None:
         """Log the training's numbers, as often as metrics.jsonl does."""
         if self.settings.records(step):
-            self.log({f"train/{name}": value for name, value in record.items()}, step)
+            self._tell(self.log, {f"train/{name}": value for name, value in record.items()}, step)
 
     def evaluated(self, step: int, scores: Record, checkpoint: Checkpoint) -> None:
         """Log the held-out scores."""
-        self.log({f"valid/{name}": value for name, value in scores.items()}, step)
+        self._tell(self.log, {f"valid/{name}": value for name, value in scores.items()}, step)
 
     def close(self) -> None:
         """Wait until all is stored or sent."""
-        if self.tracked is not None:
+        self._tell(self.end)
+
+    def _tell(self, tell: Callable[..., None], *what: object) -> None:
+        """Tell the package, unless it failed before: a run goes on without a tracker that is lost."""
+        if self.tracked is None:
+            return
+        try:
             with redirect_stdout(sys.stderr):
-                self.end()
+                tell(*what)
+        except Exception as error:  # whatever packages raise when a server or a disk is gone
+            self.tracked = None
+            name, said = type(self).__name__, " ".join(str(error).split())
+            warnings.warn(f"{name} is told no more of this run: {said or type(error).__name__}", stacklevel=3)
 
     def name(self) -> str:
         """The run folder's name and when the run began: a resumed run keeps it, and no two runs share it."""

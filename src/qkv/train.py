@@ -171,11 +171,12 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
 def _extent(job: Job) -> str:
     """How far the run goes through its data, for the user."""
     config, tokens = job.config.train, int(job.train.costs.sum())
-    steps = max(1, round(tokens / config.batch_tokens))
+    times = config.max_steps * config.batch_tokens / tokens
     text = (
-        f"{tokens:,} tokens: an epoch is about {steps:,} steps of {config.batch_tokens:,} tokens, "
-        f"the run {config.max_steps * config.batch_tokens / tokens:.3g} epochs."
+        f"{tokens:,} tokens: the run goes through them {times:.3g} times, {config.batch_tokens:,} in a step."
     )
+    if not config.warmup_steps < config.max_steps:
+        text += " The learning rate rises to its end: lower train.warmup_steps."
     if isinstance(model := job.config.model, ViTConfig):
         text = f"Each image is read as {model.image_size} x {model.image_size} pixels. {text}"
     return text
@@ -249,7 +250,7 @@ def _closing(observer: Observer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(InputError):
+        with suppress(Exception):
             observer.close()
         raise
     observer.close()
