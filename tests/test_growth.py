@@ -112,3 +112,17 @@ def test_steps_report_the_tokens_that_they_read(family: str, model, tokens: list
     assert [record["tokens"] for record in records] == tokens
     with pytest.raises(InputError, match="not a multiple"):
         new_job(dataclasses.replace(config, train=dataclasses.replace(train, growth=(0.3,))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"growth": (0.5, 0.75)}, "train.growth ends with 0.75: let it end with 1"),
+        ({"growth": (0.75, 1.0), "torch_compile": True}, "windows of equal length, but train.growth has"),
+    ],
+)
+def test_growth_ends_at_full_size_and_compiled_windows_are_alike(settings: dict, message: str):
+    model = GPTConfig(**SIZES, context=32)
+    check(TrainConfig(growth=(0.5, 1.0), torch_compile=True), model)
+    with pytest.raises(InputError, match=message):
+        check(TrainConfig(**settings), model)

@@ -32,6 +32,7 @@ def test_flops_of_gpt_are_those_counted_by_hand(tmp_path):
     # A product is a multiplication and an addition; backward has two for each one of forward.
     expected = 3 * 2 * (products + attention)
     assert roofline.flops_per_token(job.checkpoint.model, job.train) == expected
+    assert roofline.flops_per_token(job.checkpoint.model, job.train, r_drop=1.0) == 2 * expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,6 +81,6 @@ def test_at_the_full_rate_all_flops_are_used(cache, tmp_path):
     job = new_job(run_config(tmp_path, "gpt"))
     assert isinstance(job.train, LanguageDataset)
     model = job.checkpoint.model
-    rate = roofline.full_rate(model, job.train, "fp32", CPU)
+    rate = roofline.full_rate(model, job.train, job.config.train, CPU)
     flops = roofline.flops_per_token(model, job.train)
     assert rate * flops == pytest.approx(roofline.peak(CPU, "fp32"))

@@ -39,8 +39,9 @@ from qkv.evaluate import evaluate, score
 from qkv.hub import Checkpoint
 from qkv.job import Job, new_job, resumed_job
 from qkv.objectives import Objective, item_counts
-from qkv.observe import Observer, Record
+from qkv.observe import Observer, Observers, Record
 from qkv.pipelines import from_pretrained
+from qkv.report.run import RunReport
 from qkv.train import train
 
 SIZES = {"dim": 32, "depth": 1, "heads": 2, "mlp_dim": 64, "dropout": 0.1}
@@ -530,6 +531,25 @@ def test_recomputing_blocks_changes_no_bit_of_a_run_with_dropout_and_drop_path(t
         job = new_job(dataclasses.replace(config, model=model, train=changed))
         train(job, tmp_path / str(kept), Nobody())
     assert_equal_runs(tmp_path / "True", tmp_path / "False")
+
+
+@pytest.mark.parametrize("family", ["gpt", "vit"])
+def test_compiled_blocks_learn_are_scored_reported_and_resumed_as_others(family, tmp_path):
+    config = run_config(tmp_path, family, max_steps=6, eval_steps=3, save_steps=3, logging_steps=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, torch_compile=True))
+    for settings, name in ((config, "plain"), (compiled, "compiled")):
+        job = new_job(settings)
+        run = tmp_path / f"{name}-reported"
+        with pytest.raises(KeyboardInterrupt):
+            train(job, run, Observers([Nobody(interrupt_at=4), RunReport(job, run)]))
+        job = resumed_job(run)
+        train(job, run, Observers([Nobody(), RunReport(job, run)]), resume=True)
+    plain, found = (read_metrics(tmp_path / f"{name}-reported") for name in ("plain", "compiled"))
+    losses = [
+        [(r["step"], r.get("loss", r.get("valid_loss"))) for r in records] for records in (plain, found)
+    ]
+    assert losses[1] == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in losses[0]]
 
 
 def test_fewer_steps_than_were_done_are_an_error(tmp_path):

@@ -117,7 +117,7 @@ def train(
             job = job or resumed_job(run, watch)
         observer = Observer()
         if ranks.first:
-            of_one = full_rate(job.checkpoint.model, job.train, job.config.train.precision, ranks.device())
+            of_one = full_rate(job.checkpoint.model, job.train, job.config.train, ranks.device())
             rate = ranks.count * of_one
             tracked = trackers(job.config.train.report_to, run)
             observer = Observers([TrainingBar(console, rate), RunReport(job, run, rate), *tracked])

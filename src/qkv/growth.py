@@ -26,10 +26,17 @@ def check(config: TrainConfig, model: AnyModelConfig) -> None:
     else:
         raise InputError(f"train.growth is for gpt's windows and vit's images, not for a {model.family}")
     for share in config.growth:
+        if config.torch_compile and model.family == "gpt" and round(1 / share, 6) % 1:
+            raise InputError(
+                f"train.torch_compile needs windows of equal length, but train.growth has {share}, "
+                "which leaves rests: leave one of them out"
+            )
         if round(whole * share, 6) % unit:
             raise InputError(
                 f"train.growth has {share}, but {share} of {name} {whole} is not a multiple of {unit}"
             )
+    if config.growth[-1] != 1:
+        raise InputError(f"train.growth ends with {config.growth[-1]}: let it end with 1, the size of use")
 
 
 def share_at(step: int, config: TrainConfig) -> float:

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from qkv.config import TrainConfig
 from qkv.data import Dataset
 from qkv.files import measured
 from qkv.meter import Work
 from qkv.models import Model
-from qkv.objectives import loss_terms
+from qkv.objectives import Objective, item_counts
 from qkv.runtime import device_name, keep_few_kernels, shortest, wait
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,11 +66,12 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def flops_per_token(model: Model, dataset: Dataset) -> float:
+def flops_per_token(model: Model, dataset: Dataset, r_drop: float = 0.0) -> float:
     """Multiplications and additions of a training step over its tokens, as a mean over some of the samples.
 
-    Forward and backward pass, counted on the meta device, where nothing is computed: no recomputation, and
-    no gradients of frozen weights. Attention counts whole blocks, without regard to causal order.
+    r_drop: of the run; above 0 all is done twice. Forward and backward pass, counted on the meta device where
+    nothing is computed: no recomputation, and no gradients of frozen weights. Attention counts whole blocks,
+    without regard to causal order.
     """
     indices = np.unique(np.linspace(0, len(dataset) - 1, SAMPLES).astype(int))
     groups = dataset.groups[indices]
@@ -80,14 +82,13 @@ def flops_per_token(model: Model, dataset: Dataset) -> float:
     with FlopCounterMode(display=False) as counter:
         for group in np.unique(groups):
             batch = dataset.batch(indices[groups == group].tolist(), epoch=0).to("meta")
-            terms = loss_terms(shadow, batch)
-            torch.stack([term.loss_sum() for term in terms.values()]).sum().backward()  # type: ignore[no-untyped-call]
+            Objective(shadow, r_drop=r_drop)(batch, item_counts(batch)).backward()
     return float(counter.get_total_flops() / dataset.costs[indices].sum())
 
 
-def full_rate(model: Model, dataset: Dataset, precision: str, device: torch.device) -> float:
+def full_rate(model: Model, dataset: Dataset, config: TrainConfig, device: torch.device) -> float:
     """Tokens a second at which training would take all of what the device can multiply."""
-    return peak(device, precision) / flops_per_token(model, dataset)
+    return peak(device, config.precision) / flops_per_token(model, dataset, config.r_drop)
 
 
 # ---------------------------------------------------------------- predicted time

@@ -212,7 +212,10 @@ def _evaluate(
             valid = {f"valid_{name}": score for name, score in scores.items()}
             metrics.add({"step": step, "seconds": progress.seconds} | valid)
         if checkpoint:
-            observer.evaluated(step, scores, checkpoint)
+            # Compiled blocks fail at caches whose lengths change, as they do where text is made.
+            eager = torch.compiler.set_stance("force_eager") if config.torch_compile else nullcontext()
+            with eager:
+                observer.evaluated(step, scores, checkpoint)
     if _exhausted(progress, config) and not progress.finished:
         progress.finished = True
         observer.say(f"Stopped at step {step}: no better score since step {progress.best_step}.")

@@ -106,8 +106,9 @@ class RunReport(Observer):
             f"Step {last['step']:,} of {config.train.max_steps:,} after {_duration(last['seconds'])} of "
             f"training; this page was written at {time.strftime('%Y-%m-%d %H:%M:%S %Z')}."
         )
+        curves = _learning(steps, scores, unit, _unlike(config))
         sections = [
-            Section("learning", "How it learns", "", {}, tuple(_learning(steps, scores, unit))),
+            Section("learning", "How it learns", "", {}, tuple(curves)),
             *self._samples(),
             *(_data(summary, task) for task, summary in self.job.summaries.items()),
             self._setting(),
@@ -168,9 +169,20 @@ def _section(key: str, title: str, task: str, lead: str, *figures: Figure) -> Se
     return Section(f"{key}-{task}" if task else key, f"{title}: {task}" if task else title, lead, {}, figures)
 
 
-def _learning(steps: Sequence[Record], scores: Sequence[Record], unit: str) -> Iterator[Figure]:
-    """Curves and scores; unit: of the loss."""
-    yield Figure("Loss", curve(_points(steps, "loss"), _points(scores, "valid_loss"), unit))
+def _unlike(config: RunConfig) -> str:
+    """In what the losses of a step are not those of held-out data."""
+    said = []
+    if config.tasks:
+        said.append("A step has the loss of its one task; those of held-out data are added up.")
+    more = {"label smoothing": config.train.label_smoothing_factor, "R-Drop": config.train.r_drop}
+    if names := [name for name, weight in more.items() if weight]:
+        said.append(f"The training loss is with {' and '.join(names)}, the held-out loss without.")
+    return " ".join(said)
+
+
+def _learning(steps: Sequence[Record], scores: Sequence[Record], unit: str, unlike: str) -> Iterator[Figure]:
+    """Curves and scores; unit: of the loss; unlike: in what the two losses differ."""
+    yield Figure("Loss", curve(_points(steps, "loss"), _points(scores, "valid_loss"), unit), unlike)
     accuracies = [name for name in (scores[0] if scores else ()) if name.endswith("_accuracy")]
     for task, names in groupby(accuracies, lambda name: _title(name).rpartition("/")[0]):
         lines = [
