@@ -84,6 +84,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's settings in malloc.h
+_MOST, _MOST_MAPPED = 2**31 - 4096, 2**25
+"""Bytes: all that can be said, and what older versions of glibc take at most as threshold of mapping."""
 
 
 def keep_freed_memory() -> None:
@@ -93,8 +95,9 @@ def keep_freed_memory() -> None:
     gives them out. It holds for the whole process.
     """
     if (libc := _glibc()) is not None:
-        for setting in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            libc.mallopt(setting, 2**31 - 4096)
+        if not libc.mallopt(_MMAP_THRESHOLD, _MOST):
+            libc.mallopt(_MMAP_THRESHOLD, _MOST_MAPPED)
+        libc.mallopt(_TRIM_THRESHOLD, _MOST)
 
 
 def return_freed_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 import subprocess
 import sys
@@ -322,7 +323,15 @@ def test_without_a_compiler_torch_computes_and_a_warning_says_so(
         assert_near(flat(answers(model, batch)), flat(answers(wide(name), batch)), TOLERANCE["bf16"])
 
 
-@pytest.mark.parametrize(("compiler", "complaint"), [("", None), ("'c++", "No closing quotation")])
+@pytest.mark.parametrize(
+    ("compiler", "complaint"),
+    [
+        ("", None),
+        (" ", None),
+        ("'c++", "No closing quotation"),
+        ("/usr/lib", "/usr/lib is no C\\+\\+ compiler"),
+    ],
+)
 def test_a_compiler_that_is_named_badly(
     compiler: str, complaint: str | None, tmp_path, monkeypatch, fresh_library
 ):
@@ -333,6 +342,47 @@ def test_a_compiler_that_is_named_badly(
     else:
         with pytest.raises(UnavailableError, match=REASON or complaint):
             library()
+
+
+@native_code
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_what_is_not_finite_stays_so_and_where_it_is(precision: str, odd: float):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 320, generator=generator), torch.randn(40, 320, generator=generator)
+    x[1, 5] = odd  # in the first vector of its group
+    found = NativeLinear(weight, None, precision)(x)
+    assert found[[0, 2]].isfinite().all() and not found[1].isfinite().any()
+    x[1, 5], weight[7, 200] = 0.0, odd
+    found = NativeLinear(weight, None, precision)(x)
+    assert (~found.isfinite().all(0)).nonzero().tolist() == [[7]]
+
+
+@native_code
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_tokens_that_are_banned_before_all_others_leave_the_rest_their_scores(precision: str):
+    hidden, embeddings = torch.randn(2, 64), torch.randn(200, 64)
+    bias = torch.zeros(200)
+    bias[:96] = -math.inf
+    output = NativeOutput(embeddings, precision)
+    scores, found = output.likeliest(hidden, embeddings, bias, 5)
+    theirs, same = output(hidden, embeddings, bias.clone()).log_softmax(-1).topk(5)
+    assert torch.equal(found, same)
+    torch.testing.assert_close(scores, theirs, atol=1e-4, rtol=1e-4)
+
+
+@native_code
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_tensors_changes_no_answer(default: torch.dtype):
+    expected = flat(answers(native("gpt-pre-norm", "int8"), [ids(9, 0)]))
+    model = wide("gpt-pre-norm")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        found = flat(answers(compiled(model, "int8"), [ids(9, 0)]))
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected)
 
 
 def test_widths_that_the_code_does_not_take_are_computed_by_torch():

@@ -103,7 +103,7 @@ def version() -> str:
 def _compiler() -> list[str]:
     said = os.environ.get("CXX") or "c++"
     try:
-        return shlex.split(said)
+        return shlex.split(said) or ["c++"]
     except ValueError as error:
         raise UnavailableError(f"CXX is {said!r}: {error}") from None
 
@@ -118,6 +118,8 @@ def _compile(compiler: list[str], out: Path) -> None:
         )
     except FileNotFoundError:
         raise UnavailableError(f"there is no C++ compiler {compiler[0]!r}; install one, or set CXX") from None
+    except OSError as error:
+        raise UnavailableError(f"{compiler[0]} is no C++ compiler: {reason(error)}; set CXX") from None
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), "no reason given")
         raise UnavailableError(f"{compiler[0]} cannot compile {SOURCES.name}/blocks.cpp: {said}") from None
@@ -172,6 +174,13 @@ class CBatch(Structure):
 # ---------------------------------------------------------------- linear maps
 
 
+def _floats(x: Tensor) -> Tensor:
+    """What compiled code can read. Raises InputError for what is on a GPU."""
+    if x.device.type != "cpu":
+        raise InputError("the weights of an optimized model stay on the CPU: load it anew for a GPU")
+    return x.float().contiguous()
+
+
 class NativeLinear(nn.Module):
     """x W^T + bias with packed weights."""
 
@@ -182,8 +191,8 @@ class NativeLinear(nn.Module):
         self.order = ORDER[precision]
         code, size = library(), (self.order, self.outputs, self.inputs)
         weight = weight.detach().float().contiguous()
-        self.packed = torch.empty(code.qkv_packed_bytes(*size), dtype=torch.uint8)
-        self.scale = torch.empty(code.qkv_scales(*size))
+        self.packed = weight.new_empty(code.qkv_packed_bytes(*size), dtype=torch.uint8)
+        self.scale = weight.new_empty(code.qkv_scales(*size))
         self.bias = None if bias is None else bias.detach().float().contiguous()
         source, packed, scale = (c_void_p(x.data_ptr()) for x in (weight, self.packed, self.scale))
         threads = torch.get_num_threads()
@@ -196,8 +205,8 @@ class NativeLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs), float32."""
-        x = x.float().contiguous()
-        out = torch.empty(*x.shape[:-1], self.outputs)
+        x = _floats(x)
+        out = x.new_empty(*x.shape[:-1], self.outputs)
         rows = x.numel() // self.inputs
         where = c_void_p(x.data_ptr()), rows, c_void_p(out.data_ptr())
         library().qkv_linear(byref(self.matrix()), self.order, *where, torch.get_num_threads())
@@ -221,9 +230,9 @@ class NativeOutput(nn.Module):
         self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
         """As `layers.Output.likeliest`, without the logits of all tokens ever being in memory."""
-        hidden = hidden.float().contiguous()
-        scores = torch.empty(len(hidden), count)
-        ids = torch.empty(len(hidden), count, dtype=torch.int32)
+        hidden = _floats(hidden)
+        scores = hidden.new_empty(len(hidden), count)
+        ids = hidden.new_empty(len(hidden), count, dtype=torch.int32)
         matrix = self.linear.matrix()
         if bias is not None:
             bias = bias.float().contiguous()
@@ -312,9 +321,7 @@ class NativeStack(nn.Module):
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
         """As `layers.Stack`: x (T, D) -> (T, D), float32."""
-        if x.device.type != "cpu":
-            raise InputError("the weights of an optimized model stay on the CPU: load it anew for a GPU")
-        x = x.float().contiguous()
+        x = _floats(x)
         lengths = _ints(pattern.queries.lengths)
         batch = CBatch(
             x=x.data_ptr(),
@@ -329,7 +336,7 @@ class NativeStack(nn.Module):
             batch.cosine, batch.sine = (turn.data_ptr() for turn in turns)
             kept.append(turns)
         if caches is not None:
-            like = torch.empty(0, self.heads, self.dim // self.heads, dtype=self.kept)
+            like = x.new_empty(0, self.heads, self.dim // self.heads, dtype=self.kept)
             reserved = [layer.reserve(like) for layer in caches]
             keys, values = map(_pointers, zip(*reserved, strict=True))
             cache, key_lengths = caches[0].cache, _ints(pattern.keys.lengths)

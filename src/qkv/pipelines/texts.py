@@ -27,11 +27,13 @@ Tokens = TypeVar("Tokens", bound=Encoded)
 
 
 class Limit:
-    """The most tokens that a text may have, and how many texts had more."""
+    """The most tokens that a text may have for one tokenizer, and how many texts had more."""
 
     def __init__(self, tokens: int, truncate: bool) -> None:
         self.tokens = tokens
         self.truncate = truncate
+        self.shorter: Tokenizer | None = None
+        """The tokenizer that cuts texts, once there is one to cut."""
         self.seen = self.cut = 0
 
     def encode(
@@ -44,7 +46,8 @@ class Limit:
         """Each text, cut if it must and may be; the first one has that number among all."""
         encodings = encode(tokenizer, texts)
         if over := self._over([len(encoding.ids) for encoding in encodings], first):
-            cut = encode(tokenizer.shortened(self.tokens), [texts[i] for i in over])
+            self.shorter = self.shorter or tokenizer.shortened(self.tokens)
+            cut = encode(self.shorter, [texts[i] for i in over])
             for i, encoding in zip(over, cut, strict=True):
                 encodings[i] = encoding
         return encodings

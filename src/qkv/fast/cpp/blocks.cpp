@@ -15,7 +15,7 @@ namespace {
 
 constexpr int CHUNK = 128;  // tokens that a thread takes through the layers at once, or one sequence
 
-thread_local Arena own_arena, head_arena;
+thread_local Arena own_arena;
 
 // ---------------------------------------------------------------- a block
 
@@ -254,7 +254,7 @@ template <class Take>
 void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
     int groups = groups_of(precision, w.in), stride = w.in * bytes_of(precision);
     Rows rows{nullptr, nullptr, nullptr, stride, groups};
-    Arena &arena = head_arena;
+    Arena &arena = own_arena;
     arena.lay([&] {
         rows.data = arena.take<char>((size_t)T * stride);
         rows.scale = arena.take<float>((size_t)T * groups);
@@ -291,7 +291,7 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
             values = load(each, count, -INFINITY);
         }
         if (any_above(values, most)) raise(largest(values));
-        total += exp(values - most);
+        if (most > -INFINITY) total += exp(values - most);
         if (any_above(values, scores.back())) {
             store(each, values);
             for (int i = 0; i < count; i++) insert(each[i], column + i);

@@ -47,9 +47,12 @@ void quantise(const float *x, int width, const Rows &rows, int row) {
     for (int g = 0; g < rows.groups; g++) {
         const float *in = x + g * GROUP;
         int size = std::min(GROUP, width - g * GROUP);
-        V most = set(0.0f);
-        for (int i = 0; i < size; i += LANES) most = larger(most, absolute(load(in + i)));
-        float scale = largest(most) / 127;
+        V most = set(0.0f), odd = set(0.0f);
+        for (int i = 0; i < size; i += LANES) {
+            most = larger(most, absolute(load(in + i)));
+            odd += load(in + i) * 0.0f;  // NaN for what is not finite, which `larger` may lose
+        }
+        float scale = largest(most) / 127 + sum(odd);
         float rate = scale > 0 ? 1 / scale : 0;
         I total = set(0);
         for (int i = 0; i < size; i += LANES) {
