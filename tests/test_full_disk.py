@@ -102,7 +102,7 @@ def test_the_command_ends_with_2_and_one_line(left, disk, tmp_path, monkeypatch,
     main()
 
 
-def test_tensorboard_tells_of_a_full_disk(disk, tmp_path):
+def test_a_run_with_tensorboard_ends_on_a_full_disk_and_goes_on(disk, tmp_path):
     with pytest.raises(InputError, match="the disk is full"):
         run(
             new_job(recipe(tmp_path, VARIANT)),

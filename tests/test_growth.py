@@ -117,8 +117,8 @@ def test_steps_report_the_tokens_that_they_read(family: str, model, tokens: list
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"growth": (0.5, 0.75)}, "train.growth ends with 0.75: let it end with 1"),
-        ({"growth": (0.75, 1.0), "torch_compile": True}, "windows of equal length, but train.growth has"),
+        ({"growth": (0.5, 0.75)}, "train.growth ends with 0.75: it must end with 1"),
+        ({"growth": (0.75, 1.0), "torch_compile": True}, "windows of equal length, and train.growth 0.75"),
     ],
 )
 def test_growth_ends_at_full_size_and_compiled_windows_are_alike(settings: dict, message: str):

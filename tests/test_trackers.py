@@ -167,7 +167,7 @@ class Lost(TensorBoard):
 
 def test_a_run_goes_on_without_a_tracker_that_fails(tmp_path):
     config = run_config(tmp_path, "gpt", max_steps=4, logging_steps=2)
-    with pytest.warns(UserWarning, match="Lost is told no more of this run: connection lost"):
+    with pytest.warns(UserWarning, match="Lost failed and gets no more numbers of this run: connection lost"):
         assert train(new_job(config), tmp_path / "run", Lost(tmp_path / "run")).finished
     assert [r["step"] for r in read_metrics(tmp_path / "run") if "loss" in r] == [1, 2, 4]
 

@@ -128,6 +128,16 @@ def test_learns_from_files_and_scores_itself(family, tmp_path):
         assert job.config.model.labels == (("bad", "good") if family == "bert" else ("bright", "dark"))
 
 
+def test_a_run_says_how_often_it_goes_through_its_data(tmp_path):
+    nobody = Nobody()
+    config = run_config(tmp_path, "vit", max_steps=4, batch_tokens=40)  # 36 images of 4 patches, 10 in a step
+    train(new_job(config), tmp_path / "run", nobody)
+    assert nobody.said[-1] == (
+        "Each image is read as 8 x 8 pixels. 144 tokens, at most 40 in a step: the run goes through them 1.0 "
+        "times. The learning rate is still rising when it ends: lower train.warmup_steps."
+    )
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_scoring_leaves_a_model_in_its_mode(training, tmp_path):
     job = new_job(run_config(tmp_path, "transformer"))

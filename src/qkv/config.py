@@ -510,7 +510,7 @@ class FigureOptions:
 
 
 BEAMS = 4
-"""Beam width of translations where nothing is said, of which BLEU is measured too."""
+"""Beam width of translations if nothing is said, also when they are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)

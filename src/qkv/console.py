@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from datetime import timedelta
 from types import TracebackType
 
@@ -86,8 +87,8 @@ class TrainingBar(Observer):
         )
         self.task: TaskID | None = None
         self.steps = 0
-        self.first = (0, 0.0)
-        """The first step that was seen, and the seconds that the run had taken then."""
+        self.seen: deque[tuple[int, float]] = deque()
+        """The last steps, and how many seconds the run had taken behind each."""
         self.rate = 0.0
         self.before = 0.0
 
@@ -98,19 +99,18 @@ class TrainingBar(Observer):
     def begin(self, config: RunConfig, step: int) -> None:
         """Show the bar."""
         self.steps = config.train.max_steps
+        self.seen = deque(maxlen=config.train.eval_steps + 1)  # so that there is an evaluation among them
         self.task = self.bar.add_task("", total=self.steps, completed=step, said="")
         self.bar.start()
         self.before = time.monotonic()
 
     def step(self, step: int, record: Record) -> None:
-        """Advance; the rate is a moving average over about twenty steps, the time left that of all steps
-        behind the first, with their evaluations.
+        """Advance; the rate is a moving average over about twenty steps, the time left follows from the last
+        `train.eval_steps`.
         """
         assert self.task is not None
-        seconds = record["seconds"]
-        if not self.rate:
-            self.first = step, seconds
-        done, took = step - self.first[0], seconds - self.first[1]
+        self.seen.append((step, record["seconds"]))
+        done, took = (last - first for first, last in zip(self.seen[0], self.seen[-1], strict=True))
         left = f"{timedelta(seconds=round(took / done * (self.steps - step)))} left" if done else ""
         now = time.monotonic()
         rate = record["tokens"] / max(now - self.before, 1e-9)

@@ -28,15 +28,15 @@ def check(config: TrainConfig, model: AnyModelConfig) -> None:
     for share in config.growth:
         if config.torch_compile and model.family == "gpt" and round(1 / share, 6) % 1:
             raise InputError(
-                f"train.torch_compile needs windows of equal length, but train.growth has {share}, "
-                "which leaves rests: leave one of them out"
+                f"train.torch_compile needs windows of equal length, and train.growth {share} cuts "
+                "unequal ones: leave one of the two out"
             )
         if round(whole * share, 6) % unit:
             raise InputError(
                 f"train.growth has {share}, but {share} of {name} {whole} is not a multiple of {unit}"
             )
     if config.growth[-1] != 1:
-        raise InputError(f"train.growth ends with {config.growth[-1]}: let it end with 1, the size of use")
+        raise InputError(f"train.growth ends with {config.growth[-1]}: it must end with 1, the full size")
 
 
 def share_at(step: int, config: TrainConfig) -> float:

@@ -28,8 +28,9 @@ from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
 from qkv.files import cache_folder, expanded
 from qkv.growth import check as check_growth
-from qkv.hub import Checkpoint, sentence
-from qkv.hub.folder import MODULES, locate
+from qkv.hub import Checkpoint
+from qkv.hub.folder import locate
+from qkv.hub.sentence import CONTRASTIVE
 from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
 from qkv.runtime import multiplies_bfloat16, pick_device
@@ -91,16 +92,8 @@ def resumed_job(run: Path, watch: Watch = unwatched) -> Job:
     config = read_toml(run / CONFIG)
     vit = config.model.family == "vit"
     tokenizer, images = (None, ImageProcessor.load(run)) if vit else (Tokenizer.load(run), None)
-    checkpoint = Checkpoint(build(config.model), tokenizer, images, _pooling(config, run))
+    checkpoint = Checkpoint(build(config.model), tokenizer, images)
     return _job(config, _read(config), checkpoint, Cache(cache_folder() / "data", watch))
-
-
-def _pooling(config: RunConfig, run: Path) -> sentence.Pooling | None:
-    """How the checkpoint that a run began from makes vectors of texts, if the run learns to make them."""
-    learns = any(data.task == "contrastive" for data in (config.data, *config.tasks.values()))
-    if not (config.init and learns):
-        return None
-    return sentence.read(run if (run / MODULES).is_file() else locate(config.init)).pooling
 
 
 def _located(data: DataConfig) -> DataConfig:
@@ -174,8 +167,8 @@ def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache:
 def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
     config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
-    pooling = sentence.for_contrastive(checkpoint.pooling) if raw.kind == "contrastive" else None
-    checkpoint = replace(checkpoint, pooling=pooling)
+    if raw.kind == "contrastive":
+        checkpoint = replace(checkpoint, pooling=CONTRASTIVE)
     hub.check_savable(model)
     check_growth(config.train, model)
     if model.family == "bert" and model.segments < 2 and raw.reads_pairs:
@@ -196,6 +189,12 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     loaded = hub.load(config.init, family=config.model.family, head=head if bert else None, labels=labels)
     if config.lora.rank:
         hub.check_base(config.init, fresh=loaded.fresh)
+    contrastive = any(raw.kind == "contrastive" for raw in raws.values())
+    if contrastive and loaded.pooling is not None and loaded.pooling.mode != CONTRASTIVE.mode:
+        raise InputError(
+            f"contrastive learning compares means of texts, but {config.init} makes vectors of their first "
+            "tokens: begin from another checkpoint"
+        )
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
@@ -207,7 +206,7 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
             )
     model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
     model.load_state_dict(loaded.model.state_dict())
-    return Checkpoint(model, loaded.tokenizer, loaded.images, loaded.pooling)
+    return Checkpoint(model, loaded.tokenizer, loaded.images)
 
 
 _DROPOUTS = ("dropout", "attention_dropout", "drop_path")

@@ -85,7 +85,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # names of glibc's settings in malloc.h
 _MOST, _MOST_MAPPED = 2**31 - 4096, 2**25
-"""Bytes: all that can be said, and what older versions of glibc take at most as threshold of mapping."""
+"""Bytes: the most that mallopt can be given, and the most that older glibc takes as mapping threshold."""
 
 
 def keep_freed_memory() -> None:

@@ -126,9 +126,9 @@ def _nucleus(probability: Tensor, top_p: float) -> Tensor:
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (R,) in proportion to weights (R, V), not all zero: where their sums pass uniforms (R,) of all.
+    """Ids (R,), in proportion to weights (R, V), not all zero.
 
-    uniforms: float64 from [0, 1).
+    Each is the first whose cumulative weight passes uniforms (R,), float64 from [0, 1), of the total.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)  # (R, V)
     return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]

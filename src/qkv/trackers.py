@@ -74,8 +74,8 @@ class Tracker(Observer):
                 tell(*what)
         except Exception as error:  # whatever packages raise when a server or a disk is gone
             self.tracked = None
-            name, said = type(self).__name__, " ".join(str(error).split())
-            warnings.warn(f"{name} is told no more of this run: {said or type(error).__name__}", stacklevel=3)
+            name, said = type(self).__name__, " ".join(str(error).split()) or type(error).__name__
+            warnings.warn(f"{name} failed and gets no more numbers of this run: {said}", stacklevel=3)
 
     def name(self) -> str:
         """The run folder's name and when the run began: a resumed run keeps it, and no two runs share it."""

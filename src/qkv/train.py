@@ -128,7 +128,7 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
     ahead = 0 if trainer.device.type == "cpu" else 2
     for task, summary in job.summaries.items():
         observer.say(f"{task}: {summary.text()}" if task else summary.text())
-    observer.say(_extent(job))
+    observer.say(_extent(job, sampler))
     started = time.monotonic() - progress.seconds
     with (
         _sole_writer(run) if ranks.first else nullcontext(),
@@ -168,15 +168,16 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
                 return
 
 
-def _extent(job: Job) -> str:
+def _extent(job: Job, sampler: Sampler) -> str:
     """How far the run goes through its data, for the user."""
     config, tokens = job.config.train, int(job.train.costs.sum())
-    times = config.max_steps * config.batch_tokens / tokens
+    epochs = config.max_steps / len(sampler.epoch(0))
     text = (
-        f"{tokens:,} tokens: the run goes through them {times:.3g} times, {config.batch_tokens:,} in a step."
+        f"{tokens:,} tokens, at most {config.batch_tokens:,} in a step: the run goes through them "
+        f"{epochs:,.1f} times."
     )
-    if not config.warmup_steps < config.max_steps:
-        text += " The learning rate rises to its end: lower train.warmup_steps."
+    if config.warmup_steps >= config.max_steps:
+        text += " The learning rate is still rising when it ends: lower train.warmup_steps."
     if isinstance(model := job.config.model, ViTConfig):
         text = f"Each image is read as {model.image_size} x {model.image_size} pixels. {text}"
     return text

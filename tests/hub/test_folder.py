@@ -21,6 +21,7 @@ import torch
 from qkv import hub
 from qkv.config import GPTConfig, TokenizerConfig, TransformerConfig
 from qkv.errors import InputError
+from qkv.hub.folder import open_tensors
 from qkv.images import ImageProcessor
 from qkv.models import build
 from qkv.tokenizers import Tokenizer, train_tokenizer
@@ -207,6 +208,19 @@ def test_what_a_killed_process_leaves_goes_with_the_next_save(step: str, tmp_pat
     assert all(torch.equal(value, left[key]) for key, value in saved.model.state_dict().items())
     hub.save(tmp_path, saved)
     assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_kill_between_new_weights_and_old_ones_of_another_name_loses_neither(tmp_path: Path) -> None:
+    saved = checkpoint(seed=1)
+    hub.save(tmp_path, saved)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    with open_tensors(tmp_path, "model-00001-of-00001.safetensors") as tensors:
+        names = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    program = KILLED.split("replace = Path.replace")[0] + "Path.unlink = die\nhub.save(folder, checkpoint)\n"
+    command = [sys.executable, "-c", program, str(tmp_path), "leftovers"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "model.safetensors").is_file() and hub.load(tmp_path).model.tokens.weight.eq(1).all()
 
 
 def test_two_that_save_at_once_leave_each_other_alone(

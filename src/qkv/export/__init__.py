@@ -20,7 +20,7 @@ def export(source: str | Path, folder: str | Path, format: Format) -> dict[str, 
     """Write a checkpoint, a folder or a Hub id, to a folder: an adapter as the whole model that it makes.
 
     Returns what to tell of it. Raises InputError if the folder holds another one, and like `hub.load`,
-    `hub.save` and `save_onnx`. ONNX files take the place of others.
+    `hub.save` and `save_onnx`. Earlier ONNX files in the folder are replaced.
     """
     folder = expanded(folder)
     if format == "hf" and folders.holds_checkpoint(folder):

@@ -36,7 +36,7 @@ from qkv.hub.adapters import Adapter
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian, RotaryMarian
-from qkv.hub.sentence import Pooling, for_contrastive
+from qkv.hub.sentence import CONTRASTIVE, Pooling
 from qkv.hub.table import Format
 from qkv.hub.vit import VIT, ConvolutionalViT
 from qkv.images import ImageProcessor
@@ -97,7 +97,7 @@ def load(
     revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported, and for an
-    adapter that was trained with another head than is asked for.
+    adapter that was trained with another head or other labels than are asked for.
     """
     heads = (head,) if isinstance(head, str) else head or ()
     found = folders.locate(source, revision)
@@ -114,7 +114,7 @@ def _load_whole(
     labels: tuple[str, ...],
     unnamed: tuple[str, ...] = (),
 ) -> Checkpoint:
-    """The checkpoint in the folder `found`. unnamed: names of a head's outputs where nobody else has any."""
+    """The checkpoint in the folder `found`. unnamed: names of the head's outputs, if nobody names as many."""
     own = sentence.read(found)
     folder = own.folder
     theirs = files.read_json(folder / folders.CONFIG)
@@ -218,7 +218,7 @@ def _asked(
 ) -> AnyModelConfig:
     """The declared config with the head and the classes that the caller asks for.
 
-    unnamed: as many labels as the weights of the head will have, whatever the declared ones are.
+    unnamed: names of the head's outputs, if nobody names as many.
     """
     if not heads and not labels and not unnamed:
         return declared
@@ -331,8 +331,7 @@ def by_task(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
         return {"": checkpoint}
     found = {}
     for task, model in checkpoint.model.tasks.items():
-        contrastive = model.config.head == "none"
-        pooling = for_contrastive(checkpoint.pooling) if contrastive else None
+        pooling = CONTRASTIVE if model.config.head == "none" else None
         found[task] = replace(checkpoint, model=model, pooling=pooling)
     return found
 

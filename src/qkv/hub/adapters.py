@@ -88,7 +88,7 @@ class Adapter(NamedTuple):
     labels: tuple[str, ...]
     """Its classes, in a folder that was written here."""
     unnamed: tuple[str, ...]
-    """Names for the outputs of its classifier, where neither it nor the base has any."""
+    """Names of its classifier's outputs, if nobody names as many."""
 
     def targeted(self, module: str) -> bool:
         """Whether a module of that name is adapted."""

@@ -136,10 +136,11 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
     Files of a checkpoint that was there before go; others stay. Raises InputError if the disk is full or
     the folder cannot be written; what was there before is then untouched.
 
-    Each file is replaced at once, the weights last. So a power cut or kill -9 leaves the old weights or
-    all that is new; but the old weights can then be beside new settings and tokenizer, which makes no
-    difference only while one and the same run saves. Of a folder of models, some can then be old and some
-    new; a resumed run saves all of them again. What a killed process was writing goes with the next save.
+    Each file is replaced at once, the weights last, and only then go old files that have no successor. So a
+    power cut or kill -9 leaves the old weights or all that is new, perhaps both; but the old weights can then
+    be beside new settings and tokenizer, which makes no difference only while one and the same run saves. Of
+    a folder of models, some can then be old and some new; a resumed run saves all of them again. What a
+    killed process was writing goes with the next save.
     """
     made, kept = False, ""
     try:
@@ -158,7 +159,7 @@ def replace(folder: Path, write: Callable[[Path], None]) -> None:
                 kept = ""
             for leftover in old - new:  # last: they may be all the weights that there were
                 (folder / leftover).unlink(missing_ok=True)
-        for changed in {(folder / name).parent for name in new | {Path()}}:
+        for changed in {folder, *((folder / name).parent for name in new)}:
             files.sync(changed)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot save to {folder}: {files.reason(error)}{kept}") from error

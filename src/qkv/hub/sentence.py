@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,19 +42,8 @@ class Pooling:
         return F.normalize(pooled) if self.normalize else pooled
 
 
-def for_contrastive(pooling: Pooling | None) -> Pooling:
-    """What contrastive learning compares texts by: means of length 1; all else as the checkpoint has it.
-
-    pooling: that of the checkpoint to begin from. Raises InputError if it pools otherwise.
-    """
-    if pooling is None:
-        return Pooling(normalize=True)
-    if pooling.mode != "mean":
-        raise InputError(
-            "contrastive learning compares the means of texts, but this checkpoint takes their first tokens: "
-            "begin from another one"
-        )
-    return replace(pooling, normalize=True)
+CONTRASTIVE = Pooling(normalize=True)
+"""What contrastive learning compares texts by."""
 
 
 @dataclass(frozen=True)

@@ -170,11 +170,16 @@ def _section(key: str, title: str, task: str, lead: str, *figures: Figure) -> Se
 
 
 def _unlike(config: RunConfig) -> str:
-    """In what the losses of a step are not those of held-out data."""
+    """How the training loss differs from the held-out loss."""
     said = []
     if config.tasks:
-        said.append("A step has the loss of its one task; those of held-out data are added up.")
-    more = {"label smoothing": config.train.label_smoothing_factor, "R-Drop": config.train.r_drop}
+        said.append("A step's loss is that of its one task, the held-out loss the sum over all tasks.")
+    more = {
+        "label smoothing": config.train.label_smoothing_factor,
+        "R-Drop": config.train.r_drop,
+        "mixup": config.augment.mixup,
+        "CutMix": config.augment.cutmix,
+    }
     if names := [name for name, weight in more.items() if weight]:
         said.append(f"The training loss is with {' and '.join(names)}, the held-out loss without.")
     return " ".join(said)
