@@ -8,26 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qkv.demo.lab import Part
-from qkv.report import (
+from qkv.report.page import (
     Card,
     Figure,
-    Line,
     Measure,
     Scores,
     Section,
     continuation,
-    curve,
     filled,
-    gallery,
-    heatmap,
-    overlay,
     page,
-    plot,
     score_table,
     shares,
     table,
 )
-from qkv.report.plot import _ticks
+from qkv.report.pictures import gallery, heatmap, overlay
+from qkv.report.plot import Line, _ticks, curve, plot
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 NASTY = '<script src="https://example.org/x.js">&\'"</script>'

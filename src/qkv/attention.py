@@ -225,25 +225,8 @@ class Masked(Pattern):
         none = Layout((), allowed.device)
         return Masked(none, none, allowed=allowed, reach=reach)
 
-    @cached_property
-    def blocks(self) -> list[_Block]:
-        """All rows, which are dense already."""
-        return [_Rows(self)]
-
-    @cached_property
-    def order(self) -> None:
-        """The rows are in place."""
-        return None
-
-
-class _Rows(_Block):
-    """All rows of a masked pattern."""
-
-    def __init__(self, pattern: Masked) -> None:
-        self.allowed, self.reach = pattern.allowed, pattern.reach
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-        """Tokens (N * Lq, H, E), (N * Lk, H, E), (N * Lk, H, E) -> (N * Lq, H, E)."""
+        """`attend` for all rows, which are dense already."""
         N = self.allowed.shape[0]
         Q, K, V = (x.view(N, -1, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
         if self.reach is not None:
@@ -261,6 +244,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, dropout:
     query (Tq, H, E), key and value (Tk, H, E) -> (Tq, H, E). A sequence without keys gets zeros.
     dropout: probability with which an attention weight is zeroed.
     """
+    if isinstance(pattern, Masked):
+        return pattern.attend(query, key, value, dropout)
     if varlen_kernel_takes(query, pattern, dropout):
         from torch.nn.attention.varlen import varlen_attn  # takes over a second to import
 

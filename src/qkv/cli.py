@@ -624,20 +624,19 @@ def _answer(
 
 def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
     """The file that answers go to; work on a source that can be read again can be gone on with."""
-    from qkv.output import Output, no_header, npy_header
+    from qkv.output import Output
     from qkv.stream import work
 
     assert target.path is not None
     if target.path.suffix != target.suffix:
         raise InputError(f"--output writes {target.suffix} files; {target.path} is not called so")
-    header = partial(npy_header, dim=target.dim) if target.dim else no_header
     if source.path is not None and target.path.exists() and target.path.samefile(source.path):
         raise InputError(f"{target.path} is the input itself: write to another file")
     if source.path is not None and target.path.resolve().is_relative_to(source.path.resolve()):
         raise InputError(f"{target.path} is in the folder that is read: write to another one")
     identity = source.identity()
     made_from = None if identity is None else work(pipeline, identity, target.precision, *target.settings)
-    return Output(target.path, header, made_from)
+    return Output(target.path, made_from, target.dim)
 
 
 def _texts(

@@ -38,12 +38,15 @@ ExplanationMethod = Literal[
 T = TypeVar("T")
 
 
-def _check(section: str, config: object, accepts: Callable[[float], bool], rule: str, *names: str) -> None:
-    """Raise InputError for the first of these settings that is not accepted (NaN never is)."""
+def _check(where: str, config: object, accepts: Callable[[float], bool], rule: str, *names: str) -> None:
+    """Raise InputError for the first of these settings that is not accepted (NaN never is).
+
+    where: what stands before their names, as in train.max_steps.
+    """
     for name in names:
         value = getattr(config, name)
         if not accepts(value):
-            raise InputError(f"{section}.{name} is {value}; it must be {rule}")
+            raise InputError(f"{where}{name} is {value}; it must be {rule}")
 
 
 _COUNT = (lambda value: value >= 1, "at least 1")
@@ -80,9 +83,9 @@ class ModelConfig:
     linearly to this in the last."""
 
     def __post_init__(self) -> None:
-        _check("model", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
-        _check("model", self, *_POSITIVE, "norm_eps")
-        _check("model", self, *_FRACTION, "dropout", "attention_dropout", "drop_path")
+        _check("model.", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
+        _check("model.", self, *_POSITIVE, "norm_eps")
+        _check("model.", self, *_FRACTION, "dropout", "attention_dropout", "drop_path")
         if self.dim % self.heads:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
 
@@ -121,12 +124,12 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model", self, *_COUNT, "vocab_size", "context")
+        _check("model.", self, *_COUNT, "vocab_size", "context")
         inside = (
             lambda value: 0 <= value < self.vocab_size,
             f"an id below model.vocab_size {self.vocab_size}",
         )
-        _check("model", self, *inside, "pad_id", "eos_id")
+        _check("model.", self, *inside, "pad_id", "eos_id")
         _check_rotary(self)
 
 
@@ -151,7 +154,7 @@ class BertConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model", self, *_COUNT, "vocab_size", "context", "segments")
+        _check("model.", self, *_COUNT, "vocab_size", "context", "segments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +177,7 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model", self, *_COUNT, "vocab_size", "context")
+        _check("model.", self, *_COUNT, "vocab_size", "context")
         _check_rotary(self)
 
 
@@ -201,8 +204,8 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model", self, *_COUNT, "patch_size", "channels")
-        _check("model", self, *_NOT_NEGATIVE, "image_size")
+        _check("model.", self, *_COUNT, "patch_size", "channels")
+        _check("model.", self, *_NOT_NEGATIVE, "image_size")
         if self.image_size % self.patch_size:
             raise InputError(
                 f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"
@@ -212,7 +215,7 @@ class ViTConfig(ModelConfig):
                 lambda value: value >= 2 and value.bit_count() == 1,
                 "a power of two from 2 up, as model.stem convolutions halves images",
             )
-            _check("model", self, *power_of_two, "patch_size")
+            _check("model.", self, *power_of_two, "patch_size")
             if self.dim % self.patch_size:
                 raise InputError(
                     f"model.dim {self.dim} is not divisible by model.patch_size {self.patch_size}, as "
@@ -248,7 +251,7 @@ class TokenizerConfig:
     """Read all text as lower case."""
 
     def __post_init__(self) -> None:
-        _check("tokenizer", self, *_COUNT, "vocab_size")
+        _check("tokenizer.", self, *_COUNT, "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,10 +299,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         between = (lambda value: 0.0 < value < 1.0, "between 0 and 1")
-        _check("data", self, *between, "valid_fraction", "masked_share")
-        _check("data", self, *_FRACTION, "bpe_dropout")
+        _check("data.", self, *between, "valid_fraction", "masked_share")
+        _check("data.", self, *_FRACTION, "bpe_dropout")
         several = (lambda value: value >= 2, "at least 2")
-        _check("data", self, *several, "candidates")
+        _check("data.", self, *several, "candidates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,10 +330,10 @@ class AugmentConfig:
     2019). With mixup, each image takes one of the two."""
 
     def __post_init__(self) -> None:
-        _check("augment", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "crop_area")
-        _check("augment", self, *_NOT_NEGATIVE, "crop_padding", "randaugment", "mixup", "cutmix")
-        _check("augment", self, lambda value: 0.0 <= value <= 10.0, "from 0 to 10", "magnitude")
-        _check("augment", self, lambda value: 0.0 <= value <= 1.0, "from 0 to 1", "erasing")
+        _check("augment.", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "crop_area")
+        _check("augment.", self, *_NOT_NEGATIVE, "crop_padding", "randaugment", "mixup", "cutmix")
+        _check("augment.", self, lambda value: 0.0 <= value <= 10.0, "from 0 to 10", "magnitude")
+        _check("augment.", self, lambda value: 0.0 <= value <= 1.0, "from 0 to 1", "erasing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,15 +407,15 @@ class TrainConfig:
     """Decides the initial weights, the order of samples and all that is random."""
 
     def __post_init__(self) -> None:
-        _check("train", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
-        _check("train", self, *_COUNT, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
-        _check("train", self, *_COUNT, "average_checkpoints", "shard_ranks")
-        _check("train", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm", "temperature")
-        _check("train", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay", "r_drop")
-        _check("train", self, *_NOT_NEGATIVE, "early_stopping_patience")
-        _check("train", self, *_SEED, "seed")
-        _check("train", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay")
-        _check("train", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "layer_decay")
+        _check("train.", self, *_COUNT, "max_steps", "batch_tokens", "gradient_accumulation_steps")
+        _check("train.", self, *_COUNT, "logging_steps", "eval_steps", "save_steps", "save_total_limit")
+        _check("train.", self, *_COUNT, "average_checkpoints", "shard_ranks")
+        _check("train.", self, *_POSITIVE, "learning_rate", "adam_epsilon", "max_grad_norm", "temperature")
+        _check("train.", self, *_NOT_NEGATIVE, "warmup_steps", "weight_decay", "r_drop")
+        _check("train.", self, *_NOT_NEGATIVE, "early_stopping_patience")
+        _check("train.", self, *_SEED, "seed")
+        _check("train.", self, *_FRACTION, "adam_beta1", "adam_beta2", "label_smoothing_factor", "ema_decay")
+        _check("train.", self, lambda value: 0.0 < value <= 1.0, "above 0 and at most 1", "layer_decay")
         if not all(0.0 < share <= 1.0 for share in self.growth):
             raise InputError(f"train.growth is {self.growth}; its shares must be above 0 and at most 1")
         if self.ema_decay and self.average_checkpoints > 1:
@@ -441,9 +444,9 @@ class LoraConfig:
     """On the input of the adapters."""
 
     def __post_init__(self) -> None:
-        _check("lora", self, *_NOT_NEGATIVE, "rank")
-        _check("lora", self, *_COUNT, "alpha")
-        _check("lora", self, *_FRACTION, "dropout")
+        _check("lora.", self, *_NOT_NEGATIVE, "rank")
+        _check("lora.", self, *_COUNT, "alpha")
+        _check("lora.", self, *_FRACTION, "dropout")
         if not self.targets:
             raise InputError(f"lora.targets is empty; choose some of {', '.join(get_args(LoraTarget))}")
 
@@ -551,31 +554,24 @@ class Decoding:
     """Decides what is drawn."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("max_new_tokens", "num_beams", "num_return_sequences"), 1)
-        least |= dict.fromkeys(("top_k", "min_new_tokens", "speculate", "logprobs"), 0)
-        for name in (*least, "seed"):
+        counts = ("max_new_tokens", "num_beams", "num_return_sequences")
+        perhaps = ("top_k", "min_new_tokens", "speculate", "logprobs")
+        for name in (*counts, *perhaps, "seed"):
             if not hasattr(getattr(self, name), "__index__"):  # NumPy's integers have it too
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
+        _check("", self, *_COUNT, *counts)
+        _check("", self, lambda value: value >= 0, "at least 0", *perhaps)
         if self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens}, but max_new_tokens only {self.max_new_tokens}; "
                 "raise max_new_tokens"
             )
-        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}; it must be 0, or from 1e-6 up and finite")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p is {self.min_p}; it must be between 0 and 1")
-        if not 1e-3 <= self.repetition_penalty <= 1e3:
-            raise InputError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be between 0.001 and 1000"
-            )
-        if not -10 <= self.length_penalty <= 10:
-            raise InputError(f"length_penalty is {self.length_penalty}; it must be between -10 and 10")
+        temperate = (lambda value: value == 0 or 1e-6 <= value < math.inf, "0, or from 1e-6 up and finite")
+        _check("", self, *temperate, "temperature")
+        _check("", self, lambda value: 0 < value <= 1, "above 0 and at most 1", "top_p")
+        _check("", self, lambda value: 0 <= value <= 1, "between 0 and 1", "min_p")
+        _check("", self, lambda value: 1e-3 <= value <= 1e3, "between 0.001 and 1000", "repetition_penalty")
+        _check("", self, lambda value: -10 <= value <= 10, "between -10 and 10", "length_penalty")
         beams = self.num_beams > 1
         filters = (self.top_k, self.top_p, self.min_p) != (0, 1.0, 0.0)
         if beams and (filters or self.temperature not in (0.0, 1.0)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +16,6 @@ from qkv.files import blame, locked, read_json, reason, replace_text, sync
 
 SAVE_SECONDS = 10.0
 """How often it is noted how far the answers on the disk go: a kill loses no more than these seconds."""
-
-
-def no_header(rows: int) -> bytes:
-    """The beginning of a file that is its rows alone."""
-    return b""
 
 
 def npy_header(rows: int, dim: int) -> bytes:
@@ -41,13 +36,12 @@ class Output:
     InputError for a file that cannot be written, or a part that belongs to other work.
     """
 
-    def __init__(
-        self, path: Path, header: Callable[[int], bytes] = no_header, made_from: str | None = None
-    ) -> None:
+    def __init__(self, path: Path, made_from: str | None = None, dim: int = 0) -> None:
+        """dim: of rows of float32 in a .npy file; 0: a file of lines."""
         self.path = path
         self.part = path.with_name(f"{path.name}.part")
         self.about = path.with_name(f"{path.name}.part.json")
-        self.header = header
+        self.dim = dim
         self.made_from = made_from
         self.at = (0, 0)
         """Rows that are written, and the bytes that they end at: one value, which Ctrl-C cannot split."""
@@ -99,6 +93,10 @@ class Output:
             with suppress(OSError):  # what a full disk does not take is not noted either
                 self._open.close()
 
+    def _header(self, rows: int) -> bytes:
+        """The beginning of a file of so many rows."""
+        return npy_header(rows, self.dim) if self.dim else b""
+
     def _begin(self) -> None:
         """Go on behind the rows that are sure to be there, or begin."""
         self.at = self._found()
@@ -107,7 +105,7 @@ class Output:
         else:
             self._note()  # before anything is in the part: it is ours
             self.file.truncate(0)
-            header = self.header(0)
+            header = self._header(0)
             self.file.write(header)
             self.at = (0, len(header))
         if self.made_from is not None:
@@ -147,7 +145,7 @@ class Output:
     def _finish(self) -> None:
         self.file.flush()
         with self.part.open("rb+") as file:
-            file.write(self.header(self.done))
+            file.write(self._header(self.done))
         sync(self.part)
         self.part.replace(self.path)
         self.about.unlink(missing_ok=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from rich.console import Console
@@ -16,37 +15,10 @@ from qkv.errors import InputError
 from qkv.output import Output
 from qkv.pipelines import AnyPipeline, NumberedError
 
+if TYPE_CHECKING:
+    from qkv.data.corpus import Corpus, ImageFolder
+
 Answer = TypeVar("Answer")
-
-
-class Source(Protocol):
-    """Where inputs come from, such as a `qkv.data.corpus.Corpus`."""
-
-    unit: str
-    read: int
-    """How much was read."""
-
-    @property
-    def path(self) -> Path | None:
-        """Where it is, if it is on the disk."""
-        ...
-
-    @property
-    def total(self) -> int | None:
-        """How much there is to read, if that is known."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        """Inputs, each of one or two parts."""
-        ...
-
-    def name(self, number: int) -> str:
-        """What errors call an input; the first one has the number 0."""
-        ...
-
-    def identity(self) -> str | None:
-        """What is another if the inputs are; None: they are there only once."""
-        ...
 
 
 class Given:
@@ -70,6 +42,10 @@ class Given:
 
     def identity(self) -> None:
         """They are there only once."""
+
+
+Source: TypeAlias = "Given | Corpus | ImageFolder"
+"""Where inputs come from."""
 
 
 def answer_all(

@@ -20,7 +20,7 @@ from qkv.demo import bert, gpt, transformer, vit
 from qkv.demo.lab import Lab, Part, need
 from qkv.errors import InputError
 from qkv.files import replace_text
-from qkv.report import page
+from qkv.report.page import page
 
 PARTS: dict[Family, Callable[[Lab], Part]] = {
     "gpt": gpt.part,

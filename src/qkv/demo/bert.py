@@ -32,7 +32,8 @@ from qkv.demo.lab import (
 from qkv.pipelines import Encoder, from_pretrained
 from qkv.ragged import pack
 from qkv.recording import record
-from qkv.report import Figure, Measure, Scores, filled, heatmap, table
+from qkv.report.page import Figure, Measure, Scores, filled, table
+from qkv.report.pictures import heatmap
 
 PRETRAIN = RunConfig(
     # In short contexts masked words find their neighbours after some 1,000 steps, in long ones far later.

@@ -21,7 +21,8 @@ from qkv.demo.lab import Lab, Part, library, lot, recorded, sharpest
 from qkv.pipelines import TextGenerator, from_pretrained
 from qkv.ragged import pack
 from qkv.recording import record
-from qkv.report import Figure, Measure, Scores, continuation, heatmap
+from qkv.report.page import Figure, Measure, Scores, continuation
+from qkv.report.pictures import heatmap
 
 RECIPE = RunConfig(
     model=GPTConfig(dim=128, depth=3, heads=4, mlp_dim=512, context=256, dropout=0.1, attention_dropout=0.0),

@@ -23,7 +23,9 @@ from qkv.console import TrainingBar
 from qkv.errors import InputError
 from qkv.job import Job, new_job
 from qkv.recording import Record
-from qkv.report import Card, Figure, Matrix, Scores, Section, curve, score_table
+from qkv.report.page import Card, Figure, Scores, Section, score_table
+from qkv.report.pictures import Matrix
+from qkv.report.plot import curve
 from qkv.train import train
 
 

@@ -17,7 +17,8 @@ from qkv.metrics import alignment_error_rate, translation_scores
 from qkv.pipelines import Translator, from_pretrained
 from qkv.ragged import pack
 from qkv.recording import record
-from qkv.report import Figure, Measure, Scores, heatmap, table
+from qkv.report.page import Figure, Measure, Scores, table
+from qkv.report.pictures import heatmap
 
 RECIPE = RunConfig(
     model=TransformerConfig(dim=128, depth=2, heads=4, mlp_dim=512, dropout=0.0, context=96),

@@ -15,7 +15,8 @@ from qkv.demo.counts import majority_accuracy
 from qkv.demo.lab import Lab, Part, accuracy, logistic_regression, lot, recorded
 from qkv.pipelines import ImageClassifier, from_pretrained
 from qkv.recording import record
-from qkv.report import Figure, Measure, Scores, gallery, overlay
+from qkv.report.page import Figure, Measure, Scores
+from qkv.report.pictures import gallery, overlay
 
 RECIPE = RunConfig(
     model=ViTConfig(image_size=0, patch_size=2, dim=64, depth=4, heads=4, mlp_dim=256, dropout=0.1),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from qkv.errors import InputError
-from qkv.report import png
+from qkv.report.pictures import png
 
 Colour = tuple[int, int, int]
 INK: Colour = (29, 34, 48)

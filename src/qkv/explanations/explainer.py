@@ -33,14 +33,7 @@ from qkv.pipelines import AnyPipeline, from_pretrained
 from qkv.runtime import evaluating
 from qkv.watch import Watch, unwatched
 
-METHODS: tuple[Method, ...] = (
-    "attention",
-    "rollout",
-    "relevance",
-    "gradient_x_input",
-    "integrated_gradients",
-    "occlusion",
-)
+METHODS: tuple[Method, ...] = tuple(method for method in get_args(Method) if method != "flow")
 """All but flow, which is for short inputs and needs scipy."""
 RANDOM_ORDERS = 10
 """So many random orders that maps are compared with."""

@@ -33,7 +33,8 @@ from qkv.explanations.words import (
     why,
     words_of,
 )
-from qkv.report import document, png, style
+from qkv.report.page import document, style
+from qkv.report.pictures import png
 
 _SCRIPTS = (
     "dom",

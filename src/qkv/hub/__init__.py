@@ -82,7 +82,7 @@ def load(
     source: str | Path,
     *,
     family: Family | None = None,
-    head: BertHead | tuple[BertHead, ...] | None = None,
+    head: BertHead | None = None,
     labels: tuple[str, ...] = (),
     revision: str | None = None,
 ) -> Checkpoint:
@@ -90,16 +90,15 @@ def load(
 
     Where that is an adapter in peft's format, the checkpoint is its base with the adapter in the weights.
 
-    family: the only one that will do. head, labels: ask for this head of BERT (of several, the one that the
-    checkpoint declares, else the first), or classes of BERT or ViT; what of it the checkpoint does not have
-    gets fresh weights. Without them the head that the checkpoint
+    family: the only one that will do. head, labels: ask for this head of BERT, or classes of BERT or ViT;
+    what of it the checkpoint does not have gets fresh weights. Without them the head that the checkpoint
     declares must be there.
     revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported, and for an
     adapter that was trained with another head or other labels than are asked for.
     """
-    heads = (head,) if isinstance(head, str) else head or ()
+    heads = (head,) if head else ()
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
         return _load_adapted(found, adapter, family, heads, labels)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from qkv.errors import InputError
 from qkv.pipelines.base import NumberedError, warn
-from qkv.tokenizers import Encoding, Tokenizer
+from qkv.tokenizers import Encoding, Tokenizer, WordEncoding
 
 TextOrPair = str | tuple[str, str]
 """A text, or two that are read together."""
 
-
-class Encoded(Protocol):
-    """What a tokenizer makes of a text."""
-
-    @property
-    def ids(self) -> list[int]:
-        """Its tokens."""
-        ...
-
-
 Input = TypeVar("Input")
-Tokens = TypeVar("Tokens", bound=Encoded)
+Tokens = TypeVar("Tokens", Encoding, WordEncoding)
 
 
 class Limit:
