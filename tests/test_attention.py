@@ -533,9 +533,11 @@ def test_the_varlen_kernel_is_called_as_its_signature_and_contract_say(causal, m
     """A plain stand-in with the kernel's own signature must give what the dense road gives."""
     pattern = Pattern(layout((2, 1, 4)), layout((3, 5, 4)), causal)
     query, key, value = (torch.randn(n, 2, 8) for n in (7, 12, 12))
-    dense = attend(query, key, value, pattern)
+    masked = Pattern(layout((2, 1, 4)), layout((3, 5, 4)), causal, {0: torch.eye(2, 3, dtype=torch.bool)})
+    dense, by_mask = (attend(query, key, value, p) for p in (pattern, masked))
     varlen.use_stand_in(monkeypatch)
     torch.testing.assert_close(attend(query, key, value, pattern), dense)
+    torch.testing.assert_close(attend(query, key, value, masked), by_mask)
     attention, own = Attention(16, 2), Pattern(layout((2, 1, 4)), layout((2, 1, 4)), causal)
     with record(_Model([attention])) as maps:
         attention(torch.randn(7, 16), own)

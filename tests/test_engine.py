@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -268,6 +269,42 @@ def test_a_copy_that_was_interrupted_is_not_taken_for_a_text() -> None:
     again, places = slots.read({1: text})
     expected, rows = Slots(model, 1).read({0: text})
     torch.testing.assert_close(again.logits(places[1]), expected.logits(rows[0]))
+
+
+def test_a_source_whose_reading_was_interrupted_is_read_again() -> None:
+    model = tiny("transformer-pre-norm")
+    slots = Slots(model, 1)
+    first = Reading([2], source=(4, 9))
+    slots.read({0: first})
+    memory = slots.cache.memory
+    assert memory is not None
+    truncate = memory.truncate
+
+    def interrupted(lengths: Sequence[int]) -> None:
+        truncate(lengths)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "truncate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            slots.read({0: Reading([2], source=(7, 1, 3))})
+    again, places = slots.read({0: first})
+    expected, rows = Slots(model, 1).read({0: first})
+    torch.testing.assert_close(again.logits(places[0]), expected.logits(rows[0]))
+
+
+def test_a_text_on_which_a_model_fails_leaves_nothing_in_its_slot() -> None:
+    model = tiny("gpt-pre-norm")
+    assert isinstance(model, GPT)
+    with torch.no_grad():
+        model.positions.weight[9] = math.nan
+    engine = Engine(model, 2)
+    options = replace(GREEDY, max_new_tokens=4)
+    engine.submit(Request([4] * 10, options))  # ends first, and leaves its slot
+    engine.submit(Request([3, 1], replace(GREEDY, max_new_tokens=7)))
+    short = engine.submit(Request([7, 1, 3], options))
+    found = said(gather(engine), short)
+    assert found == alone(model, Request([7, 1, 3], options))
 
 
 def test_what_ended_in_a_step_that_was_interrupted_has_left() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,6 +46,23 @@ def test_how_much_is_computed_at_a_time_does_not_matter(scores: int, name: str):
         for a, b in zip(whole[key], parts[key], strict=True):
             torch.testing.assert_close(a, b)
     assert parts.residual == pytest.approx(whole.residual, abs=1e-6)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_that_is_not_a_number_is_not_lost_among_others(layer: int):
+    model = tiny("bert-masked-lm", torch.float32)
+    with torch.inference_mode(), record(model, layers=[0, 1]) as maps:
+        answers(model, samples(model, LENGTHS))
+    assert maps.residual < 1e-5
+    next(tap for (_, i), tap in maps.taps.items() if i == layer).residual = math.nan
+    assert math.isnan(maps.residual)
+
+
+def test_slots_that_ask_nothing_have_no_rows():
+    model = tiny("gpt-pre-norm")
+    with record(model, rows=[-1]) as maps:
+        generate(model, [[4], [9, 1, 3]], Decoding(max_new_tokens=6, num_return_sequences=2, seed=3), [5])
+    assert maps.residual < 1e-5
 
 
 def test_half_precision_halves_what_is_kept():

@@ -39,7 +39,8 @@ def stand_in(*args, **kwargs) -> Tensor:
 def takes(query: Tensor, pattern: Pattern, dropout: float) -> bool:
     """Whether a GPU would take it in half precision."""
     ragged = not (pattern.queries.equal and pattern.keys.equal)
-    return pattern.keys.stride is None and 0 not in pattern.keys.lengths and ragged and dropout == 0.0
+    packed = pattern.keys.stride is None and 0 not in pattern.keys.lengths and not pattern.masks
+    return packed and ragged and dropout == 0.0
 
 
 def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:

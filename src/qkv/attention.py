@@ -307,7 +307,7 @@ def varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool
         return False
     if torch.cuda.get_device_capability(query.device) < (8, 0):
         return False
-    packed = pattern.keys.stride is None and 0 not in pattern.keys.lengths
+    packed = pattern.keys.stride is None and 0 not in pattern.keys.lengths and not pattern.masks
     return packed and dropout == 0.0 and not (pattern.queries.equal and pattern.keys.equal)
 
 

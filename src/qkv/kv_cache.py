@@ -52,6 +52,12 @@ class LayerCache:
         """Keys and values as views (S, C, H, E); none if nothing is stored yet."""
         return [x.view(len(self.cache), -1, *x.shape[1:]) for x in (self.key, self.value) if x is not None]
 
+    @torch.inference_mode()
+    def forget(self, slot: int, rows: slice) -> None:
+        """Make these rows of a slot zero."""
+        for slots in self.slots():
+            slots[slot, rows] = 0
+
     def grown(self, rows: int) -> list[Tensor]:
         """What `slots` would be with so many more rows, flat."""
         return [F.pad(x, (0, 0, 0, 0, 0, rows)).flatten(0, 1) for x in self.slots()]
@@ -150,6 +156,7 @@ class Cache:
         for layer in self.layers:
             for slots in layer.slots():
                 slots[target, :length] = slots[source, :length]
+            layer.forget(target, slice(length, self.lengths[target]))
         self.lengths = tuple(length if i == target else old for i, old in enumerate(self.lengths))
         if self.memory is not None:
             self.memory.copy(source, target, self.memory.lengths[source])
@@ -158,4 +165,7 @@ class Cache:
         """Forget the last tokens: slot i keeps its first lengths[i]. Raises ValueError if it has fewer."""
         if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
             raise ValueError("a cache can only be truncated to fewer tokens")
+        for slot, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
+            for layer in self.layers if new < old else ():  # a weight of zero does not silence NaN
+                layer.forget(slot, slice(new, old))
         self.lengths = tuple(lengths)

@@ -84,7 +84,7 @@ class Recorder:
         self, query: Tensor, key: Tensor, value: Tensor, answer: Tensor, mask: Tensor | None
     ) -> Tensor:
         Lk, H, E = key.shape
-        if self.rows is not None:
+        if self.rows is not None and len(query):  # a slot that asks nothing has none
             rows = [range(len(query))[row] for row in self.rows]
             query, answer, mask = query[rows], answer[rows], None if mask is None else mask[rows]
         if self.heads is not None:
@@ -133,7 +133,7 @@ class Record:
     @property
     def residual(self) -> float:
         """Largest difference between A·V and the kernels' own answers in all layers recorded."""
-        return max((tap.residual for tap in self.taps.values()), default=0.0)
+        return float(np.max([tap.residual for tap in self.taps.values()], initial=0.0))  # NaN stays NaN
 
 
 @contextmanager

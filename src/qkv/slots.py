@@ -141,10 +141,10 @@ class Slots:
         other = {i: reading.source for i, reading in readings.items() if not self._same_source(i, reading)}
         if not other:
             return
+        for slot in other:  # first: whatever is interrupted behind this is read again
+            self.sources[slot], self.texts[slot] = (), []
         lengths = self.cache.memory.lengths
         self.cache.memory.truncate([0 if i in other else length for i, length in enumerate(lengths)])
-        for slot in other:
-            self.sources[slot], self.texts[slot] = (), []
         self.model.remember(self._pack([other.get(i, ()) for i in range(len(self.texts))]), self.cache)
         for slot, source in other.items():
             self.sources[slot] = source
