@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from test_train import Nobody, run_config
 
+from qkv import hub
+from qkv.errors import InputError
 from qkv.evaluate import score
 from qkv.job import new_job, resumed_job
+from qkv.models import build
 from qkv.pipelines import TextGenerator, Translator, from_pretrained
 from qkv.ragged import pack
 from qkv.train import train
@@ -58,3 +62,25 @@ def test_bleu_is_sacrebleu_s_of_what_the_run_translates(tokenize: str, tmp_path:
     assert found["bleu"] == pytest.approx(bleu.score)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(translations, [references]).score)
     assert found["samples"] == 4 and found["num_beams"] == 2
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer"])
+@pytest.mark.parametrize("family", ["gpt", "bert"])
+def test_data_that_have_changed_are_not_called_held_out(family: str, change: str, tmp_path: Path) -> None:
+    run = trained(tmp_path, family, max_steps=1)
+    score(run)
+    (data,) = (*tmp_path.glob("song.txt"), *tmp_path.glob("labelled.csv"))
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:-20] if change == "shorter" else [*lines, lines[-1]]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"changed since it was trained.* score it on others with --data"):
+        score(run)
+    score(run, str(data))
+
+
+def test_a_value_a_text_is_no_score_of_two(tmp_path: Path) -> None:
+    job = new_job(run_config(tmp_path, "bert"))
+    model = build(replace(job.checkpoint.model.config, head="regression", labels=("a", "b")))
+    hub.save(tmp_path / "two", hub.Checkpoint(model, job.checkpoint.tokenizer))
+    (tmp_path / "values.csv").write_text("text,label\nred,0.5\nold,1.5\n", encoding="utf-8")
+    with pytest.raises(InputError, match="gives 2 values, but the data have one a text"):
+        score(str(tmp_path / "two"), str(tmp_path / "values.csv"))

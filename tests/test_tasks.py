@@ -209,8 +209,10 @@ def test_a_checkpoint_that_makes_other_vectors_is_no_beginning(tmp_path: Path) -
     train(new_job(config), tmp_path / "run", Nobody())
     begun = dataclasses.replace(hub.load(tmp_path / "run"), pooling=Pooling("cls"))
     hub.save(tmp_path / "init", begun)
-    with pytest.raises(InputError, match="makes vectors of their first tokens: begin from another"):
+    with pytest.raises(InputError, match="makes vectors of their first tokens: name another"):
         new_job(dataclasses.replace(config, init=str(tmp_path / "init")))
+    with pytest.raises(InputError, match="makes vectors of their first tokens: name another"):
+        score(str(tmp_path / "init"), config.data.path)
 
 
 def test_a_checkpoint_s_head_says_how_data_are_read(runs: dict[str, Trained], tmp_path: Path) -> None:

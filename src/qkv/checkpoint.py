@@ -47,6 +47,8 @@ class Progress:
 
     data: str
     """Fingerprint of the training and held-out data."""
+    held_out: dict[str, str] = field(default_factory=dict)
+    """That of each task's held-out data alone; of a single one under the name ""."""
     step: int = 0
     seconds: float = 0.0
     """Training time so far, evaluation included."""
@@ -164,8 +166,13 @@ def load_state(
                             f"{states[-1]} does not fit the run's {CONFIG}: train.optimizer was another one"
                         )
                     optimizer.state[p] = stored
-    with blame(states[-1] / PROGRESS):
-        return from_dict(Progress, read_json(states[-1] / PROGRESS))
+    return progress_of(states[-1])
+
+
+def progress_of(state: Path) -> Progress:
+    """Where a run was when this state was saved."""
+    with blame(state / PROGRESS):
+        return from_dict(Progress, read_json(state / PROGRESS))
 
 
 def load_weights(state: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qkv.checkpoint import CONFIG, STATES
+from qkv.checkpoint import CONFIG, STATES, progress_of, saved_states
 from qkv.config import (
     BEAMS,
     BertConfig,
@@ -40,6 +40,7 @@ from qkv.data.batches import Batch, TaggedBatch, TaskBatch
 from qkv.distributed import ALONE, Ranks
 from qkv.errors import InputError
 from qkv.files import expanded
+from qkv.hub.sentence import check_contrastive
 from qkv.metrics import (
     entity_scores,
     is_bio,
@@ -190,6 +191,13 @@ def _settings(folder: Path) -> RunConfig | None:
     return None
 
 
+def _fingerprint(folder: Path) -> str | None:
+    """That of the held-out data of a run folder, or of a task's folder in it; None if nothing tells it."""
+    run, task = (folder, "") if (folder / STATES).is_dir() else (folder.parent, folder.name)
+    states = saved_states(run)
+    return progress_of(states[-1]).held_out.get(task) if states else None
+
+
 def _held_out(data: DataConfig, family: Family, labels: tuple[str, ...]) -> Samples:
     """A run's own. Raises InputError if its data have other labels by now."""
     raw = read(data, family)
@@ -242,7 +250,16 @@ def score(
             raise InputError(
                 f"{samples.kind} data score a {head} head, but {source} has the head {model.config.head!r}"
             )
+        if samples.kind == "regression" and len(labels) > 1:
+            raise InputError(f"{source} gives {len(labels)} values, but the data have one a text")
+        if samples.kind == "contrastive":
+            check_contrastive(pipeline.checkpoint.pooling, source)
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
+    if not data and _fingerprint(expanded(source)) not in (None, dataset.fingerprint):
+        raise InputError(
+            f"the data of {source} have changed since it was trained, so it may know some of what is held out "
+            "now: score it on others with --data"
+        )
     scores: dict[str, float | str] = {"samples": len(samples), **evaluate(Objective(model), dataset)}
     if isinstance(pipeline, Translator):
         translations = pipeline.translate(samples.texts, num_beams=num_beams, truncate=run.data.truncate)

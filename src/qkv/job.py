@@ -30,7 +30,7 @@ from qkv.files import cache_folder, expanded
 from qkv.growth import check as check_growth
 from qkv.hub import Checkpoint
 from qkv.hub.folder import locate
-from qkv.hub.sentence import CONTRASTIVE
+from qkv.hub.sentence import CONTRASTIVE, check_contrastive
 from qkv.images import ImageProcessor
 from qkv.models import Bert, MultiTaskBert, build
 from qkv.runtime import multiplies_bfloat16, pick_device
@@ -189,12 +189,8 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     loaded = hub.load(config.init, family=config.model.family, head=head if bert else None, labels=labels)
     if config.lora.rank:
         hub.check_base(config.init, fresh=loaded.fresh)
-    contrastive = any(raw.kind == "contrastive" for raw in raws.values())
-    if contrastive and loaded.pooling is not None and loaded.pooling.mode != CONTRASTIVE.mode:
-        raise InputError(
-            f"contrastive learning compares means of texts, but {config.init} makes vectors of their first "
-            "tokens: begin from another checkpoint"
-        )
+    if any(raw.kind == "contrastive" for raw in raws.values()):
+        check_contrastive(loaded.pooling, config.init)
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():

@@ -32,7 +32,7 @@ from qkv.checkpoint import (
     step_of,
 )
 from qkv.config import TrainConfig, ViTConfig, write_toml
-from qkv.data import Sampler, prefetch
+from qkv.data import MultiTaskDataset, Sampler, prefetch
 from qkv.data.cache import fingerprint
 from qkv.distributed import ALONE, Ranks
 from qkv.divergence import check_finite, check_trend
@@ -58,7 +58,10 @@ def begin(job: Job, run: Path) -> None:
     if holds_checkpoint(run):
         raise InputError(f"{run} holds a checkpoint, which would be lost: choose another --out")
     model = job.checkpoint.model
-    save_state(run, model, [], average_of(model, job.config.train).state, Progress(_data_of(job)))
+    tasks = job.valid.tasks if isinstance(job.valid, MultiTaskDataset) else {"": job.valid}
+    held_out = {name: task.fingerprint for name, task in tasks.items()}
+    progress = Progress(_data_of(job), held_out)
+    save_state(run, model, [], average_of(model, job.config.train).state, progress)
     try:
         for part in (job.checkpoint.tokenizer, job.checkpoint.images):
             if part is not None:

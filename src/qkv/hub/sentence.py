@@ -46,6 +46,15 @@ CONTRASTIVE = Pooling(normalize=True)
 """What contrastive learning compares texts by."""
 
 
+def check_contrastive(pooling: Pooling | None, source: str) -> None:
+    """Raise InputError for a checkpoint that makes other vectors than contrastive learning compares."""
+    if pooling is not None and pooling.mode != CONTRASTIVE.mode:
+        raise InputError(
+            f"contrastive learning compares means of texts, but {source} makes vectors of their first "
+            "tokens: name another checkpoint"
+        )
+
+
 @dataclass(frozen=True)
 class Found:
     """What a folder says about its encoder."""
