@@ -257,8 +257,8 @@ def score(
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
     if not data and _fingerprint(expanded(source)) not in (None, dataset.fingerprint):
         raise InputError(
-            f"the data of {source} have changed since it was trained, so it may know some of what is held out "
-            "now: score it on others with --data"
+            f"the data of {source} have changed since it was trained, so it may know some of what is held "
+            "out now: score it on others with --data"
         )
     scores: dict[str, float | str] = {"samples": len(samples), **evaluate(Objective(model), dataset)}
     if isinstance(pipeline, Translator):
