@@ -335,7 +335,7 @@ def test_export(runs, tmp_path):
     assert said["files"] == ["model.onnx"] and 0 <= said["largest_difference"] < 1e-4
     assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()
     assert "has a model.safetensors" in fail("export", runs["vit"], runs["vit"], "--format", "onnx")
-    assert "no model.safetensors" in fail("classify", tmp_path / "onnx", "x.png")
+    assert "is for ONNX Runtime: name the checkpoint" in fail("classify", tmp_path / "onnx", "x.png")
 
 
 def test_scores_stay_on_one_line_and_are_no_output(runs, tmp_path):

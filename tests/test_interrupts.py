@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def begun(tmp_path_factory) -> tuple[Path, Path]:
     (folder / "recipe.toml").write_text(write_toml(recipe(folder, VARIANT)))
     command("train", folder / "recipe.toml", "--out", folder / "whole")
     return folder / "recipe.toml", folder / "whole"
+
+
+@pytest.fixture(autouse=True)
+def usual_ctrl_c() -> Iterator[None]:
+    """As in a process of its own: a browser that other tests used leaves a handler that does nothing."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def command(*arguments: object) -> int:

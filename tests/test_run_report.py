@@ -195,7 +195,7 @@ def test_the_bar_shows_loss_rate_and_share_of_the_peak(tmp_path):
     bar = TrainingBar(Console(file=out, force_terminal=True, width=120), full_rate=1.0)
     bar.begin(run_config(tmp_path, "gpt", max_steps=5), 2)
     bar.rate = 0.5
-    bar.step(3, {"loss": 1.25, "tokens": 0.0})
+    bar.step(3, {"loss": 1.25, "tokens": 0.0, "seconds": 1.0})
     bar.bar.refresh()
     bar.close()
     assert "3/5" in out.getvalue() and "loss 1.250" in out.getvalue() and "MFU 48 %" in out.getvalue()
