@@ -293,6 +293,17 @@ def test_a_source_whose_reading_was_interrupted_is_read_again() -> None:
     torch.testing.assert_close(again.logits(places[0]), expected.logits(rows[0]))
 
 
+def test_an_interrupt_while_tokens_are_forgotten_leaves_no_text_of_zeros() -> None:
+    slots = Slots(tiny("gpt-pre-norm"), 1)
+    slots.read({0: Reading([4, 3, 3, 4, 4])})
+    cache = slots.cache
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_once(patch, cache.layers[-1], "forget", 0)
+        with pytest.raises(KeyboardInterrupt):
+            cache.truncate([2])
+    assert cache.lengths == (2,)
+
+
 def test_a_text_on_which_a_model_fails_leaves_nothing_in_its_slot() -> None:
     model = tiny("gpt-pre-norm")
     assert isinstance(model, GPT)

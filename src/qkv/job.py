@@ -79,8 +79,7 @@ def new_job(config: RunConfig, watch: Watch = unwatched) -> Job:
         init=_folder_or_id(config.init),
     )
     raws = _read(config)
-    contrastive = any(raw.kind == "contrastive" for raw in raws.values())
-    if config.train.temperature != TrainConfig.temperature and not contrastive:
+    if config.train.temperature != TrainConfig.temperature and not _is_contrastive(raws):
         raise InputError("train.temperature is for contrastive learning: leave it out")
     torch.manual_seed(config.train.seed)
     cache = Cache(cache_folder() / "data", watch)
@@ -123,6 +122,11 @@ def _read(config: RunConfig) -> dict[str, Raw]:
         with _blaming(name):
             raws[name] = read(data, config.model.family)
     return raws
+
+
+def _is_contrastive(raws: dict[str, Raw]) -> bool:
+    """Whether a task is to find the texts that belong together."""
+    return any(raw.kind == "contrastive" for raw in raws.values())
 
 
 @contextmanager
@@ -189,7 +193,7 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     loaded = hub.load(config.init, family=config.model.family, head=head if bert else None, labels=labels)
     if config.lora.rank:
         hub.check_base(config.init, fresh=loaded.fresh)
-    if any(raw.kind == "contrastive" for raw in raws.values()):
+    if _is_contrastive(raws):
         check_contrastive(loaded.pooling, config.init)
     theirs = loaded.model.config
     given, usual = asdict(config.model), asdict(type(theirs)())

@@ -165,7 +165,7 @@ class Cache:
         """Forget the last tokens: slot i keeps its first lengths[i]. Raises ValueError if it has fewer."""
         if any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
             raise ValueError("a cache can only be truncated to fewer tokens")
-        for slot, (new, old) in enumerate(zip(lengths, self.lengths, strict=True)):
+        before, self.lengths = self.lengths, tuple(lengths)  # first: an interrupt leaves no text of zeros
+        for slot, (new, old) in enumerate(zip(lengths, before, strict=True)):
             for layer in self.layers if new < old else ():  # a weight of zero does not silence NaN
                 layer.forget(slot, slice(new, old))
-        self.lengths = tuple(lengths)
