@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 
 from qkv import hub
 from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig
+from qkv.data.sampler import Sampler
 from qkv.errors import InputError
 from qkv.evaluate import derived, evaluate, score
 from qkv.hub.sentence import Pooling
@@ -271,6 +273,21 @@ def test_more_words_are_hidden_in_training_alone(tmp_path: Path) -> None:
         batch = dataset.batch(range(len(dataset)), 0)
         words = batch.ids.layout.tokens - 3 * len(batch.ids.layout)
         assert len(batch.labels) == pytest.approx(share * words, rel=0.1)
+
+
+def test_batches_of_bpe_dropout_have_as_many_tokens_as_asked_for(tmp_path: Path) -> None:
+    config = run_config(tmp_path, "transformer")
+    config = dataclasses.replace(
+        config,
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=400),
+        data=dataclasses.replace(config.data, bpe_dropout=0.3),
+    )
+    dataset = new_job(config).train
+    sampler = Sampler(dataset.costs, batch_tokens=1000, seed=0)
+    batches = [dataset.batch(members, epoch) for epoch in (0, 1) for members in sampler.epoch(epoch)]
+    tokens = [batch.source.layout.tokens + batch.inputs.layout.tokens for batch in batches]
+    full = sorted(tokens)[len(tokens) // 4 :]  # the last of a pool is a rest
+    assert 900 < statistics.mean(full) < 1050
 
 
 @pytest.mark.parametrize("family", ["gpt", "transformer"])

@@ -133,8 +133,8 @@ def test_a_run_says_how_often_it_goes_through_its_data(tmp_path):
     config = run_config(tmp_path, "vit", max_steps=4, batch_tokens=40)  # 36 images of 4 patches, 10 in a step
     train(new_job(config), tmp_path / "run", nobody)
     assert nobody.said[-1] == (
-        "Each image is read as 8 x 8 pixels. 144 tokens, at most 40 in a step: the run goes through them 1.0 "
-        "times. The learning rate is still rising when it ends: lower train.warmup_steps."
+        "Each image is read as 8 x 8 pixels. 144 tokens, room for 40 in a step: the run goes through them "
+        "1.0 times. The learning rate is still rising when it ends: lower train.warmup_steps."
     )
 
 

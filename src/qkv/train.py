@@ -176,7 +176,7 @@ def _extent(job: Job, sampler: Sampler) -> str:
     config, tokens = job.config.train, int(job.train.costs.sum())
     epochs = config.max_steps / len(sampler.epoch(0))
     text = (
-        f"{tokens:,} tokens, at most {config.batch_tokens:,} in a step: the run goes through them "
+        f"{tokens:,} tokens, room for {config.batch_tokens:,} in a step: the run goes through them "
         f"{epochs:,.1f} times."
     )
     if config.warmup_steps >= config.max_steps:

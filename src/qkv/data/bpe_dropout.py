@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from qkv.data.dataset import Ids, Sequences
+from qkv.data.dataset import Ids
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
 
@@ -38,10 +38,6 @@ class BPEDropout:
             pair, whole = (vocab[left], vocab[right]), vocab[left + right.removeprefix(prefix)]
             self.merges[pair] = rank, whole
             self.symbols[whole] = self.symbols[pair[0]] + self.symbols[pair[1]]
-
-    def most(self, texts: Sequences) -> Ids:
-        """The most tokens that each text can have: as many as without any merge."""
-        return np.array([sum(len(self.symbols[id]) for id in texts[i].tolist()) for i in range(len(texts))])
 
     def segment(self, ids: Ids, begins: Ids, rng: np.random.Generator) -> Ids:
         """Whole words' tokens, with 1 in `begins` where one begins, in a segmentation drawn with `rng`."""

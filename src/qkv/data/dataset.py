@@ -36,7 +36,7 @@ class Dataset(ABC):
     """
 
     costs: Ids
-    """Tokens of each sample; where they differ from epoch to epoch, the most there can be."""
+    """Tokens of each sample; where they differ from epoch to epoch, about as many as it has in the mean."""
     fingerprint: str
     """A hash of the samples' content and of what turns it into ids or pixels: other data have another."""
     notes: tuple[str, ...] = ()

@@ -24,6 +24,9 @@ from qkv.data.dataset import (
 )
 from qkv.tokenizers import Tokenizer
 
+_MEASURED = 512
+"""Samples from which it is known how many more tokens BPE-dropout makes; they take a part of a second."""
+
 
 class PairDataset(Dataset):
     """Sources that end with the end token, and targets shifted by one (Vaswani et al. 2017, 3.1)."""
@@ -62,20 +65,19 @@ class PairDataset(Dataset):
         self.end = np.array([end_id])
         self.seed = seed
         self.dropout = dropout
-        self.costs = self._tokens(self.sources.lengths, self.targets.lengths)
+        source, target = (ids.lengths.clip(max=self.room) for ids in (self.sources, self.targets))
+        self.costs = source + target + 2
         if dropout is not None:
             self.begins = [word_begins(tokenizer, texts, cache) for texts in (sources, targets)]
-            plain = self.costs.sum()
-            self.costs = self._tokens(dropout.most(self.sources), dropout.most(self.targets))
-            self.notes += (
-                f"BPE dropout: batches have room for the most tokens that texts can have, "
-                f"{self.costs.sum() / plain:.1f} times those without; raise train.batch_tokens.",
-            )
+            growth = self._growth()
+            self.costs = np.ceil(self.costs * growth).astype(np.int64)
+            self.notes += (f"BPE dropout: texts have {growth:.2f} times as many tokens as without.",)
 
-    def _tokens(self, sources: Ids, targets: Ids) -> Ids:
-        """Tokens of each sample, given those of its texts."""
-        tokens: Ids = sources.clip(max=self.room) + targets.clip(max=self.room) + 2
-        return tokens
+    def _growth(self) -> float:
+        """How many times as many tokens the samples have with dropout as without, by some of them."""
+        some = np.linspace(0, len(self) - 1, min(len(self), _MEASURED), dtype=np.int64)
+        drawn = [len(source) + len(target) + 2 for source, target in (self._sample(i, 0) for i in some)]
+        return float(sum(drawn) / self.costs[some].sum())
 
     def batch(self, indices: Sequence[int], epoch: int) -> PairBatch:
         """Sources (S,), decoder inputs (T,) and labels (T,); without dropout the same in every epoch."""
