@@ -58,8 +58,8 @@ def generator(context: int = 40, spare: int = 0) -> TextGenerator:
     return pipeline(Checkpoint(tiny(config, torch.float32), made), "cpu")  # type: ignore[return-value]
 
 
-def translator(**settings: Any) -> Translator:
-    made = tokenizer("transformer", "bpe", 300)
+def translator(kind: str = "bpe", **settings: Any) -> Translator:
+    made = tokenizer("transformer", kind, 300)
     special = {"pad_id": made.pad_id, "eos_id": made.eos_id}
     config = TransformerConfig(**SIZES, vocab_size=made.vocab_size, **special, **settings)
     model = tiny(config, torch.float32)

@@ -385,6 +385,18 @@ def test_marian_is_transformers_marian(marian: Path, tmp_path: Path) -> None:
             assert "".join(ours.stream(some)) == ours.decode(some)
 
 
+@pytest.mark.parametrize("text", [">>fra<< The fox", "a ☃ fox", "  The\u00a0fox ½ "])
+def test_each_piece_of_marian_stands_in_what_it_reads(marian: Path, text: str) -> None:
+    """A character that the vocabulary lacks is there, too."""
+    ours = Tokenizer.load(marian)
+    for literal, ids in ((False, ours.encode(text).ids), (True, ours.plain(text))):
+        read, places = ours.placed(text, literal)
+        assert len(places) == len(ids)
+        assert [place is None for place in places] == [id == ours.eos_id for id in ids]
+        assert "".join(read[slice(*place)] for place in places if place is not None) == read
+        assert len(read.split()) == len(text.split())
+
+
 def test_other_tokenizers_read_targets_as_sources() -> None:
     assert BYTES["transformer"].target is BYTES["transformer"]
 

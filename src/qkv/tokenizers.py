@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -173,6 +174,16 @@ class Tokenizer:
         """As `encode`, with where in its text each token stands. Raises InputError for broken Unicode."""
         both = (self._split(text), None if pair is None else self._split(pair))
         return self.backend.encode(*both, is_pretokenized=self._presplit)
+
+    def placed(self, text: str, literal: bool = False) -> tuple[str, list[tuple[int, int] | None]]:
+        """The text as it is read, and where in it each token of `encode` stands, or of `plain` if literal.
+
+        None: a token that the template adds. Raises InputError for broken Unicode.
+        """
+        backend = self._literal if literal else self.backend
+        found = backend.encode(self._split(text), add_special_tokens=not literal)
+        places = zip(found.sequence_ids, found.offsets, strict=True)
+        return text, [None if part is None else place for part, place in places]
 
     def plain(self, text: str) -> list[int]:
         """The text itself: no template, and special tokens written in it are text like any other."""
@@ -562,6 +573,12 @@ class MarianTokenizer(Tokenizer):
     def definition(self) -> str:
         """All that decides which ids a text becomes, to tell tokenizers apart."""
         return self.backend.to_str() + hashlib.sha256(self._model.serialized_model_proto()).hexdigest()
+
+    def placed(self, text: str, literal: bool = False) -> tuple[str, list[tuple[int, int] | None]]:
+        """As every tokenizer's; the text is what the model's normalisation leaves of it."""
+        pieces = [piece.replace("▁", " ") for piece in self._split(text)]
+        ends = list(accumulate(map(len, pieces), initial=0))
+        return "".join(pieces), [*pairwise(ends), *[None] * (not literal)]
 
     def _split(self, text: str) -> list[str]:
         super()._split(text)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipelines import TEXTS, tokenizer
+from test_pipelines import TEXTS, tokenizer, translator
 
 from explanations.subjects import CASES, subject
 from qkv.explanations import units
+from qkv.explanations.inputs import subject_of
 
 WRITTEN = st.text("abc xyz Zwölf.,🙂日", max_size=30)
 
@@ -106,3 +107,11 @@ def test_a_word_that_the_vocabulary_lacks_counts_as_one():
     found = units.of_ids("source", made, ids, [False] * len(ids))
     assert [found.words[i] for i, unit in enumerate(found.units) if unit.strip() in ("T", "d")][:2] == [1, 2]
     assert found.words[0] == 0
+
+
+def test_words_of_a_translation_are_those_of_its_texts():
+    """WordPiece decodes "Two-dogs" as three words."""
+    one = subject_of(translator("wordpiece"), "Two-dogs run, (it's) lazy.", "Zwei-Hunde über den", 1)
+    assert [max(sequence.words) for sequence in one.sequences] == [3, 2]
+    for sequence in one.sequences:
+        assert sequence.words[sequence.special.index(False)] == 0

@@ -245,18 +245,19 @@ def _translated(translator: Translator, text: str, target: str | None) -> Subjec
     tokenizer, model, config = translator.tokenizer, translator.model, translator.model.config
     source = tokenizer.encode(text).ids
     _check_length(translator, len(source), "source")
+    sequence = units.of_text("source", tokenizer, source, *tokenizer.placed(text))
     if target is None:
         best = Decoding(num_beams=BEAMS, temperature=0.0, max_new_tokens=config.context)
         written = generate(model, [source], best, [config.eos_id])[0][0].ids
+        read = [config.pad_id, *written[:-1]]
+        answer = units.of_ids("target", tokenizer.target, read, [True, *[False] * (len(read) - 1)])
     else:
         written = [*_given(tokenizer.target.plain(target)), config.eos_id]
-    read = [config.pad_id, *written[:-1]]
-    _check_length(translator, len(read), "target")
-    marks = {config.pad_id, config.eos_id}
-    sequences = [
-        units.of_ids("source", tokenizer, source, [id in marks for id in source]),
-        units.of_ids("target", tokenizer.target, read, [id in marks for id in read]),
-    ]
+        read = [config.pad_id, *written[:-1]]
+        _check_length(translator, len(read), "target")
+        target, places = tokenizer.target.placed(target, literal=True)
+        answer = units.of_text("target", tokenizer, read, target, [None, *places])
+    sequences = [sequence, answer]
     ids = [torch.tensor(one, device=translator.device) for one in (source, read)]
     subject = TransformerSubject(model, sequences, ids, partial(units.written, tokenizer.target))
     subject.ask([subject.question("target", unit, causal=True) for unit in range(len(read))], written)

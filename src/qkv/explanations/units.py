@@ -34,6 +34,14 @@ def of_words(name: Name, text: str, places: Sequence[Span], encoding: tokenizers
     return _written(name, [text], spans, encoding.tokens, ())
 
 
+def of_text(
+    name: Name, tokenizer: Tokenizer, ids: Sequence[int], text: str, places: Sequence[Span | None]
+) -> Units:
+    """Tokens that stand at these places of a text; None: a marker."""
+    spans = [None if place is None else (0, *place) for place in places]
+    return _written(name, [text], spans, [tokenizer.token(id) for id in ids], ())
+
+
 def of_ids(name: Name, tokenizer: Tokenizer, ids: Sequence[int], special: Sequence[bool]) -> Units:
     """Tokens of which there are only ids, as the text that they decode to."""
     pieces = Pieces(tokenizer)
