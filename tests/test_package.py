@@ -14,6 +14,7 @@ from tiny import tiny
 
 import qkv
 from qkv import hub
+from qkv.errors import InputError, need
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -78,6 +79,7 @@ ring = Ring(); ring.itself = ring; gone = weakref.ref(ring); del ring
 gc.disable()
 import qkv
 from qkv import hub
+from qkv.errors import InputError, need
 qkv.InputError
 assert not gc.isenabled() and gc.get_freeze_count() == 0
 gc.enable()
@@ -89,3 +91,10 @@ assert gc.isenabled() and gc.get_freeze_count() > 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_package_is_told_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    need("attention flow", "explain", "scipy")
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(InputError, match=r"^attention flow needs scipy: pip install 'qkv\[explain\]'$"):
+        need("attention flow", "explain", "numpy", "scipy")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qkv.config import BleuTokenizer
-from qkv.errors import InputError
+from qkv.errors import need
 
 
 def f1(right: float, said: float, true: float) -> float:
@@ -162,10 +162,8 @@ def translation_scores(
 
     Raises InputError without the `eval` extra.
     """
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError:
-        raise InputError("translations are scored by sacreBLEU: pip install 'qkv[eval]'") from None
+    need("scoring translations", "eval", "sacrebleu")
+    from sacrebleu.metrics import BLEU, CHRF
 
     bleu, chrf = BLEU(tokenize=tokenize), CHRF()
     return {

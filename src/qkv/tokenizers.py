@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qkv.config import Family, TokenizerConfig
-from qkv.errors import InputError
+from qkv.errors import InputError, need
 from qkv.files import json_or_empty, write_json
 
 if TYPE_CHECKING:
@@ -552,10 +552,9 @@ class MarianTokenizer(Tokenizer):
     @staticmethod
     def read(folder: Path) -> MarianTokenizer:
         """vocab.json, source.spm and target.spm of a folder."""
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            raise InputError("Marian's tokenizers need sentencepiece: pip install 'qkv[marian]'") from None
+        need("Marian's tokenizer", "marian", "sentencepiece")
+        from sentencepiece import SentencePieceProcessor
+
         if (folder / "target_vocab.json").is_file():
             raise InputError(f"{folder} has a second vocabulary, target_vocab.json; it must share one")
         source = SentencePieceProcessor(model_file=str(folder / "source.spm"))

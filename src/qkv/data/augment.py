@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qkv.config import AugmentConfig
 from qkv.data.dataset import Ids
-from qkv.errors import InputError
+from qkv.errors import InputError, need
 from qkv.images import ImageProcessor, edges
 
 CROP_RATIOS = 3 / 4, 4 / 3
@@ -246,10 +246,9 @@ _TURN: float = math.radians(30)
 
 def kornia_enhance() -> Any:
     """kornia's module of colour operations. Raises InputError if it is not installed."""
-    try:
-        from kornia import enhance
-    except ImportError:
-        raise InputError("augment.randaugment uses kornia: pip install 'qkv[vision]'") from None
+    need("augment.randaugment", "vision", "kornia")
+    from kornia import enhance
+
     return enhance
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from qkv.config import Family
 from qkv.demo import bert, gpt, transformer, vit
-from qkv.demo.lab import Lab, Part, need
-from qkv.errors import InputError
+from qkv.demo.lab import Lab, Part
+from qkv.errors import InputError, need
 from qkv.files import replace_text
 from qkv.report.page import page
 
@@ -46,7 +46,7 @@ def run_demo(only: tuple[Family, ...], out: Path, console: Console, share: float
     A folder of an earlier demo is begun afresh. share: of each recipe's optimiser steps. Raises
     InputError for a folder that is not a demo's, or if an extra package is missing.
     """
-    need(*(module for family in only for module in NEEDS[family]))
+    need("the demo", "demo", *(package for family in only for package in NEEDS[family]))
     _claim(out)
     lab = Lab(out, console, share)
     started = time.monotonic()

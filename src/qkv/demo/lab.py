@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import shutil
 import sysconfig
 import time
@@ -118,13 +117,6 @@ def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def need(*modules: str) -> None:
-    """Raise InputError unless the demo's extra packages are installed."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise InputError(f"the demo needs {module}: pip install 'qkv[demo]'")
 
 
 def lot(name: str) -> float:

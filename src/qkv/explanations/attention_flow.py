@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qkv.errors import InputError
+from qkv.errors import InputError, need
 from qkv.explanations.explanation import Stack
 from qkv.explanations.subjects import Subject
 from qkv.recording import record
@@ -92,8 +91,7 @@ def rollout(mixed: Sequence[Tensor]) -> Tensor:
 
 def check_flow(mixed: Sequence[Tensor]) -> None:
     """Raises InputError without scipy, and for an input whose flows would take too long."""
-    if find_spec("scipy") is None:
-        raise InputError("attention flow needs scipy: pip install 'qkv[explain]'")
+    need("attention flow", "explain", "scipy")
     units, edges = len(mixed[0]), sum(int(step.count_nonzero()) for step in mixed)
     if edges * units > FLOW_EDGES:
         raise InputError(

@@ -6,14 +6,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qkv.errors import InputError
+from qkv.errors import need
 from qkv.export import padded
 from qkv.export.padded import Padded
 from qkv.hub import Checkpoint
@@ -30,9 +29,7 @@ _SIZES = {padded.BATCH: 2, padded.LENGTH: 3, padded.SOURCE: 4, padded.PAST: 5, p
 
 def check_installed() -> None:
     """Raise InputError without the packages that write and run ONNX files."""
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(package) is None:
-            raise InputError(f"ONNX files need {package}: pip install 'qkv[onnx]'")
+    need("writing and checking ONNX files", "onnx", "onnx", "onnxscript", "onnxruntime")
 
 
 def graphs(checkpoint: Checkpoint) -> dict[str, Padded]:
