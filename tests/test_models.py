@@ -86,6 +86,22 @@ def test_sequences_of_no_and_of_one_token_have_finite_values_and_gradients(name:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_that_was_read_in_inference_mode_can_be_trained_on(name: str):
+    model = tiny(name)
+    if isinstance(model, ViT):
+        given = (torch.zeros(2, 2, 8, 8, dtype=torch.float64),)
+    else:
+        ids = pack([[1, 2, 3], [4] * 30, [5]])
+        given = (ids, ids) if isinstance(model, Transformer) else (ids,)
+    with torch.inference_mode():
+        model(*given)
+    hidden = model(*given).hidden
+    values = hidden.values if isinstance(hidden, Ragged) else hidden
+    values.square().sum().backward()
+    assert next(model.parameters()).grad is not None
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_bfloat16_is_near_float32(name: str):
     exact, rough = tiny(name, torch.float32), tiny(name, torch.bfloat16)
     lengths = [(5, 9), (20, 1), (1, 3)]

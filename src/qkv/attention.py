@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkv.dropout import dropout as drop
-from qkv.ragged import Layout
+from qkv.ragged import Layout, kept
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, each (Tk, H, E)."""
@@ -85,7 +85,7 @@ class Pattern:
         sides = zip(new, old, (_CACHE_SLACK, _SLACK), strict=True)
         return i == group[-1] + 1 and all(max(n, o) <= _SPREAD * min(n, o) + more for n, o, more in sides)
 
-    @cached_property
+    @kept
     def order(self) -> Tensor | None:
         """Where each query token is among the blocks' tokens, (Tq,); None: they are in place already."""
         if len(self.blocks) == 1:
@@ -116,7 +116,7 @@ class _Block:
         full = self.queries.equal and self.keys.equal and self.keys.width > 0 and not self.masks
         return full and (not self.causal or self.queries.width == self.keys.width)
 
-    @cached_property
+    @kept
     def mask(self) -> Tensor | None:
         """True where a query may attend a key: (B, 1, 1 or Lq, Lk) bool."""
         if self.plain:
@@ -165,7 +165,7 @@ class _Side:
         in_place = self.equal and sum(self.layout.lengths[first : last + 1]) == self.width * len(self.members)
         return sum(self.layout.lengths[:first]) if in_place and self.width else None
 
-    @cached_property
+    @kept
     def sizes(self) -> Tensor:
         """Lengths, (B,)."""
         return torch.tensor(self.lengths, device=self.layout.device)
@@ -175,13 +175,13 @@ class _Side:
         """The members laid end to end."""
         return Layout(tuple(self.lengths), self.layout.device)
 
-    @cached_property
+    @kept
     def rows(self) -> Tensor:
         """Row of each of the members' tokens among all tokens."""
         starts = self.layout.starts[torch.tensor(self.members, device=self.layout.device)]
         return starts[self.local.owner] + self.local.positions
 
-    @cached_property
+    @kept
     def cells(self) -> Tensor:
         """Cell of each of the members' tokens in the block (B * L)."""
         return self.local.owner * self.padded_width + self.local.positions

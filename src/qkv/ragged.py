@@ -5,12 +5,20 @@ Legend: T tokens of the batch, N sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Kept = TypeVar("Kept", Tensor, Tensor | None)
+
+
+def kept(make: Callable[[Any], Kept]) -> cached_property[Kept]:
+    """A property that is made once, and not as a tensor of inference mode: training may use it later."""
+    return cached_property(torch.inference_mode(False)(make))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,37 +52,37 @@ class Layout:
         """T, the number of tokens in all sequences."""
         return sum(self.lengths)
 
-    @cached_property
+    @kept
     def sizes(self) -> Tensor:
         """Lengths as int64 (N,)."""
         return torch.tensor(self.lengths, dtype=torch.long, device=self.device)
 
-    @cached_property
+    @kept
     def starts(self) -> Tensor:
         """Row at which each sequence begins, int64 (N,)."""
         if self.stride is not None:
             return torch.arange(len(self), device=self.device) * self.stride
         return self.sizes.cumsum(0) - self.sizes
 
-    @cached_property
+    @kept
     def boundaries(self) -> Tensor:
         """First row of each sequence and, last, T: int32 (N + 1,), as varlen kernels want it."""
         zero = torch.zeros(1, dtype=torch.int32, device=self.device)
         return torch.cat([zero, self.sizes.cumsum(0, dtype=torch.int32)])
 
-    @cached_property
+    @kept
     def owner(self) -> Tensor:
         """Which sequence each token belongs to, int64 (T,)."""
         sequences = torch.arange(len(self), device=self.device)
         return torch.repeat_interleave(sequences, self.sizes, output_size=self.tokens)
 
-    @cached_property
+    @kept
     def positions(self) -> Tensor:
         """Position of each token in its own sequence, int64 (T,)."""
         begins = self.sizes.cumsum(0) - self.sizes
         return torch.arange(self.tokens, device=self.device) - begins[self.owner]
 
-    @cached_property
+    @kept
     def rows(self) -> Tensor:
         """Row of each token, int64 (T,)."""
         return self.starts[self.owner] + self.positions
