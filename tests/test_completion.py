@@ -17,7 +17,7 @@ from qkv.tokenizers import Tokenizer, train_tokenizer
 TEXTS = ["abab cab aaab", "grüße 日本語 🙂 ab", "cabbage and baa"]
 TOKENIZERS = {
     kind: train_tokenizer(TokenizerConfig(kind=kind, vocab_size=300), "gpt", TEXTS * 3)  # type: ignore[arg-type]
-    for kind in ("bpe", "char")
+    for kind in ("bpe", "char", "wordpiece")
 }
 IDS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 STOPS = st.lists(st.text("ab c日", min_size=1, max_size=4), max_size=3)
@@ -55,6 +55,19 @@ def test_a_text_ends_before_the_first_stop_string(kind: str, words: list[str], s
         assert shown[1:] == [
             "".join(tokenizer.stream(ids[: n + 1]))[: len(s)] for n, s in enumerate(shown[1:])
         ]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(text=st.text("abc ", min_size=2), place=st.integers(1, 20))
+def test_an_answer_goes_on_from_what_is_before(kind: str, text: str, place: int) -> None:
+    """A space between words belongs to the tokens of one tokenizer, and to the decoder of another."""
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.plain(text)
+    before, after = ids[:place], ids[place:]
+    completion = Completion(tokenizer, before=before)
+    for id in after:
+        completion.push(Token(0, 0, id))
+    assert tokenizer.decode(before) + completion.text == tokenizer.decode(ids)
 
 
 def test_a_stop_string_may_span_tokens_and_part_of_one_is_shown_once_it_is_none() -> None:

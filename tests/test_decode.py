@@ -430,6 +430,8 @@ def test_more_beams_than_tokens() -> None:
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": None}, "top_p is None; it must be a number"),
+        ({"temperature": "0.7"}, "temperature is '0.7'; it must be a number"),
         ({"min_p": -0.1}, "min_p is -0.1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),

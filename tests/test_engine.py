@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CONFIGS, CONTEXT, DECODERS, VOCAB, tiny
 
+import qkv.search
+import qkv.speculate
 from qkv.config import Decoding
 from qkv.decode import Hypothesis
 from qkv.engine import STEP_TOKENS, Engine
 from qkv.errors import InputError
+from qkv.kv_cache import Branches
 from qkv.models import GPT, Transformer
 from qkv.search import Beams, Request, Stream
 from qkv.slots import Decoder, Reading, Slots
@@ -304,14 +307,16 @@ def test_an_interrupt_while_tokens_are_forgotten_leaves_no_text_of_zeros() -> No
     assert cache.lengths == (2,)
 
 
-def test_a_text_on_which_a_model_fails_leaves_nothing_in_its_slot() -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_on_which_a_model_fails_leaves_nothing_in_its_slot(temperature: float) -> None:
     model = tiny("gpt-pre-norm")
     assert isinstance(model, GPT)
     with torch.no_grad():
         model.positions.weight[9] = math.nan
     engine = Engine(model, 2)
     options = replace(GREEDY, max_new_tokens=4)
-    engine.submit(Request([4] * 10, options))  # ends first, and leaves its slot
+    # Ends first, and leaves its slot.
+    engine.submit(Request([4] * 10, replace(options, temperature=temperature)))
     engine.submit(Request([3, 1], replace(GREEDY, max_new_tokens=7)))
     short = engine.submit(Request([7, 1, 3], options))
     found = said(gather(engine), short)
@@ -326,10 +331,61 @@ def test_what_ended_in_a_step_that_was_interrupted_has_left() -> None:
         interrupt_once(patch, Stream, "take", 1)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
-    assert {token.request for token in engine.run()} == {1}
+    assert [token.request for token in engine.run()].count(0) == 1
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_tokens_of_a_step_that_was_interrupted_come_with_the_next(call: int) -> None:
+    model = tiny("gpt-pre-norm")
+    requests = [Request([4, 9 + i], replace(GREEDY, logprobs=1)) for i in range(3)]
+    engine = Engine(model, 3)
+    for request in requests:
+        engine.submit(request)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_once(patch, qkv.search, "with_logprobs", call)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    found = gather(engine)
+    assert [said(found, i) for i in range(3)] == [alone(model, request) for request in requests]
+
+
+def test_beams_whose_step_was_interrupted_go_on() -> None:
+    model = tiny("gpt-pre-norm")
+    request = Request([4, 9], Decoding(max_new_tokens=6, num_beams=3, logprobs=1))
+    engine = Engine(model, 1)
+    engine.submit(request)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_once(patch, qkv.search, "with_logprobs", 0)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert said(gather(engine), 0) == alone(model, request)
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_guesses_of_a_step_that_was_interrupted_are_made_again(call: int) -> None:
+    model, draft = tiny("gpt-pre-norm"), tiny("gpt-rotary")
+    request = Request([4, 9], Decoding(max_new_tokens=8, speculate=3, seed=3))
+    expected = said(answers(Engine(model, 1, draft), [request]), 0)
+    engine = Engine(model, 1, draft)
+    engine.submit(request)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_once(patch, qkv.speculate, "distribution", call)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert said(gather(engine), 0) == expected
 
 
 # ---------------------------------------------------------------- beams
+
+
+def test_a_tree_that_becomes_narrower_leaves_nothing_behind() -> None:
+    slots = Slots(tiny("gpt-pre-norm"), 1)
+    slots.read({0: Reading([4, 3])})
+    for rows, width in (((4, 5), 6), ((2, 3), 4)):
+        slots.read({0: Reading([7, 8], (), 2, Branches(rows, 2, torch.ones(2, width, dtype=torch.bool)))})
+    for layer in slots.cache.layers:
+        for values in layer.slots():
+            assert not values[0, 4:6].any()
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -410,6 +466,14 @@ def test_equal_logits_are_chosen_from_whatever_else_is_asked() -> None:
         for prompt in range(10):
             request = Request([prompt], decoding, EOS)
             assert said(answers(Engine(model, 3), [request, *others]), 0) == alone(model, request)
+
+
+@pytest.mark.parametrize("which", ["model", "draft"])
+def test_a_model_in_training_mode_is_refused(which: str) -> None:
+    models = {"model": tiny("gpt-pre-norm"), "draft": tiny("gpt-rotary")}
+    models[which].train()
+    with pytest.raises(InputError, match=r"training mode answers with dropout: call its eval\(\) first"):
+        Engine(models["model"], 1, models["draft"])
 
 
 def test_an_engine_without_slots_is_refused() -> None:

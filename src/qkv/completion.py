@@ -25,9 +25,13 @@ class Completion:
     """Number of the input, and of the answer to it."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), place: tuple[int, int] = (0, 0)
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        place: tuple[int, int] = (0, 0),
+        before: Sequence[int] = (),
     ) -> None:
-        """Raises InputError for a stop string that is empty."""
+        """before: ids that the answer goes on from. Raises InputError for a stop string that is empty."""
         if isinstance(stop_strings, str):
             raise InputError("give a list of stop strings, not a single one")
         if "" in stop_strings:
@@ -39,7 +43,7 @@ class Completion:
         self.place = place
         self._tokenizer = tokenizer
         self._stops = tuple(stop_strings)
-        self._pieces = Pieces(tokenizer)
+        self._pieces = Pieces(tokenizer, before)
         self._held = ""  # text that may be the beginning of a stop string
 
     def __repr__(self) -> str:

@@ -559,6 +559,9 @@ class Decoding:
         for name in (*counts, *perhaps, "seed"):
             if not hasattr(getattr(self, name), "__index__"):  # NumPy's integers have it too
                 raise InputError(f"{name} is {getattr(self, name)!r}; it must be a whole number")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"):
+            if not hasattr(getattr(self, name), "__float__"):
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a number")
         _check("", self, *_COUNT, *counts)
         _check("", self, lambda value: value >= 0, "at least 0", *perhaps)
         if self.min_new_tokens > self.max_new_tokens:

@@ -55,8 +55,10 @@ class Engine:
     def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None) -> None:
         """draft: a smaller model that guesses for the requests that speculate; None: guesses are looked up.
 
-        Raises InputError without slots, and for a draft model that does not fit.
+        Raises InputError without slots, for models in training mode, and for a draft that does not fit.
         """
+        if model.training or (draft is not None and draft.training):
+            raise InputError("a model in training mode answers with dropout: call its eval() first")
         if slots < 1:
             raise InputError(f"an engine of {slots} slots answers nothing: give it at least one")
         self.model = model
@@ -66,12 +68,13 @@ class Engine:
         self._waiting: deque[Search] = deque()
         self._live: list[Search] = []
         self._free = list(range(slots))  # the longest unused first
+        self._said: list[Token] = []  # not given out yet
         self._submitted = 0
 
     @property
     def busy(self) -> bool:
         """Whether there is anything left to do."""
-        return bool(self._live or self._waiting)
+        return bool(self._live or self._waiting or self._said)
 
     @property
     def computed(self) -> int:
@@ -111,11 +114,16 @@ class Engine:
     def step(self) -> list[Token]:
         """Let every answer go on by a token, or several if some were guessed: the new tokens, by request.
 
-        A beam search gives all tokens of its answers, best first, when it is done.
+        A beam search gives all tokens of its answers, best first, when it is done. What was found before an
+        exception comes with the next step.
         """
+        if self._live or self._waiting:
+            self._go_on()
+        said, self._said = self._said, []
+        return said
+
+    def _go_on(self) -> None:
         twins = self._admit()
-        if not self._live:
-            return []
         readers = [search for search in self._live if search not in twins]
         streams = [search for search in readers if isinstance(search, Stream) and search.room > 0]
         self._guesser.guess(streams)
@@ -126,7 +134,6 @@ class Engine:
             rows[twin] = rows[other][:1]
         ahead.prepare(row for search in self._live if search.weighs for row in rows[search])
         chosen, continuations = self._choose(ahead, rows), self._continuations(ahead, rows)
-        tokens: list[Token] = []
         try:
             for search in self._live:
                 logits = ahead.logits(rows[search]) if search.decoding.logprobs else None
@@ -138,11 +145,10 @@ class Engine:
                 else:
                     assert isinstance(search, Beams)
                     new = search.take(continuations[search], logits)
-                tokens += new
+                self._said += new
         finally:
             self._leave([search for search in self._live if search.done])
         self.counts.steps += 1
-        return tokens
 
     def _admit(self) -> dict[Search, Search]:
         """Give free slots to those who wait.
@@ -154,14 +160,14 @@ class Engine:
         budget = STEP_TOKENS
         while self._waiting and self._free:
             search = self._waiting[0]
+            cost = len(search.prompt) + len(search.source)
             same = (n for n in newcomers if (n.prompt, n.source) == (search.prompt, search.source))
             twin = next(same, None)
             if twin is not None:
                 twins[search] = twin
                 search.slot = self._free.pop(0)
-                self.counts.reused += len(search.prompt) + len(search.source)
+                self.counts.reused += cost
             else:
-                cost = len(search.prompt) + len(search.source)
                 if newcomers and cost > budget:
                     break
                 budget -= cost
@@ -196,13 +202,15 @@ class Engine:
                 [stream.uniforms[i] for i in n],
             )
         # Guesses that were not drawn are right where they are what is drawn anyway.
-        for group in ([s for s in streams if not s.draft and s.greedy is greedy] for greedy in (True, False)):
+        for greedy in (True, False):
+            group = [s for s in streams if not s.draft and s.greedy is greedy]
+            if not group:
+                continue
             places = [row for s in group for row in rows[s]]
             settings = [row for s in group for row in s.rows()]
-            if group and group[0].greedy:
-                ids = iter(self._greedy(ahead, places, settings))
-            elif group:
-                ids = iter(choose(ahead.logits(places), settings))
+            ids = iter(
+                self._greedy(ahead, places, settings) if greedy else choose(ahead.logits(places), settings)
+            )
             chosen |= {s: [next(ids) for _ in rows[s]] for s in group}
         return chosen
 

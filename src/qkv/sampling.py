@@ -128,10 +128,12 @@ def _nucleus(probability: Tensor, top_p: float) -> Tensor:
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Ids (R,), in proportion to weights (R, V), not all zero.
 
-    Each is the first whose cumulative weight passes uniforms (R,), float64 from [0, 1), of the total.
+    Each is the first whose cumulative weight passes uniforms (R,), float64 from [0, 1), of the total; of
+    weights that are NaN, which nothing passes, the last.
     """
     cumulative = weights.cumsum(-1, dtype=torch.float64)  # (R, V)
-    return torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    places = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return places.clamp(max=weights.shape[-1] - 1)
 
 
 def verify(

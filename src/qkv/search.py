@@ -198,13 +198,13 @@ class Stream(Search):
         ids = list(chosen[: right + 1])
         ends = [n for n, id in enumerate(ids) if id in self.request.eos]
         ids = ids[: ends[0] + 1] if ends else ids
+        tokens = [Token(self.number, self.answer, id, guessed=n < right) for n, id in enumerate(ids)]
+        if logits is not None:
+            tokens = with_logprobs(tokens, logits[: len(ids)], self.decoding.logprobs)
         self.ids += ids
         self.guesses, self.draft = [], []
         finish: Finish | None = "eos" if ends else self.full if self.made == self.limit else None
         self.done = finish is not None
-        tokens = [Token(self.number, self.answer, id, guessed=n < right) for n, id in enumerate(ids)]
-        if logits is not None:
-            tokens = with_logprobs(tokens, logits[: len(ids)], self.decoding.logprobs)
         if self.done:
             tokens[-1] = tokens[-1]._replace(finish=finish)
         return tokens
@@ -218,10 +218,6 @@ class _Beam(NamedTuple):
 
     tokens: tuple[Token, ...]
     score: float
-
-    @property
-    def ids(self) -> list[int]:
-        return [token.id for token in self.tokens]
 
 
 class Continuation(NamedTuple):
@@ -277,7 +273,9 @@ class Beams(Search):
     def settings(self) -> list[Row]:
         """What makes the beams' scores other than log-probabilities."""
         banned = self.banned(self.made)
-        histories = [self.prompt + beam.ids if self.penalised else [] for beam in self.beams]
+        histories = [
+            [*self.prompt, *(t.id for t in beam.tokens)] if self.penalised else [] for beam in self.beams
+        ]
         return [Row(self.decoding, history, banned, 0.0) for history in histories]
 
     def take(self, best: Sequence[Continuation], logits: Tensor | None) -> list[Token]:
@@ -287,17 +285,17 @@ class Beams(Search):
         for.
         """
         K, eos = self.decoding.num_beams, self.request.eos
-        self.made += 1
         going_on: list[Continuation] = []
         ended: list[Continuation] = []
         for rank, one in enumerate(best):
             if one.score == -math.inf or len(going_on) == K:
                 break
-            if one.id not in eos and self.made < self.limit:
+            if one.id not in eos and self.made + 1 < self.limit:
                 going_on.append(one)
             elif rank < K:
                 ended.append(one)
         tokens = self._tokens([*going_on, *ended], logits)
+        self.made += 1
         for one, token in zip(ended, tokens[len(going_on) :], strict=True):
             last = token._replace(finish="eos" if one.id in eos else self.full)
             self.found.append(_Beam((*self.beams[one.beam].tokens, last), self._rank(one.score)))

@@ -114,6 +114,7 @@ class Slots:
                 self.texts[slot] = self.texts[slot][: kept[slot]]
                 new[slot] = reading.ids[kept[slot] :]
             else:
+                kept[slot] = min(kept[slot], reading.branches.mask.shape[1])  # a tree can become narrower
                 new[slot] = reading.ids
         self.cache.truncate(kept)
         batch = self._pack(new)

@@ -55,6 +55,8 @@ class Draft:
 
     def guess(self, streams: Sequence[Stream]) -> None:
         """Give each stream its guesses, as far as the draft model's context goes."""
+        for stream in streams:
+            stream.guesses, stream.draft = [], []  # those of a step that was interrupted
         going = list(streams)
         while going := [stream for stream in going if self._goes_on(stream)]:
             now = list(self._readers(going))

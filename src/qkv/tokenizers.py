@@ -354,10 +354,11 @@ class Pieces:
     the next id. Text is decoded after the previous piece, because a first token can lose its space.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """before: ids of the text that the pieces go on from."""
         self._tokenizer = tokenizer
-        self._window: list[int] = []  # the ids of the previous piece, then those of the coming one
-        self._shown = 0  # how many of the window's ids are in pieces already given
+        self._window = list(before)  # the ids of the previous piece, then those of the coming one
+        self._shown = len(before)  # how many of the window's ids are in pieces already given
 
     def push(self, id: int) -> str:
         """The piece that one more id completes; empty: none yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,7 +350,7 @@ def test_torchs_weights_are_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_package_is_one_line(package, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx, "find_spec", lambda name: None if name == package else name)
-    with pytest.raises(InputError, match=rf"ONNX files need {package}: pip install 'qkv\[onnx\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"ONNX files needs {package}: pip install 'qkv\[onnx\]'"):
         export("nowhere", tmp_path / "out", "onnx")
     assert names(tmp_path) == set()

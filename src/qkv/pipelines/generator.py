@@ -134,7 +134,7 @@ class TextGenerator(Pipeline[GPT]):
         for prompt in prompts:
             number = engine.submit(Request(prompt, decoding, self.eos))
             for answer in range(decoding.num_return_sequences):
-                answers[number, answer] = Completion(self.tokenizer, stop_strings, (number, answer))
+                answers[number, answer] = Completion(self.tokenizer, stop_strings, (number, answer), prompt)
 
         def pieces() -> Iterator[tuple[Completion, str]]:
             for token in engine.run():
