@@ -201,6 +201,9 @@ def test_mistakes_about_files_are_one_line(models, tmp_path):
     assert "writes .npy files" in fail("embed", models["embed"], "--data", data, "-o", tmp_path / "a.txt")
     same = ["--data", data, "-o", data, "--column", "text"]
     assert "is the input itself" in fail("translate", models["translate"], *same)
+    (tmp_path / "v.npy").mkdir()
+    assert "v.npy is a folder" in fail("embed", models["embed"], "--data", data, "-o", tmp_path / "v.npy")
+    assert not [*tmp_path.glob("*.part")]
     later = write(tmp_path / "later.jsonl", [{"text": "a"}, {"text": "b", "text_pair": "c"}])
     said = fail("classify", models["classify"], "--data", later)
     assert re.search("row 2 of .*later.jsonl has a column 'text_pair', which the first row has not", said)

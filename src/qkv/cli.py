@@ -630,6 +630,8 @@ def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
     assert target.path is not None
     if target.path.suffix != target.suffix:
         raise InputError(f"--output writes {target.suffix} files; {target.path} is not called so")
+    if target.path.is_dir():
+        raise InputError(f"{target.path} is a folder: name a file")
     if source.path is not None and target.path.exists() and target.path.samefile(source.path):
         raise InputError(f"{target.path} is the input itself: write to another file")
     if source.path is not None and target.path.resolve().is_relative_to(source.path.resolve()):

@@ -31,8 +31,8 @@ class LayerCache:
     def append(self, key: Tensor, value: Tensor) -> KeyValue:
         """Store those of the new tokens, (T, H, E) each, where `Cache.extend` said; return all."""
         kept, seen = self.reserve(key)
-        kept.index_copy_(0, self.cache.rows, key)
-        seen.index_copy_(0, self.cache.rows, value)
+        kept.index_copy_(0, self.cache.rows, key.to(kept.dtype))  # perhaps of before a model was made faster
+        seen.index_copy_(0, self.cache.rows, value.to(seen.dtype))
         return kept, seen
 
     def reserve(self, like: Tensor) -> KeyValue:

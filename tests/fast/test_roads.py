@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
 
+from qkv.attention import Pattern
 from qkv.config import Decoding
 from qkv.decode import generate
 from qkv.engine import Engine
@@ -385,6 +386,17 @@ def test_the_default_type_of_tensors_changes_no_answer(default: torch.dtype):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_without_compiled_code_it_is_bf16_only_where_the_cpu_multiplies_it(
+    precision: str, multiplies: bool, monkeypatch
+):
+    monkeypatch.setattr("qkv.fast.roads.multiplies_bfloat16", lambda device: multiplies)
+    with pytest.warns(UserWarning, match=r"PyTorch's operators alone"):
+        road = optimize(tiny("gpt-pre-norm", torch.float32), precision)
+    assert road == Road("torch", "bf16" if multiplies else "fp32")
+
+
 def test_widths_that_the_code_does_not_take_are_computed_by_torch():
     model = tiny("gpt-pre-norm", torch.float32)
     with pytest.warns(UserWarning, match=r"PyTorch's operators alone"):
@@ -396,6 +408,7 @@ def on_torch(name: str) -> Model:
     model = wide(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qkv.fast.roads._fastest", lambda roads, config: roads[-1])
+        patch.setattr("qkv.fast.roads.multiplies_bfloat16", lambda device: True)
         assert optimize(model, "bf16") == Road("torch", "bf16")
     return model
 
@@ -475,9 +488,10 @@ def test_what_is_packed_stays_where_a_model_is_converted(name: str):
 
 
 @native_code
-def test_an_engine_may_be_older_than_the_packed_weights():
+@pytest.mark.parametrize("name", ["gpt-pre-norm", "transformer-post-norm"])
+def test_an_engine_may_be_older_than_the_packed_weights(name: str):
     """What it remembers was written in float32."""
-    model = wide("gpt-pre-norm")
+    model = wide(name)
     engine = Engine(model, 1)
     first = Request([4, 9, 1, 12, 7], Decoding(temperature=0.0, max_new_tokens=6))
     engine.submit(first)
@@ -496,7 +510,40 @@ def test_an_engine_may_be_older_than_the_packed_weights():
 def test_a_cache_folder_that_is_closed_leaves_torchs_operators(monkeypatch, fresh_library):
     monkeypatch.setenv("QKV_CACHE", "/proc/none")
     with pytest.warns(UserWarning, match=r"PyTorch's operators alone: cannot write /proc/none"):
-        assert optimize(wide("gpt-pre-norm"), "bf16") == Road("torch", "bf16")
+        assert optimize(wide("gpt-pre-norm"), "fp32") == Road("torch", "fp32")
+
+
+@native_code
+def test_a_library_of_another_system_is_compiled_anew(tmp_path, monkeypatch, fresh_library):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qkv.fast.native._compile", lambda compiler, out: out.write_bytes(b"no library"))
+        with pytest.raises(UnavailableError, match="cannot load"):
+            library()
+    assert library()
+
+
+@native_code
+def test_tensors_of_other_sizes_than_the_weights_are_refused():
+    """torch's operators refuse them too; compiled code would read what is behind them."""
+    output, embeddings = NativeOutput(torch.randn(200, 64), "int8"), torch.randn(200, 64)
+    for hidden in (torch.randn(3, 128), torch.randn(3, 32)):
+        with pytest.raises(ValueError, match="values for a matrix with 64 inputs"):
+            output(hidden, embeddings)
+        with pytest.raises(ValueError, match="values for a matrix with 64 inputs"):
+            output.likeliest(hidden, embeddings, None, 2)
+    stack = native("gpt-pre-norm", "int8").blocks
+    layout = pack([[1, 2, 3], [4]]).layout
+    with pytest.raises(ValueError, match=r"\(3, 64\) for 4 tokens of 64 values"):
+        stack(torch.randn(3, 64), Pattern(layout, layout))
+
+
+def test_a_trial_is_of_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        assert _seconds(Road("torch", "bf16"), CONFIGS["gpt-pre-norm"], 2, 2, 0.0) > 0
+        if not REASON:
+            wide_enough = replace(CONFIGS["gpt-pre-norm"], dim=64, mlp_dim=128)
+            assert _seconds(Road("native", "int8"), wide_enough, 2, 2, 0.0) > 0
 
 
 @native_code

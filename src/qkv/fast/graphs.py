@@ -349,6 +349,8 @@ def _step_key(call: Call) -> Key:
         return None
     if sources is None:
         return W, _reach(slots)
+    if sources.keys.stride is None:
+        return None  # sources that lie in no cache
     if any(n and not length for n, length in zip(new, sources.keys.lengths, strict=True)):
         return None  # what attends nothing gets zeros, which a mask cannot say
     return W, _reach(slots), _reach(sources.keys)

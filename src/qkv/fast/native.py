@@ -62,22 +62,28 @@ def library() -> ctypes.CDLL:
     compiler = _compiler()
     key = repr((version(), FLAGS, compiler, sorted(capabilities.items())))
     path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=path.parent) as own:  # other processes may be compiling it too
-                made = Path(own) / path.name
-                _compile(compiler, made)
-                sync(made)
-                made.replace(path)
-        except OSError as error:
-            raise UnavailableError(f"cannot write {path}: {reason(error)}") from None
     try:
         found = ctypes.CDLL(str(path))
-    except OSError as error:  # a folder from which nothing may be executed
-        raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
+    except OSError:  # not compiled yet, or on another system
+        _build(compiler, path)
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError as error:  # a folder from which nothing may be executed
+            raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
     found.qkv_packed_bytes.restype = found.qkv_scales.restype = c_int64
     return found
+
+
+def _build(compiler: list[str], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as own:  # other processes may be compiling it too
+            made = Path(own) / path.name
+            _compile(compiler, made)
+            sync(made)
+            made.replace(path)
+    except OSError as error:
+        raise UnavailableError(f"cannot write {path}: {reason(error)}") from None
 
 
 def check(config: ModelConfig) -> None:
@@ -203,8 +209,14 @@ class NativeLinear(nn.Module):
         bias = None if self.bias is None else self.bias.data_ptr()
         return CMatrix(self.packed.data_ptr(), self.scale.data_ptr(), bias, self.inputs, self.outputs)
 
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for vectors of another width: the compiled code would read beyond them."""
+        if x.shape[-1] != self.inputs:
+            raise ValueError(f"vectors of {x.shape[-1]} values for a matrix with {self.inputs} inputs")
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., inputs) -> (..., outputs), float32."""
+        self.check(x)
         x = _floats(x)
         out = x.new_empty(*x.shape[:-1], self.outputs)
         rows = x.numel() // self.inputs
@@ -230,6 +242,7 @@ class NativeOutput(nn.Module):
         self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
         """As `layers.Output.likeliest`, without the logits of all tokens ever being in memory."""
+        self.linear.check(hidden)
         hidden = _floats(hidden)
         scores = hidden.new_empty(len(hidden), count)
         ids = hidden.new_empty(len(hidden), count, dtype=torch.int32)
@@ -321,6 +334,8 @@ class NativeStack(nn.Module):
         memory_pattern: Pattern | None = None,
     ) -> Tensor:
         """As `layers.Stack`: x (T, D) -> (T, D), float32."""
+        if x.shape != (pattern.queries.tokens, self.dim):
+            raise ValueError(f"{tuple(x.shape)} for {pattern.queries.tokens} tokens of {self.dim} values")
         x = _floats(x)
         lengths = _ints(pattern.queries.lengths)
         batch = CBatch(

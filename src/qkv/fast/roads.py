@@ -49,9 +49,9 @@ def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "au
     scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16; on a
     GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
     fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why, and
-    int8 becomes bf16, or fp32 on a CPU that does not multiply bf16. Weights go once they are packed, so the
-    model only answers from then on: it can neither be trained nor saved. Raises InputError if they are packed
-    already, for int8 on a GPU, and for a precision that there is not.
+    int8 becomes bf16, and both fp32 on a CPU that does not multiply bf16. Weights go once they are packed, so
+    the model only answers from then on: it can neither be trained nor saved. Raises InputError if they are
+    packed already, for int8 on a GPU, and for a precision that there is not.
     """
     if precision not in (*get_args(InferencePrecision), "auto"):
         raise InputError(f"no precision {precision!r}; there are fp32, bf16, int8 and auto")
@@ -91,9 +91,9 @@ def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"])
         native.check(config)
     except UnavailableError as error:
         said = f"qkv runs on PyTorch's operators alone: {error}"
-        if precision == "int8":
+        if precision == "int8" or (precision == "bf16" and not multiplies_bfloat16(torch.device("cpu"))):
             precisions = ["bf16" if multiplies_bfloat16(torch.device("cpu")) else "fp32"]
-            said = f"{said}; int8 needs more than these, so {precisions[0]} is used"
+            said = f"{said}; {precision} needs more than these, so {precisions[0]} is used"
         warnings.warn(said, stacklevel=3)
         return [Road("torch", one) for one in precisions]
     roads = [Road("native", one) for one in precisions]
@@ -194,12 +194,13 @@ def _seconds(
     that is fast with few tokens. By one thread: two that wait for each other on a busy machine would be
     measured by how busy it is.
     """
-    with torch.random.fork_rng(devices=[]):  # a trial that is remembered draws nothing either
+    # A trial that is remembered draws nothing either.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         block = _stack(Stack(replace(config, depth=1)).eval(), config, road)
 
     def once(length: int) -> float:
         layout = Layout((length,) * sequences, torch.device("cpu"))
-        x = torch.linspace(-1, 1, layout.tokens * config.dim).view(layout.tokens, config.dim)
+        x = torch.linspace(-1, 1, layout.tokens * config.dim, device="cpu").view(layout.tokens, -1)
         return shortest(lambda: block(x.clone(), Pattern(layout, layout)), x.device, budget)
 
     threads = torch.get_num_threads()
