@@ -3,7 +3,8 @@
 usage: [MINILM=FOLDER] python benchmarks/encode.py [minilm | bert-base] --texts FILE [--passes N]
 
 256 sentences of mixed length, from FILE, to mean vectors. Peers pad, in batches of 32 sentences of
-similar lengths; all are given the same ids. minilm is trained, bert-base has random weights. Agreement is
+similar lengths, one after the other by all threads, or as many at once as there are threads; all are given
+the same ids. minilm is trained, bert-base has random weights. Agreement is
 the cosine to transformers in fp32, mean and smallest. The limit is the time of the products with the
 blocks' weights at the measured peak of bfloat16 products; in fp32 at that of fp32, in int8 at twice that
 of bfloat16. On a GPU there is transformers alone, compiled too, in batches of 128.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import engines
 import interleaved
 import numpy as np
 import torch
@@ -37,14 +39,16 @@ def job(folder: Path, texts: str, name: str) -> Job:
     on_gpu = {
         "transformers, compiled, bf16": partial(transformers, model, ids, torch.bfloat16, compiled=True)
     }
-    on_cpu = {
-        "ONNX Runtime fp32": partial(onnx_runtime, model, ids, "model.onnx"),
-        "ONNX Runtime int8": partial(onnx_runtime, model, ids, "int8.onnx"),
-        "OpenVINO fp32": partial(openvino, model, ids, "f32"),
-        "OpenVINO bf16": partial(openvino, model, ids, "bf16"),
-        "CTranslate2 fp32": partial(ctranslate2, model, ids, "float32"),
-        "CTranslate2 int8": partial(ctranslate2, model, ids, "int8"),
-    }
+    on_cpu: dict[str, Callable[[], Work]] = {}
+    for how, at_once in engines.arrangements().items():
+        on_cpu |= {
+            f"ONNX Runtime{how} fp32": partial(onnx_runtime, model, ids, "model.onnx", at_once),
+            f"ONNX Runtime{how} int8": partial(onnx_runtime, model, ids, "int8.onnx", at_once),
+            f"OpenVINO{how} fp32": partial(openvino, model, ids, "f32", at_once),
+            f"OpenVINO{how} bf16": partial(openvino, model, ids, "bf16", at_once),
+            f"CTranslate2{how} fp32": partial(ctranslate2, model, ids, "float32", at_once),
+            f"CTranslate2{how} int8": partial(ctranslate2, model, ids, "int8", at_once),
+        }
     if name == "minilm":
         on_cpu["sentence-transformers, from text, fp32"] = partial(sentence_transformers, texts)
     variants |= on_gpu if ON_GPU else on_cpu
@@ -84,13 +88,14 @@ def _batches(ids: list[list[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]
         yield chosen, padded.to(DEVICE), mask.to(DEVICE)
 
 
-def _answer(ids: list[list[int]], encode: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+def _answer(ids: list[list[int]], encode: Callable[[Tensor, Tensor], Tensor], at_once: int = 1) -> Answer:
     """Mean vectors (N, D) of all sentences by what makes hidden vectors (n, L, D) of a padded batch."""
     rows: dict[int, Tensor] = {}
-    for chosen, padded, mask in _batches(ids):
+    batches = list(_batches(ids))
+    found = engines.for_all(lambda batch: encode(batch[1], batch[2]), batches, at_once)
+    for (chosen, _, mask), hidden in zip(batches, found, strict=True):
         weight = mask[..., None].float()
-        mean = (encode(padded, mask).float() * weight).sum(1) / weight.sum(1)
-        rows |= zip(chosen, mean, strict=True)
+        rows |= zip(chosen, (hidden.float() * weight).sum(1) / weight.sum(1), strict=True)
     return torch.stack([rows[i] for i in range(len(ids))]).cpu().numpy()
 
 
@@ -180,45 +185,32 @@ def sentence_transformers(texts: str) -> Work:
     return work
 
 
-def onnx_runtime(model: Path, ids: list[list[int]], file: str) -> Work:
-    import onnxruntime
+def onnx_runtime(model: Path, ids: list[list[int]], file: str, at_once: int) -> Work:
+    return _graph(engines.onnx_runtime(model / file, at_once), ids, at_once)
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(model / file), options, providers=["CPUExecutionProvider"])
-    types = {i.name: np.int32 if "int32" in i.type else np.int64 for i in session.get_inputs()}
 
+def openvino(model: Path, ids: list[list[int]], precision: str, at_once: int) -> Work:
+    return _graph(engines.openvino(model / "plain.onnx", precision, at_once), ids, at_once)
+
+
+def _graph(run: engines.Graph, ids: list[list[int]], at_once: int) -> Work:
     def encode(padded: Tensor, mask: Tensor) -> Tensor:
-        values = {"input_ids": padded, "attention_mask": mask}
-        inputs = {name: values[name].numpy().astype(kind) for name, kind in types.items()}
-        return torch.from_numpy(session.run(None, inputs)[0])
+        return torch.from_numpy(run({"input_ids": padded.numpy(), "attention_mask": mask.numpy()}))
 
-    return lambda: _answer(ids, encode)
+    return lambda: _answer(ids, encode, at_once)
 
 
-def openvino(model: Path, ids: list[list[int]], precision: str) -> Work:
-    import openvino as ov
-
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    compiled = ov.Core().compile_model(model / "plain.onnx", "CPU", settings)
-    return lambda: _answer(ids, lambda x, mask: torch.from_numpy(compiled([x.numpy(), mask.numpy()])[0]))
-
-
-def ctranslate2(model: Path, ids: list[list[int]], precision: str) -> Work:
+def ctranslate2(model: Path, ids: list[list[int]], precision: str, at_once: int) -> Work:
     import ctranslate2 as theirs
 
-    where, threads = str(model / "ctranslate2"), torch.get_num_threads()
-    encoder = theirs.Encoder(where, compute_type=precision, intra_threads=threads, inter_threads=1)
+    where, threads = str(model / "ctranslate2"), torch.get_num_threads() // at_once
+    encoder = theirs.Encoder(where, compute_type=precision, intra_threads=threads, inter_threads=at_once)
 
     def encode(padded: Tensor, mask: Tensor) -> Tensor:
         rows = [row[: int(length)].tolist() for row, length in zip(padded, mask.sum(1), strict=True)]
         return torch.from_numpy(np.array(encoder.forward_batch(rows).last_hidden_state))
 
-    return lambda: _answer(ids, encode)
+    return lambda: _answer(ids, encode, at_once)
 
 
 def qkv(model: Path, ids: list[list[int]], precision: str) -> Work:

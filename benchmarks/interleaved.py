@@ -33,6 +33,9 @@ SECONDS = 0.5 if ON_GPU else 4.0
 """How long a variant answers in a pass, after the first time; at least three times."""
 PATIENCE = 150.0
 """Seconds that a pass of a variant may take on a CPU, with its loading."""
+TORCH = ("qkv", "transformers", "sentence-transformers")
+"""What variants' names begin with that need torch. The others' memory is counted without it, though what
+prepares their inputs here has it."""
 
 Answer = NDArray[np.generic]
 Work = Callable[[], Answer]
@@ -136,41 +139,53 @@ class _Variant:
     first: float
     """Seconds until the first one."""
     held: int
-    """Bytes on the GPU that loading it took."""
+    """Bytes that loading it took."""
 
     @staticmethod
     def loaded(load: Callable[[], Work]) -> _Variant:
-        before = _allocated()
+        if not ON_GPU:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+        before = _in_use()
         began = time.perf_counter()
         work = load()
         answer = work()
-        return _Variant(work, answer, time.perf_counter() - began, _allocated() - before)
+        return _Variant(work, answer, time.perf_counter() - began, _in_use() - before)
 
     def measure(self) -> dict[str, float]:
         """One pass."""
         times: list[float] = []
-        before = _allocated()
+        others = _in_use() - self.held
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
         while sum(times) < SECONDS or len(times) < 3:
             began = time.perf_counter()
             self.answer = self.work()
             times.append(time.perf_counter() - began)
-        if ON_GPU:
-            memory = self.held + torch.cuda.max_memory_allocated() - before
-        else:
-            status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-            memory = next(int(line.split()[1]) * 2**10 for line in status if line.startswith("VmHWM"))
-        return {"seconds": statistics.median(times), "first": self.first, "memory": memory / 2**30}
+        peak = torch.cuda.max_memory_allocated() if ON_GPU else _resident("VmHWM")
+        memory = (peak - others) / 2**30
+        return {"seconds": statistics.median(times), "first": self.first, "memory": memory}
 
 
-def _allocated() -> int:
-    return torch.cuda.memory_allocated() if ON_GPU else 0
+def _in_use() -> int:
+    return torch.cuda.memory_allocated() if ON_GPU else _resident("VmRSS")
+
+
+def _resident(what: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 2**10 for line in status if line.startswith(what))
+
+
+def _started(imported: str) -> float:
+    """GiB of a Python process that has imported this."""
+    code = f"import {imported}; print(open('/proc/self/status').read().partition('VmRSS:')[2].split()[0])"
+    return int(subprocess.check_output([sys.executable, "-c", code])) / 2**20
 
 
 def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     answers: dict[str, Answer] = {}
+    started = {False: 0.0, True: 0.0} if ON_GPU else {False: _started("numpy"), True: _started("torch")}
     reference = next(iter(job.variants))
     chosen = [name for name in job.variants if given.only in name or name == reference]
     loaded: dict[str, _Variant] = {}
@@ -188,6 +203,7 @@ def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
                 print(f"{job.title}, {name}: {str(error).strip().splitlines()[-1:]}", file=sys.stderr)
                 chosen.remove(name)
                 continue
+            one["memory"] += started[name.startswith(TORCH)]
             found.setdefault(name, []).append(one)
     _report(job, found, answers, answers[reference])
 

@@ -5,7 +5,8 @@ usage: python benchmarks/translate.py [greedy | beam] [--passes N] [--only NAME]
 64 sources of 12 to 28 tokens, 20 new tokens each, greedily or with 4 beams; no end token stops them. 6
 and 6 layers, 512 wide, a vocabulary of 58,101 pieces, random weights. Agreement is the share of tokens
 that are those of transformers in fp32, up to the first that is not. The limit is the time of all products
-at the measured peak. On a GPU the peer is transformers, greedily also with a static cache and compiled.
+at the measured peak. CTranslate2 gets all sources at once, and for each thread a part of them. On a GPU the
+peer is transformers, greedily also with a static cache and compiled.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import engines
 import interleaved
 import numpy as np
 import torch
@@ -37,10 +39,12 @@ def job(folder: Path, _: str, beams: int) -> Job:
             transformers, model, sources, beams, torch.bfloat16, compiled=True
         )
     }
-    on_cpu = {
-        "CTranslate2 fp32": partial(ctranslate2, model, sources, beams, "float32"),
-        "CTranslate2 int8": partial(ctranslate2, model, sources, beams, "int8"),
-    }
+    on_cpu: dict[str, Callable[[], Work]] = {}
+    for how, at_once in engines.arrangements().items():
+        on_cpu |= {
+            f"CTranslate2{how} fp32": partial(ctranslate2, model, sources, beams, "float32", at_once),
+            f"CTranslate2{how} int8": partial(ctranslate2, model, sources, beams, "int8", at_once),
+        }
     variants |= on_cpu if not ON_GPU else on_gpu if beams == 1 else {}
     variants |= {f"qkv {p}": partial(qkv, model, sources, beams, p) for p in interleaved.PRECISIONS}
     encoder, decoder = DEPTH * (4 * D * D + 2 * D * F), DEPTH * (6 * D * D + 2 * D * F) + VOCAB * D
@@ -123,16 +127,23 @@ def transformers(
     return work
 
 
-def ctranslate2(model: Path, sources: list[list[int]], beams: int, precision: str) -> Work:
+def ctranslate2(model: Path, sources: list[list[int]], beams: int, precision: str, at_once: int) -> Work:
     import ctranslate2 as theirs
 
-    where, threads = str(model / "ctranslate2"), torch.get_num_threads()
-    translator = theirs.Translator(where, compute_type=precision, intra_threads=threads, inter_threads=1)
+    where, threads = str(model / "ctranslate2"), torch.get_num_threads() // at_once
+    translator = theirs.Translator(
+        where, compute_type=precision, intra_threads=threads, inter_threads=at_once
+    )
     tokens = [["</s>" if i == END else f"t{i}" for i in source] for source in sources]
 
     def work() -> Answer:
         found = translator.translate_batch(
-            tokens, beam_size=beams, min_decoding_length=NEW, max_decoding_length=NEW, disable_unk=False
+            tokens,
+            beam_size=beams,
+            min_decoding_length=NEW,
+            max_decoding_length=NEW,
+            disable_unk=False,
+            max_batch_size=-(-SENTENCES // at_once),
         )
         return np.array(
             [[int(t.strip("t")) if t[0] == "t" else END for t in one.hypotheses[0]] for one in found]
