@@ -25,7 +25,7 @@ import samples
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
-from qkv.cli import _with_data_path, main
+from qkv.cli import _train_command, _with_data_path, main
 from qkv.config import FAMILIES, read_toml
 from qkv.errors import InputError
 from qkv.pipelines import from_pretrained
@@ -292,7 +292,12 @@ def test_tables_of_labelled_texts_and_of_pairs(suffix, tmp_path):
         else:
             parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         succeed("train", family, "--data", path, "--out", tmp_path / family, *TINY[family], *STEPS)
-        assert score in json.loads(succeed("eval", tmp_path / family, "--data", path, "--num-beams", 1))
+        asked = ["eval", tmp_path / family, "--data", path]
+        if family == "bert":
+            assert "num_beams and tokenize are for translations" in fail(*asked, "--num-beams", 1)
+        else:
+            asked += ["--num-beams", 1]
+        assert score in json.loads(succeed(*asked))
 
 
 def test_parquet_of_images(tmp_path):
@@ -313,6 +318,21 @@ def test_fine_tune_a_checkpoint_of_another_size_than_the_recipe(runs, tmp_path):
     made = read_toml(tmp_path / "tuned" / "config.toml")
     assert (made.model.dim, made.model.dropout, made.model.labels) == (32, 0.3, ("bad", "good"))
     assert made.train.learning_rate == FINE_TUNING_RATE
+
+
+@pytest.mark.parametrize(
+    ("options", "fine_tunes", "rate"),
+    [
+        (["--init", ""], False, 5e-4),
+        (["--init", "x"], True, FINE_TUNING_RATE),
+        (["--init=x", "--lora.rank", "0"], True, FINE_TUNING_RATE),
+        (["--init=x", "--lora.rank", "2"], True, 5e-4),
+    ],
+)
+def test_the_default_recipe_is_that_of_what_is_begun_from(options, fine_tunes, rate):
+    config = _train_command(["bert", "--data", "x", *options]).keywords["config"]
+    assert (config.model.dim == 768) == fine_tunes
+    assert config.train.learning_rate == rate
 
 
 def test_adapters_are_trained_used_and_made_whole(runs, tmp_path):
@@ -378,6 +398,13 @@ def test_output_that_cannot_show_every_character(runs, encoding):
         ("embed x -o", "Missing value .*--output.*; see qkv embed --help"),
         ("train gpt --data x --lora.rank 4", "lora.rank adapts a trained model: name it with init"),
         ("train gpt --data x --lora.rank 4 --init y --train.optimizer muon", "muon is for whole matrices"),
+        ("train bert --data x --model.head masked_lm", "--model.head would do nothing.* the data decide it"),
+        ("train gpt --data x --init y --model.depth=12", "--model.depth .* with init the model is the ch"),
+        ("train gpt --data x --init y --model.no-qk-norm", "--model.no-qk-norm .* with init the model"),
+        ("train vit --data x --tokenizer.path y", "--tokenizer.path would do nothing here, as images have"),
+        ("train gpt --data x --init y --tokenizer.vocab-size 9", "the tokenizer is made already: leave"),
+        ("train vit --data x --augment.magnitude 7", "how strong augment.randaugment is: leave it out"),
+        ("plan gpt --gpu-memory-gib 24", "gpu_memory_gib is of the GPUs that are planned for"),
         ("tran", "tran; there are demo, train, plan, eval, .*, export$"),
         ("", "demo, train, plan, eval.*; see qkv --help"),
     ],

@@ -37,6 +37,7 @@ from qkv.config import (
     write_toml,
 )
 from qkv.errors import InputError
+from qkv.recipes import default_recipe
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))  # all of Unicode but lone surrogates
 FRACTION = st.floats(0, 1, exclude_max=True)
@@ -178,6 +179,12 @@ def test_a_value_of_the_wrong_type_is_refused(section: type):
             with pytest.raises(InputError, match=f"setting x.{name} = ") as error:
                 from_dict(section, {name: value}, "x.")
             assert "\n" not in str(error.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text("\ufeff" + write_toml(default_recipe("gpt")), encoding="utf-8")
+    assert read_toml(path) == default_recipe("gpt")
 
 
 def test_what_toml_can_say_exactly_is_taken():

@@ -16,7 +16,7 @@ from test_report import assert_self_contained
 from test_train import Nobody, assert_equal_runs, run_config
 
 from qkv.checkpoint import read_metrics
-from qkv.config import DataConfig, RunConfig
+from qkv.config import DataConfig, RunConfig, TokenizerConfig
 from qkv.console import TrainingBar
 from qkv.data import Samples
 from qkv.errors import InputError
@@ -24,7 +24,7 @@ from qkv.job import Job, new_job, resumed_job
 from qkv.observe import Observer, Observers, Record
 from qkv.pipelines import from_pretrained
 from qkv.report.exhibits import Gaps
-from qkv.report.run import REPORT, SAMPLES, RunReport
+from qkv.report.run import REPORT, SAMPLES, RunReport, _duration
 from qkv.tokenizers import Encoding, Tokenizer
 from qkv.train import train
 
@@ -109,6 +109,25 @@ def test_a_resumed_run_has_the_page_of_one_that_was_not_cut_off(tmp_path):
         (run / REPORT).read_text("utf-8").partition('<section id="learning">')[2] for run in (whole, cut)
     ]
     assert pages[0] == pages[1]
+
+
+def test_the_truth_of_a_gap_is_a_token_of_its_line(tmp_path):
+    config = config_of(tmp_path, "bert-documents", max_steps=1)
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(kind="bpe", vocab_size=300))
+    train(new_job(config), tmp_path / "run", Nobody())
+    encoder, line = from_pretrained(tmp_path / "run"), "the red thing is fine"
+    (answer,) = Gaps(Samples("text", [line])).ask(encoder)
+    tokens = [encoder.tokenizer.token(id) for id in encoder.tokenizer.encode(line).ids]
+    assert answer["truth"] in tokens and answer["truth"] not in ("red", "the")
+    assert {word for word, _ in answer["guesses"]} <= {*encoder.tokenizer.backend.get_vocab()}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(59.4, "59 s"), (59.6, "1 min 0 s"), (119.7, "2 min 0 s"), (3599.8, "1 h 0 min"), (7325, "2 h 2 min")],
+)
+def test_durations_are_rounded_before_they_are_parted(seconds, written):
+    assert _duration(seconds) == written
 
 
 def test_answers_are_what_the_saved_model_says(tmp_path):

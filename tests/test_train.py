@@ -441,11 +441,15 @@ def test_settings_that_a_checkpoint_decides_are_refused_but_dropout_is_taken(tmp
 def test_a_fresh_head_is_a_function_of_the_seed(tmp_path):
     config = run_config(tmp_path, "vit", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())
+    again = dataclasses.replace(config, init=str(tmp_path / "run"))
+    assert not new_job(again).checkpoint.fresh
     folder = Path(config.data.path)
     (folder / "dark").rename(folder / "night")
-    again = dataclasses.replace(config, init=str(tmp_path / "run"))
-    heads = [new_job(again).checkpoint.model.classifier.weight for _ in range(2)]
-    assert torch.equal(*heads)
+    jobs = [new_job(again) for _ in range(2)]
+    assert torch.equal(*(job.checkpoint.model.classifier.weight for job in jobs))
+    nobody = Nobody()
+    train(jobs[0], tmp_path / "tuned", nobody)
+    assert f"Not in {tmp_path / 'run'}, so with new random weights: classifier." in nobody.said
 
 
 @pytest.mark.parametrize("which", ["path", "valid"])

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
@@ -24,6 +24,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from qkv.config import (
     BEAMS,
+    DROPOUTS,
     FAMILIES,
     AnyModelConfig,
     BleuTokenizer,
@@ -109,8 +110,7 @@ def train(
             job = new_job(config, watch) if resume is None and ranks.first else None
             if job is not None:
                 # What cannot be must not leave a folder.
-                if ranks.count > 1:
-                    groups(ranks, config.train.shard_ranks)
+                groups(ranks, config.train.shard_ranks)
                 trackers(config.train.report_to, run)
                 begin(job, run)
             ranks.barrier()
@@ -175,14 +175,15 @@ def _plan_command(arguments: list[str]) -> Callable[[], None]:
 
 def _configured(
     command: Callable[..., None], named: str, config: RunConfig, arguments: list[str]
-) -> Callable[[], None]:
+) -> partial[None]:
     """The command with settings for arguments, whose defaults are those of the config that was named."""
-    return tyro.cli(
+    bound: partial[None] = tyro.cli(
         partial(_deferred(command), config=config),
         args=arguments,
         prog=f"qkv {command.__name__} {named}".rstrip(),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    return bound
 
 
 def _with_data_path(arguments: list[str]) -> list[str]:
@@ -206,7 +207,7 @@ def _planned_config(named: str) -> RunConfig:
     return read_toml(Path(named))
 
 
-def _train_command(arguments: list[str]) -> Callable[[], None]:
+def _train_command(arguments: list[str]) -> partial[None]:
     """Parse what follows `qkv train`: the recipe decides which settings there are and their defaults."""
     arguments = _with_data_path(arguments)
     options = [argument.partition("=")[0] for argument in arguments]
@@ -226,9 +227,31 @@ def _train_command(arguments: list[str]) -> Callable[[], None]:
         config = default_recipe("gpt")
     else:
         raise InputError(f"name what to train: a recipe file or one of {', '.join(FAMILIES)}")
-    if named in FAMILIES and "--init" in options:
-        config = fine_tuning(config, adapters="--lora.rank" in options)
-    return _configured(train, named, config, arguments)
+    command = _configured(train, named, config, arguments)
+    asked = cast("RunConfig", command.keywords["config"])
+    if named in FAMILIES and asked.init:
+        command = _configured(train, named, fine_tuning(config, asked.lora.rank > 0), arguments)
+    _check_used(options, asked)
+    return command
+
+
+def _check_used(options: list[str], config: RunConfig) -> None:
+    """Raise InputError for a setting on the command line that would do nothing in such a run."""
+    named = {option.removeprefix("--").replace(".no-", ".").replace("-", "_"): option for option in options}
+    data_decide = ("vocab_size", "head", "labels", "channels", "pad_id", "eos_id")
+    idle = {f"model.{name}": "the data decide it" for name in data_decide}
+    if config.init:
+        own = {field.name for field in fields(config.model)} - {*DROPOUTS, "image_size"}
+        idle |= {f"model.{name}": "with init the model is the checkpoint's" for name in own}
+    if config.model.family == "vit":
+        idle |= {f"tokenizer.{field.name}": "images have none" for field in fields(config.tokenizer)}
+    elif config.init or config.tokenizer.path:
+        own = {field.name for field in fields(config.tokenizer)} - {"path"}
+        idle |= {f"tokenizer.{name}": "the tokenizer is made already" for name in own}
+    if not config.augment.randaugment:
+        idle["augment.magnitude"] = "it is how strong augment.randaugment is"
+    for name in named.keys() & idle.keys():
+        raise InputError(f"{named[name]} would do nothing here, as {idle[name]}: leave it out")
 
 
 # ---------------------------------------------------------------- use
@@ -778,11 +801,11 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
         raise
 
 
-def _deferred(command: Callable[P, None]) -> Callable[P, Callable[[], None]]:
+def _deferred(command: Callable[P, None]) -> Callable[P, partial[None]]:
     """The command for tyro to call, which only binds the arguments: the work is not tyro's to watch."""
 
     @wraps(command)
-    def bind(*args: P.args, **kwargs: P.kwargs) -> Callable[[], None]:
+    def bind(*args: P.args, **kwargs: P.kwargs) -> partial[None]:
         return partial(command, *args, **kwargs)
 
     return bind

@@ -85,9 +85,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check("model.", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
         _check("model.", self, *_POSITIVE, "norm_eps")
-        _check("model.", self, *_FRACTION, "dropout", "attention_dropout", "drop_path")
+        _check("model.", self, *_FRACTION, *DROPOUTS)
         if self.dim % self.heads:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
+
+
+DROPOUTS = ("dropout", "attention_dropout", "drop_path")
+"""All of a model that a run may choose anew for a checkpoint that it begins from."""
 
 
 def _check_rotary(config: GPTConfig | TransformerConfig) -> None:
@@ -666,7 +670,7 @@ def run_config(values: dict[str, Any]) -> RunConfig:
 def read_toml(path: Path) -> RunConfig:
     """Read a recipe or a run's resolved config. Raises InputError for a missing or malformed file."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"no config file {path}") from None
     except IsADirectoryError:

@@ -129,7 +129,8 @@ def groups(ranks: Ranks, shard_ranks: int) -> int:
     """How many groups of so many ranks there are. Raises InputError if the ranks cannot be so divided."""
     if ranks.count % shard_ranks:
         raise InputError(
-            f"train.shard_ranks is {shard_ranks}, which does not divide the {ranks.count} ranks of this run"
+            f"train.shard_ranks is {shard_ranks}, which does not divide the {ranks.count} ranks of this run: "
+            "lower it, or start more with torchrun"
         )
     return ranks.count // shard_ranks
 

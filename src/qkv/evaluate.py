@@ -225,12 +225,16 @@ def score(
         if data:
             named = ", ".join(folders.values())
             raise InputError(f"{source} has several tasks: score one on other data, as {named}")
-        return joined({name: score(folder, precision=precision) for name, folder in folders.items()})
+        return joined(
+            {name: score(folder, "", num_beams, tokenize, precision) for name, folder in folders.items()}
+        )
     pipeline = from_pretrained(source)
     if precision is not None:
         pipeline.optimize(precision)
     if isinstance(pipeline, Translator):
         translation_scores([""], [""], tokenize)  # fails at once without sacreBLEU
+    elif (num_beams, tokenize) != (BEAMS, "13a"):
+        raise InputError("num_beams and tokenize are for translations: leave them out")
     model = pipeline.model
     # The settings of one of several tasks have the encoder's model, without a head.
     run = (

@@ -12,7 +12,7 @@ import torch
 
 from qkv import hub, lora
 from qkv.checkpoint import CONFIG
-from qkv.config import BertHead, DataConfig, RunConfig, TrainConfig, read_toml
+from qkv.config import DROPOUTS, BertHead, DataConfig, RunConfig, TrainConfig, read_toml
 from qkv.data import (
     Cache,
     Dataset,
@@ -199,17 +199,14 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
         from_data = name in ("head", "labels") or (name == "image_size" and given[name] == 0)
-        if name not in _DROPOUTS and not from_data and given[name] not in (value, usual[name]):
+        if name not in DROPOUTS and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
-                f"checkpoint's; only {', '.join(_DROPOUTS)} can be set"
+                f"checkpoint's; only {', '.join(DROPOUTS)} can be set"
             )
-    model = build(replace(theirs, **{name: given[name] for name in _DROPOUTS}))
+    model = build(replace(theirs, **{name: given[name] for name in DROPOUTS}))
     model.load_state_dict(loaded.model.state_dict())
-    return Checkpoint(model, loaded.tokenizer, loaded.images)
-
-
-_DROPOUTS = ("dropout", "attention_dropout", "drop_path")
+    return Checkpoint(model, loaded.tokenizer, loaded.images, fresh=loaded.fresh)
 
 
 def _fresh(config: RunConfig, raws: dict[str, Raw], cache: Cache) -> Checkpoint:

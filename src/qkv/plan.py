@@ -441,6 +441,8 @@ def plan(config: RunConfig, gpus: int = 0, gpu_memory_gib: float = 80.0, length:
         raise InputError(
             f"gpus is {gpus} and gpu_memory_gib {gpu_memory_gib}; give a count and a positive size"
         )
+    if not gpus and gpu_memory_gib != 80.0:
+        raise InputError("gpu_memory_gib is of the GPUs that are planned for: give gpus too")
     here = pick_device()
     simulated = gpus > 0 and here.type != "cuda"
     config, assumptions = assume(config, torch.device("cuda") if gpus else here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qkv.config import (
+    DROPOUTS,
     BertConfig,
     Family,
     GPTConfig,
@@ -52,9 +53,6 @@ def fine_tuning(recipe: RunConfig, adapters: bool) -> RunConfig:
 
     adapters: they alone are trained, at the rate of fresh weights.
     """
-    made = recipe.model
-    model = type(made)(
-        dropout=made.dropout, attention_dropout=made.attention_dropout, drop_path=made.drop_path
-    )
+    model = replace(type(recipe.model)(), **{name: getattr(recipe.model, name) for name in DROPOUTS})
     rate = recipe.train.learning_rate if adapters else FINE_TUNING_RATE
     return replace(recipe, model=model, train=replace(recipe.train, learning_rate=rate))

@@ -131,6 +131,9 @@ def _loop(job: Job, trainer: Trainer, run: Path, observer: Observer, progress: P
     ahead = 0 if trainer.device.type == "cpu" else 2
     for task, summary in job.summaries.items():
         observer.say(f"{task}: {summary.text()}" if task else summary.text())
+    if job.checkpoint.fresh:
+        parts = dict.fromkeys(name.partition(".")[0] for name in job.checkpoint.fresh)
+        observer.say(f"Not in {job.config.init}, so with new random weights: {', '.join(parts)}.")
     observer.say(_extent(job, sampler))
     started = time.monotonic() - progress.seconds
     with (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.txt", "erste\nschön\n".encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.txt is not UTF-8: byte 0xf6 in line 2"):
         read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (gzip.compress(b"x"), "is compressed: unpack it first"),
+        ("schön".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+    ],
+)
+def test_other_files_than_text_are_told_apart(tmp_path: Path, content: bytes, advice: str) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match=advice):
+        read_text(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "\N{ZERO WIDTH NO-BREAK SPACE}"])

@@ -186,6 +186,9 @@ def test_conll_files_that_are_broken(content: str, message: str, tmp_path: Path)
         ([{"tokens": [], "tags": []}], {}, r"row 1 of column 'tokens' is not a list of words"),
         ([{"tokens": ["a"], "tags": [None]}], {}, r"row 1 of column 'tags' is not a list of tags"),
         ([{"text": "a", "label": 1}], {"task": "tagging"}, r"no column 'tokens'.* with data\.tokens"),
+        ([{"tokens": ["a"], "ner_tags": ["O"]}], {}, r"no column 'tags'.* with data\.tags"),
+        ([{"text": "a", "text_pair": "b", "label": 1}], {"label": "lable"}, "no column 'lable'"),
+        ([{"text": "a", "label": 1.0}], {}, "holds 1.0, not a class: .* set data.task to regression"),
         ([{"text": "a", "text_pair": None}], {}, r"row 1 has no value in column 'text_pair'"),
     ],
 )

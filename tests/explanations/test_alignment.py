@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_pipelines import translator
 
 from explanations.subjects import CASES, subject
 from qkv.demo.transformer import aligned_dates
@@ -66,6 +67,12 @@ def test_a_translation_without_words_has_no_alignment():
     pipeline, _, _ = CASES["transformer"]()
     one: Subject = subject_of(pipeline, "", "Two dogs", 1)
     assert align(one, looks(one)[0]) is None
+
+
+def test_a_word_that_no_token_is_of_has_no_link():
+    """WordPiece leaves out what nobody sees."""
+    found = align_texts(translator("wordpiece"), "Two dogs run.", "Zwei \N{ZERO WIDTH SPACE} Hunde")
+    assert [i for _, i in sorted(found.links, key=lambda link: link[1])] == [0, 2]
 
 
 def test_one_word_for_many_is_no_alignment():

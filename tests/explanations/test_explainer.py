@@ -159,6 +159,14 @@ def test_what_an_answer_is_does_not_depend_on_the_alternatives(name: str, outcom
         assert len(choice.alternatives) == min(alternatives, 1 if outcome == "value" else 3)
 
 
+def test_what_is_read_at_one_unit_is_of_that_unit():
+    """Also of the first, which has no other to be of: 1 is its own, and more what attention brought."""
+    pipeline, _, _ = CASES["gpt"]()
+    first = quick(pipeline, "T", target="wo dogs", methods=["relevance"]).choices[0]
+    assert first.unit == 0
+    assert first.relevances[0].values["text"][0] >= 1 - 1e-6
+
+
 def test_of_a_mean_over_units_their_own_shares_are_no_relevance():
     """Where attention has no effect on the answer, nothing is relevant."""
     pipeline, given, _ = CASES["bert-similarity"]()

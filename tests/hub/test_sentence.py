@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from torch.nn.functional import normalize
 
@@ -113,7 +113,8 @@ def test_lower_case_and_prompts_are_kept(minilm: hub.Checkpoint, tmp_path: Path)
     cased.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
     cased.save(str(tmp_path / "encoder" / "tokenizer.json"))
     prompts = {"query": "Represent this: ", "document": ""}
-    modules = [Transformer(str(tmp_path / "encoder"), do_lower_case=True), Pooling(12, pooling_mode="mean")]
+    pooling = Pooling(12, pooling_mode="mean", include_prompt=False)
+    modules = [Transformer(str(tmp_path / "encoder"), do_lower_case=True), pooling]
     model = SentenceTransformer(modules=modules, device="cpu", prompts=prompts, similarity_fn_name="dot")
     model.save_pretrained(str(tmp_path / "model"))
     loaded, texts = hub.load(tmp_path / "model"), ["A Fine Film", "a fine film", "ÉTÉ"]
@@ -236,8 +237,41 @@ def test_other_poolings_are_refused(pooling: dict, message: str, tmp_path: Path)
 
 def test_other_modules_are_refused(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(json.dumps([{"path": "2_Dense", "type": f"x.{Dense.__name__}"}]))
-    with pytest.raises(InputError, match="module Dense"):
+    with pytest.raises(InputError, match=r"modules\.json: modules Dense; supported are"):
         hub.load(tmp_path)
     (tmp_path / "modules.json").write_text(json.dumps([{"path": "", "type": "x.Transformer"}]))
-    with pytest.raises(InputError, match="a Transformer and a Pooling"):
+    with pytest.raises(InputError, match=r"modules\.json: modules Transformer; supported are"):
         hub.load(tmp_path)
+
+
+def test_other_vectors_than_those_of_whole_texts_are_refused(minilm: hub.Checkpoint, tmp_path: Path) -> None:
+    small(minilm, tmp_path / "encoder")
+    encoder, pooling = Transformer(str(tmp_path / "encoder")), Pooling(12, pooling_mode="mean")
+    SentenceTransformer(modules=[encoder, pooling], device="cpu", truncate_dim=6).save(
+        str(tmp_path / "short")
+    )
+    with pytest.raises(InputError, match="truncate_dim is 6"):
+        hub.load(tmp_path / "short")
+    tokens = Normalize(module_input_name="token_embeddings", module_output_name="token_embeddings")
+    SentenceTransformer(modules=[encoder, tokens, pooling], device="cpu").save(str(tmp_path / "tokens"))
+    with pytest.raises(InputError, match="modules Transformer, Normalize, Pooling; supported are"):
+        hub.load(tmp_path / "tokens")
+    SentenceTransformer(modules=[encoder, pooling, tokens], device="cpu").save(str(tmp_path / "last"))
+    with pytest.raises(InputError, match="module_input_name is 'token_embeddings'"):
+        hub.load(tmp_path / "last")
+
+
+def test_a_cross_encoder_is_a_classifier(minilm: hub.Checkpoint, tmp_path: Path) -> None:
+    small(minilm, tmp_path / "encoder")
+    judge = CrossEncoder(str(tmp_path / "encoder"), num_labels=3, device="cpu")
+    judge.save_pretrained(str(tmp_path / "judge"))
+    loaded, pairs = hub.load(tmp_path / "judge"), [("A fine film.", "a dull one"), ("Two dogs", "a dog runs")]
+    assert loaded.pooling is None and loaded.model.config.head == "classification"
+    assert loaded.tokenizer is not None
+    encodings = loaded.tokenizer.encode_batch(*zip(*pairs, strict=True))
+    with torch.no_grad():
+        hidden = loaded.model.features(
+            pack([e.ids for e in encodings]), pack([e.segments for e in encodings]).values
+        )
+        logits = loaded.model.class_logits(hidden.first())
+    np.testing.assert_allclose(logits, judge.predict(pairs), atol=1e-5)

@@ -280,6 +280,7 @@ TEXT = {**SIZES, "vocab_size": 9, "context": 5}
         (GPTConfig(**{**TEXT, "mlp_dim": 47}, norm_first=False), "mlp_dim = 4"),
         (GPTConfig(**TEXT, norm_first=False, activation="gelu"), "gelu_tanh"),
         (BertConfig(**TEXT, norm_first=True), "post-norm"),
+        (BertConfig(**TEXT, head="classification", labels=("only",)), "at least two labels"),
         (TransformerConfig(**TEXT, norm_first=True), "post-norm"),
         (TransformerConfig(**TEXT, norm_eps=1e-6), "norm_eps"),
         (ViTConfig(**SIZES, norm_first=False), "pre-norm"),

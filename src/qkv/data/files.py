@@ -56,10 +56,13 @@ def readable(path: Path) -> Iterator[None]:
 
 def _not_utf8(path: Path, error: UnicodeDecodeError, line: int) -> InputError:
     """line: in which the data begin that the error is about."""
+    if error.object.startswith(b"\x1f\x8b"):
+        return InputError(f"{path} is compressed: unpack it first, for example with gunzip")
+    wide = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     line += error.object.count(b"\n", 0, error.start)
     return InputError(
         f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} in line {line}; convert it, "
-        f"for example with iconv -f latin1 -t utf-8"
+        f"for example with iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
     )
 
 

@@ -22,10 +22,11 @@ Names = tuple[str, ...]
 def guess_task(table: Table, data: DataConfig) -> Task:
     """What a table is for: as its columns tell, and how its labels are written."""
     present = set(table.present)
-    if {data.tokens, data.tags} <= present and data.text not in present:
+    if data.tokens in present and data.text not in present:
         return "tagging"
     if data.label not in present:
-        return "contrastive" if data.text_pair in present else "classification"
+        paired = data.text_pair in present and data.label == DataConfig.label
+        return "contrastive" if paired else "classification"
     values = table.columns.get(data.label, [])
     if any(isinstance(value, list) for value in values):
         return "multi_label"
@@ -39,7 +40,11 @@ def read_classes(table: Table, data: DataConfig, known: Names) -> tuple[list[int
     values = table.values(data.label, "data.label")
     for row, value in enumerate(values, start=1):
         if not isinstance(value, str | int) or value == "":
-            raise InputError(f"{table.path}: row {row} of column {data.label!r} holds {value!r}, not a class")
+            hint = ": write whole numbers or text, or set data.task to regression"
+            raise InputError(
+                f"{table.path}: row {row} of column {data.label!r} holds {value!r}, not a class"
+                f"{hint if isinstance(value, float) else ''}"
+            )
     return _indices(values, table, data.label, known)
 
 
@@ -56,8 +61,7 @@ def read_class_sets(table: Table, data: DataConfig, known: Names) -> tuple[list[
     if not known and not any(rows):
         raise InputError(f"no row of {table.path} has a label in column {data.label!r}")
     flat, names = _indices([one for row in rows for one in row], table, data.label, known)
-    indices = iter(flat)
-    return [tuple(sorted({next(indices) for _ in row})) for row in rows], names
+    return [tuple(sorted(set(row))) for row in divide(flat, map(len, rows))], names
 
 
 def read_numbers(table: Table, data: DataConfig) -> list[float]:

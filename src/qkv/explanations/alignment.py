@@ -55,7 +55,8 @@ def align(subject: Subject, seen: Sequence[Look]) -> Alignment | None:
             best, told = maps, tells
     heads = tuple(head for head in sorted(told) if told[head] >= NEAR * max(told.values()))
     matrix = torch.stack([best[head] for head in heads]).mean(0)  # (I, J)
-    links = sorted((j, i) for i, j in enumerate(matrix.argmax(-1).tolist()))
+    # A word of nothing that the model reads looks at none.
+    links = sorted((j, i) for i, j in enumerate(matrix.argmax(-1).tolist()) if target[i].any())
     return Alignment(matrix.float().cpu().numpy(), tuple(links), heads)
 
 

@@ -159,7 +159,7 @@ class _Maps:
                 return self._read(method, question, self.rollout)
             case "relevance":
                 R = relevance(self.seen, found.weights, self.units)
-                if question.reads[question.candidates].all():  # of a mean, each unit's own share says nothing
+                if question.reads.count_nonzero() > 1:  # of a mean, each unit's own share says nothing
                     R = R - torch.eye(self.units, device=R.device)
                 return self._read(method, question, R)
             case "flow":

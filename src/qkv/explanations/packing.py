@@ -10,6 +10,7 @@ Legend: L layers, H heads, Uq and Uk units of queries and of keys, S side of a t
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -50,15 +51,13 @@ def pack_attention(
     given = tuple(stacks)
     for least in _LEAST:
         levels = [quantise(stack.weights, least) for stack in given]
-        room = budget if least < _LEAST[-1] else None
+        room = budget if least < _LEAST[-1] else math.inf
         if (packed := _within(levels, room, picture)) is not None:
             return packed, least
     raise AssertionError("the last has no limit")
 
 
-def _within(
-    levels: list[Bytes], room: int | None, picture: Picture | None
-) -> tuple[PackedAttention, ...] | None:
+def _within(levels: list[Bytes], room: float, picture: Picture | None) -> tuple[PackedAttention, ...] | None:
     """Each stack packed; None as soon as they take more bytes than there is room for."""
     packed, used = [], 0
     for stack in levels:
@@ -70,12 +69,12 @@ def _within(
             for head in layer:
                 heads[-1].append(text := pack(head))
                 used += len(text) * 3 // 4
-                if room is not None and used > room:
+                if used > room:
                     return None
         shape = (small.shape[2], small.shape[3])
         packed.append(PackedAttention(tuple(map(tuple, heads)), pack(small), shape))
         used += len(packed[-1].thumbnails) * 3 // 4
-    return None if room is not None and used > room else tuple(packed)
+    return None if used > room else tuple(packed)
 
 
 def quantise(weights: NDArray[np.float16] | Floats, least: float = 0.0) -> Bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import tokenizers
@@ -50,9 +50,7 @@ def of_ids(name: Name, tokenizer: Tokenizer, ids: Sequence[int], special: Sequen
         "" if marker else pieces.push(id) or (tokenizer.token(id) if id == unknown else "")
         for id, marker in zip(ids, special, strict=True)
     ]
-    ends = [0]
-    for part in parts:
-        ends.append(ends[-1] + len(part))
+    ends = accumulate(map(len, parts), initial=0)
     words = _word_numbers("".join(parts))
     units = tuple(part or tokenizer.token(id) for id, part in zip(ids, parts, strict=True))
     found = tuple(_word(words[a:b]) for a, b in pairwise(ends))

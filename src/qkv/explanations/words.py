@@ -58,7 +58,7 @@ def answered(explanation: Explanation) -> str:
         return answers[0] if explanation.choices[0].outcome == "value" else ", ".join(answers)
     if explanation.target is not None:
         return explanation.target.strip()
-    first, *_, last = (explanation.choices[0], *explanation.choices)
+    first, last = explanation.choices[0], explanation.choices[-1]
     sequence = next(one for one in explanation.sequences if one.name == first.sequence)
     markers = {
         unit

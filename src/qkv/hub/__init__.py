@@ -151,13 +151,11 @@ def _load_whole(
 
 def _for_sentences(checkpoint: Checkpoint, own: sentence.Found) -> Checkpoint:
     """The checkpoint with what a folder says of its vectors, if it is one of sentence-transformers."""
-    if own.pooling is None:
-        return checkpoint
     config, tokenizer, pooling = checkpoint.model.config, checkpoint.tokenizer, own.pooling
-    if pooling.max_tokens is not None and isinstance(config, BertConfig):
-        pooling = replace(pooling, max_tokens=min(pooling.max_tokens, config.context))
     if tokenizer is not None and own.lowercase:
         tokenizer = tokenizer.lowercased()
+    if pooling is not None and pooling.max_tokens is not None and isinstance(config, BertConfig):
+        pooling = replace(pooling, max_tokens=min(pooling.max_tokens, config.context))
     makes_vectors = not (isinstance(config, BertConfig) and config.head in LABELLED)
     return replace(checkpoint, tokenizer=tokenizer, pooling=pooling if makes_vectors else None)
 

@@ -44,7 +44,7 @@ _NO_EFFECT = (
 _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva"),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 """Settings with the values that are supported. Other initial weights come with a changed base."""
 _TASKS = {

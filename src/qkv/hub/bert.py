@@ -116,7 +116,9 @@ class BERT(Format[BertConfig]):
         return config.head in ("none", "pooler")
 
     def obstacle(self, config: BertConfig) -> str | None:
-        """It must be post-norm."""
+        """It must be post-norm, and have classes to choose from."""
+        if config.head == "classification" and len(config.labels) == 1:
+            return "transformers' classifiers have at least two labels"
         return (
             "transformers' bert is post-norm: model.norm_first must be false" if config.norm_first else None
         )

@@ -75,7 +75,8 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     # sentence-transformers once put the model into a folder of its own, as in 0_Transformer.
-    patterns = [*_FILES, LABELS, *(f"0_*/{file}" for file in _MODEL_FILES), "*_Pooling/config.json"]
+    patterns = [*_FILES, LABELS, *(f"0_*/{file}" for file in _MODEL_FILES)]
+    patterns += ["*_Pooling/config.json", "*_Normalize/config.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:

@@ -33,6 +33,8 @@ class Pooling:
     """How many tokens of a text a vector is of; None: as many as the model reads."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     """What its users put before a text, by purpose; kept for them, and put before none here."""
+    include_prompt: bool = True
+    """Whether its users' vectors are of the prompt too; kept for them."""
     similarity: str | None = None
     """How its users compare vectors, in the words of sentence-transformers; kept for them, unused here."""
 
@@ -78,19 +80,34 @@ def read(folder: Path) -> Found:
     listed = read_json(path)
     with blame(path):
         modules = {str(module["type"]).rpartition(".")[2]: folder / module["path"] for module in listed}
-        for name in modules:
-            if name not in ("Transformer", "Pooling", "Normalize"):
-                raise InputError(f"module {name}; supported are Transformer, Pooling, Normalize")
-        if "Transformer" not in modules or "Pooling" not in modules:
-            raise InputError("it must name a Transformer and a Pooling")
-    encoder = modules["Transformer"]
+    encoder = modules.get("Transformer", folder)
     said = json_or_empty(encoder / SENTENCE)
     with blame(encoder / SENTENCE):
         lowercase = bool(said.get("do_lower_case"))
+        classifies = said.get("transformer_task") == "sequence-classification"  # a CrossEncoder
+    if classifies and tuple(modules) == ("Transformer",):
+        return Found(encoder, lowercase=lowercase)
+    if tuple(modules) not in (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize")):
+        raise InputError(
+            f"{path}: modules {', '.join(modules)}; supported are Transformer, Pooling and perhaps "
+            "Normalize, in this order"
+        )
+    if normalizes := "Normalize" in modules:
+        _check_normalize(modules["Normalize"] / "config.json")
     prompts, similarity = _for_users(folder / PROMPTS)
-    mode, normalize = _mode(modules["Pooling"]), "Normalize" in modules
-    pooling = Pooling(mode, normalize, _max_tokens(encoder), prompts, similarity)
+    mode, include_prompt = _mode(modules["Pooling"])
+    tokens = _max_tokens(encoder)
+    pooling = Pooling(mode, normalizes, tokens, prompts, include_prompt, similarity)
     return Found(encoder, pooling, lowercase)
+
+
+def _check_normalize(path: Path) -> None:
+    """Raise InputError if anything but a text's vector is scaled."""
+    said = json_or_empty(path)
+    with blame(path):
+        for key in ("module_input_name", "module_output_name"):
+            if said.get(key) not in (None, "sentence_embedding"):
+                raise InputError(f"{key} is {said[key]!r}; only sentence_embedding is supported")
 
 
 def _for_users(path: Path) -> tuple[Mapping[str, str], str | None]:
@@ -103,6 +120,8 @@ def _for_users(path: Path) -> tuple[Mapping[str, str], str | None]:
                 f"default_prompt_name is {said['default_prompt_name']!r}, but no prompt is put before a text "
                 "here: make it null, and write the prompt into the texts"
             )
+        if said.get("truncate_dim") is not None:
+            raise InputError(f"truncate_dim is {said['truncate_dim']}; only whole vectors are supported")
         similarity: str | None = said.get("similarity_fn_name")
     return prompts, similarity
 
@@ -117,8 +136,8 @@ def _max_tokens(folder: Path) -> int | None:
     return None
 
 
-def _mode(folder: Path) -> Mode:
-    """The one mode of pooling that a folder's config.json switches on."""
+def _mode(folder: Path) -> tuple[Mode, bool]:
+    """The one mode of pooling that a folder's config.json switches on, and whether prompts are pooled too."""
     values: dict[str, Any] = read_json(folder / "config.json")
     with blame(folder / "config.json"):
         modes = [key for key, value in values.items() if key.startswith("pooling_mode_") and value is True]
@@ -126,7 +145,7 @@ def _mode(folder: Path) -> Mode:
             modes.append(_FLAGS.get(mode, mode))
         for known, flag in _FLAGS.items():
             if modes == [flag]:
-                return known
+                return known, bool(values.get("include_prompt", True))
         raise InputError(f"it pools by {' and '.join(modes) or 'nothing'}; supported are mean and cls alone")
 
 
@@ -148,7 +167,11 @@ def write(folder: Path, pooling: Pooling, config: BertConfig) -> None:
     files = {
         MODULES: modules,
         SENTENCE: {"max_seq_length": pooling.max_tokens or config.context, "do_lower_case": False},
-        "1_Pooling/config.json": {"word_embedding_dimension": config.dim, **flags},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.dim,
+            **flags,
+            "include_prompt": pooling.include_prompt,
+        },
     }
     if pooling.normalize:
         files["2_Normalize/config.json"] = {}

@@ -142,6 +142,7 @@ class Gaps(Exhibit[Encoder]):
         tokenizer = pipeline.tokenizer
         assert tokenizer.mask_id is not None  # pre-training needs it
         mask = tokenizer.token(tokenizer.mask_id)
+        found = self._gaps(pipeline, mask, tokenizer.mask_id)
         return [
             {
                 "before": before,
@@ -149,23 +150,24 @@ class Gaps(Exhibit[Encoder]):
                 "truth": truth,
                 "guesses": pipeline.fill(f"{before}{mask}{after}", top_k=4),
             }
-            for before, truth, after in islice(self._gaps(pipeline, mask), 4)
+            for before, truth, after in islice(found, 4)
         ]
 
-    def _gaps(self, pipeline: Encoder, mask: str) -> Iterator[tuple[str, str, str]]:
+    def _gaps(self, pipeline: Encoder, mask: str, mask_id: int) -> Iterator[tuple[str, str, str]]:
         """Before, in and behind the longest word of each document's first line that is a single token."""
         tokenizer, context = pipeline.tokenizer, pipeline.model.config.context
         for text in self.samples.texts:
             line = text.partition("\n")[0]
-            if mask in line or len(tokenizer.encode(line).ids) > context:
+            whole = tokenizer.encode(line).ids
+            if mask in line or len(whole) > context:
                 continue
             for word in sorted(re.finditer(r"\w+", line), key=lambda word: -len(word[0])):
                 before, after = line[: word.start()], line[word.end() :]
-                tokens = tokenizer.plain(word[0])
-                if len(tokens) != 1 or tokens[0] == tokenizer.unk_id:
-                    continue
-                if len(tokenizer.encode(f"{before}{mask}{after}").ids) <= context:
-                    yield before, tokenizer.token(tokens[0]), after
+                ids = tokenizer.encode(f"{before}{mask}{after}").ids
+                at = ids.index(mask_id)
+                same = len(ids) == len(whole) and whole == [*ids[:at], whole[at], *ids[at + 1 :]]
+                if same and whole[at] != tokenizer.unk_id:
+                    yield before, tokenizer.token(whole[at]), after
                     break
 
     def show(self, answers: Sequence[Answer]) -> str:

@@ -278,11 +278,12 @@ def _rate(steps: Sequence[Record]) -> float | None:
 
 
 def _duration(seconds: float) -> str:
-    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    seconds = round(seconds)
+    hours, minutes = seconds // 3600, seconds % 3600 // 60
     return (
         f"{hours} h {minutes} min"
         if hours
-        else f"{minutes} min {seconds % 60:.0f} s"
+        else f"{minutes} min {seconds % 60} s"
         if minutes
-        else f"{seconds:.0f} s"
+        else f"{seconds} s"
     )
