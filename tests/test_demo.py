@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from test_report import assert_self_contained
 
 from qkv.config import FAMILIES
 from qkv.data.documents import MaskedDataset
-from qkv.demo import lab, run_demo
+from qkv.demo import run_demo
 from qkv.demo.bert import _balanced, _sentences
 from qkv.demo.counts import KneserNey, Neighbours, masked_word_accuracies
 from qkv.demo.gpt import counted
@@ -84,7 +85,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path):
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(lab.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(InputError, match=r"pip install 'qkv\[demo\]'"):
         run_demo(("vit",), tmp_path / "demo", Console(quiet=True))
 

@@ -661,9 +661,11 @@ def _train_byte_level(
 ) -> tokenizers.Tokenizer:
     """First the tokens `first`, then all bytes, then merges (Sennrich et al. 2016, algorithm 1)."""
     backend = _byte_level(models.BPE(), config.lowercase)
+    mask = _SPECIAL["bert"]["mask"]  # in place of a word with its space, which is part of its first token
+    special = [AddedToken(name, special=True, normalized=False, lstrip=name == mask) for name in first]
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=_added(first),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

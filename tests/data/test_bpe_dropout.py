@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from qkv.config import Family, TokenizerConfig
 from qkv.data.bpe_dropout import BPEDropout
-from qkv.data.dataset import Ids, Sequences
+from qkv.data.dataset import Ids
 from qkv.data.files import TextFile
 from qkv.data.pairs import PairDataset
 from qkv.data.text import LanguageDataset
@@ -68,18 +69,16 @@ def test_a_segmentation_says_the_same_text(kind: str, text: str, rate: float, se
     dropout = BPEDropout(made, rate)
     found = dropout.segment(ids, begins, np.random.default_rng(seed))
     assert "".join(map(made.token, found)) == "".join(map(made.token, ids))
-    assert len(found) <= dropout.most(Sequences(ids, np.array([len(ids)])))[0]
     again = dropout.segment(ids, begins, np.random.default_rng(seed))
     assert found.tolist() == again.tolist()
 
 
-def test_certain_dropout_leaves_the_symbols_and_their_number_is_the_most() -> None:
+def test_certain_dropout_leaves_the_symbols() -> None:
     made = tokenizer()
     ids, begins = parts(made, "the cat sat")
     dropout = BPEDropout(made, 1.0)
     found = dropout.segment(ids, begins, np.random.default_rng(0))
     assert [made.token(id) for id in found] == list("theĠcatĠsat")
-    assert dropout.most(Sequences(ids, np.array([len(ids)]))).tolist() == [11]
 
 
 def test_segmentations_are_as_frequent_as_the_algorithm_makes_them() -> None:
@@ -158,15 +157,16 @@ def test_pairs_are_cut_anew_in_every_epoch_and_never_beyond_the_context() -> Non
     dropout = BPEDropout(made, 0.4)
     ends = {"start_id": made.pad_id, "end_id": made.eos_id, "context": context, "truncate": False}
     pairs = PairDataset(sources, targets, made, **ends, dropout=dropout, seed=1)
-    seen = set()
+    seen, tokens = set(), 0
     for epoch in range(20):
         batch = pairs.batch([0, 1, 2], epoch)
         for i, (source, target) in enumerate(zip(batch.source.split(), batch.inputs.split(), strict=True)):
             assert made.decode(source.tolist()) == sources[i] and made.decode(target.tolist()) == targets[i]
             assert max(len(source), len(target)) <= context
-            assert len(source) + len(target) <= pairs.costs[i]
+            tokens += len(source) + len(target)
             alone = pairs.batch([i], epoch)
             assert alone.source.values.tolist() == source.tolist()
         seen.add(tuple(batch.source.values.tolist()))
     assert len(seen) > 15
-    assert "raise train.batch_tokens" in pairs.notes[0]
+    assert tokens / 20 == pytest.approx(pairs.costs.sum(), rel=0.1)  # known from one drawing
+    assert re.search(r"texts have 1\.\d\d times as many tokens as without", pairs.notes[0])
