@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo.stamp
 	$(BIN)/qkv demo
 
+# Tests compute with one thread each, so that two cores do two files at a time.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-long: $(VENV)/test.stamp
 	$(BIN)/pytest -m long

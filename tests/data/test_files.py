@@ -52,7 +52,7 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
-        (gzip.compress(b"x"), "is compressed: unpack it first"),
+        (gzip.compress(b"x", mtime=0), "is compressed: unpack it first"),
         ("schön".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
     ],
 )
