@@ -89,7 +89,7 @@ def _prepared(folder: Path, size: str) -> Path:
     fused.save_model_to_file(str(where / "model.onnx"))
     quantize_dynamic(
         where / "model.onnx", where / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True,
-        op_types_to_quantize=["MatMul", "Gemm"],
+        op_types_to_quantize=["Attention", "MatMul", "Gemm"], extra_options={"DefaultTensorType": 1},
     )  # fmt: skip
     return where
 
