@@ -6,8 +6,8 @@ usage: [MINILM=FOLDER] python benchmarks/encode.py [minilm | bert-base] --texts 
 similar lengths, one after the other by all threads, or as many at once as there are threads; all are given
 the same ids. minilm is trained, bert-base has random weights. Agreement is
 the cosine to transformers in fp32, mean and smallest. The limit is the time of the products with the
-blocks' weights at the measured peak of bfloat16 products; in fp32 at that of fp32, in int8 at twice that
-of bfloat16. On a GPU there is transformers alone, compiled too, in batches of 128.
+blocks' weights at the best rate of large ones here, in the precision that the name says.
+On a GPU there is transformers alone, compiled too, in batches of 128.
 """
 
 from __future__ import annotations

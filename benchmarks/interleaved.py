@@ -185,7 +185,10 @@ def _started(imported: str) -> float:
 def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     answers: dict[str, Answer] = {}
-    started = {False: 0.0, True: 0.0} if ON_GPU else {False: _started("numpy"), True: _started("torch")}
+    started = {False: 0.0, True: 0.0}
+    if not ON_GPU:
+        started = {False: _started("numpy"), True: _started("torch")}
+        print(f"Memory begins at {started[False]:.2f} GiB, with torch at {started[True]:.2f}.")
     reference = next(iter(job.variants))
     chosen = [name for name in job.variants if given.only in name or name == reference]
     loaded: dict[str, _Variant] = {}

@@ -250,8 +250,9 @@ def _check_used(options: list[str], config: RunConfig) -> None:
         idle |= {f"tokenizer.{name}": "the tokenizer is made already" for name in own}
     if not config.augment.randaugment:
         idle["augment.magnitude"] = "it is how strong augment.randaugment is"
-    for name in named.keys() & idle.keys():
-        raise InputError(f"{named[name]} would do nothing here, as {idle[name]}: leave it out")
+    for name, option in named.items():
+        if name in idle:
+            raise InputError(f"{option} would do nothing here, as {idle[name]}: leave it out")
 
 
 # ---------------------------------------------------------------- use

@@ -6,6 +6,7 @@ Legend: C channels, S side of the square result in pixels.
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,10 +178,23 @@ _TURNS = {
 """What turns an image upright, by the orientation of its EXIF data."""
 
 
+_BROKEN = (
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow's readers raise at broken files."""
+
+
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of EXIF data that are broken, Pillow raises many kinds: its pixels may be good
+    except _BROKEN:  # its pixels may be good
         return None
 
 
@@ -195,14 +209,7 @@ def readable_image(name: str) -> Iterator[None]:
         raise InputError(f"{name} is a folder, not an image") from None
     except UnidentifiedImageError:
         raise InputError(f"{name} is not an image that can be read") from None
-    except (
-        EOFError,
-        OSError,
-        RuntimeError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # what Pillow's readers raise
+    except _BROKEN as error:
         raise InputError(f"{name} is broken: {error}") from None
 
 

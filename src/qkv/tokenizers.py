@@ -390,9 +390,12 @@ def _first_places(words: Sequence[int | None], count: int) -> list[int | None]:
     return first
 
 
-def _added(names: Iterable[str]) -> list[AddedToken]:
-    """Special tokens: found in a text before it is normalised, and left out when ids are decoded."""
-    return [AddedToken(name, special=True, normalized=False) for name in names]
+def _added(names: Iterable[str], with_space: str = "") -> list[AddedToken]:
+    """Special tokens: found in a text before it is normalised, and left out when ids are decoded.
+
+    with_space: the one that takes the white space before it.
+    """
+    return [AddedToken(name, special=True, normalized=False, lstrip=name == with_space) for name in names]
 
 
 def _one_line(error: Exception) -> str:
@@ -662,10 +665,9 @@ def _train_byte_level(
     """First the tokens `first`, then all bytes, then merges (Sennrich et al. 2016, algorithm 1)."""
     backend = _byte_level(models.BPE(), config.lowercase)
     mask = _SPECIAL["bert"]["mask"]  # in place of a word with its space, which is part of its first token
-    special = [AddedToken(name, special=True, normalized=False, lstrip=name == mask) for name in first]
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=special,
+        special_tokens=_added(first, with_space=mask),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

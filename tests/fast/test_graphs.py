@@ -231,6 +231,19 @@ def test_requests_of_all_kinds_share_the_slots(name: str, made: list[str]):
     assert "Step" in made
 
 
+def test_sources_that_lie_in_no_cache_are_attended_as_without_graphs():
+    found = []
+    for model in (graphed("transformer-post-norm"), plain("transformer-post-norm")):
+        with torch.inference_mode():
+            memory = model.encode(pack([ids(5, 0), ids(3, 1)], DEVICE))
+            read, cache = model.read(memory), model.start(2)
+            steps = [pack([ids(1, step), ids(1, step + 9)], DEVICE) for step in range(5)]
+            found.append(
+                [model.decode(s, read, Pattern(s.layout, memory.layout), cache).values for s in steps]
+            )
+    assert_equal(*found)
+
+
 def test_what_idle_slots_hold_stays(made: list[str]):
     """Also where there is no row behind it, in a text as long as the context."""
     model = graphed("gpt-pre-norm")
