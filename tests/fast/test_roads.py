@@ -30,10 +30,12 @@ from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.hub import Checkpoint, save
 from qkv.layers import Output
 from qkv.models import Model
+from qkv.models.transformer import Transformer
 from qkv.ragged import pack
 from qkv.recording import record
 from qkv.runtime import multiplies_bfloat16
 from qkv.search import Request
+from qkv.slots import Decoder
 
 try:
     library()
@@ -46,9 +48,9 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.04, "int8": 0.08}
 """Largest error of a vector, relative to its length, that the precisions leave in a model of three blocks."""
 
 
-def wide(name: str) -> Model:
+def wide(name: str, head_dim: int = 32) -> Model:
     """A tiny model of widths that the compiled code takes, and weights as large as trained ones are."""
-    config = replace(CONFIGS[name], dim=64, heads=2, mlp_dim=160, depth=3)
+    config = replace(CONFIGS[name], dim=2 * head_dim, heads=2, mlp_dim=160, depth=3)
     model = tiny(config, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -113,6 +115,24 @@ def test_decoding_reads_the_cache_as_the_model_does(name: str):
     ):
         expected, found = (generate(m, inputs, decoding, [1]) for m in (wide(name), native(name, "fp32")))
         assert [[h.ids for h in one] for one in found] == [[h.ids for h in one] for one in expected]
+
+
+@native_code
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 80])
+@pytest.mark.parametrize("name", ["gpt-rotary", "transformer-post-norm"])
+def test_heads_of_all_widths_read_the_cache(name: str, head_dim: int, precision: str):
+    own, fast = wide(name, head_dim), compiled(wide(name, head_dim), precision)
+    assert_near(step_by_step(fast), step_by_step(own), TOLERANCE[precision])
+
+
+@torch.inference_mode()
+def step_by_step(model: Decoder) -> list[torch.Tensor]:
+    """Hidden states of texts that are read a token at a time."""
+    texts, cache = [ids(40, 1), ids(40, 2)], model.start(2)
+    if isinstance(model, Transformer):
+        model.remember(pack([ids(35, 3), ids(5, 4)]), cache)
+    return [model.next_hidden(pack([text[t : t + 1] for text in texts]), cache) for t in range(40)]
 
 
 @native_code
@@ -214,7 +234,7 @@ ROUNDED = {"fp32": lambda x: x, "bf16": lambda x: x.bfloat16().float(), "int8": 
 @settings(deadline=None, max_examples=40)
 @given(
     precision=st.sampled_from(sorted(ROUNDED)),
-    rows=st.integers(1, 40),
+    rows=st.integers(1, 60),
     inputs=st.integers(1, 20).map(lambda n: 16 * n),
     outputs=st.integers(1, 200),
     seed=st.integers(0, 9),
@@ -233,6 +253,20 @@ def assert_product(precision: str, x: torch.Tensor, weight: torch.Tensor, bias: 
     # A number halfway between two may be rounded to either.
     allowed = 0.02 * expected.norm() if precision == "int8" else 1e-5 * x.norm() * weight.norm()
     assert (found - expected).norm() <= allowed
+
+
+@native_code
+@settings(deadline=None, max_examples=30)
+@given(
+    precision=st.sampled_from(sorted(ROUNDED)),
+    rows=st.integers(1, 60),
+    inputs=st.integers(1, 20).map(lambda n: 16 * n),
+    outputs=st.integers(1, 200),
+)
+def test_a_row_has_the_same_product_in_all_company(precision, rows, inputs, outputs):
+    layer = NativeLinear(torch.randn(outputs, inputs), torch.randn(outputs), precision)
+    x = torch.randn(rows, inputs)
+    assert torch.equal(layer(x), torch.cat([layer(row) for row in x.split(1)]))
 
 
 @pytest.fixture

@@ -22,33 +22,100 @@ V number(const char *row, int e) {
     else return load((const float *)row + e);
 }
 
-// One query after another over keys as they lie, for the few of a decoding step: of each key all heads, as memory gives
-// them. `index` (keys) and `scores` (heads, width) are scratch.
+// A row in pieces of two vectors, and perhaps of one at the end: use(its first number, how many vectors).
+template <class Use>
+[[gnu::always_inline]] inline void each_piece(int width, Use use) {
+    int e = 0;
+    for (; e + 2 * LANES <= width; e += 2 * LANES) use(e, std::integral_constant<int, 2>{});
+    if (e < width) use(e, std::integral_constant<int, 1>{});
+}
+
+// A piece of keys or values. Of bfloat16 two vectors are the even numbers and the odd ones, which takes the least effort.
+template <bool HALF, int N>
+[[gnu::always_inline]] inline void piece(const char *row, int e, V *x) {
+    if constexpr (HALF && N == 2) {
+        I both = read<I>(row + e * 2);
+        x[0] = (V)(both << 16);
+        x[1] = (V)(both & set((int32_t)0xFFFF0000));
+    } else {
+        for (int n = 0; n < N; n++) x[n] = number<HALF>(row, e + n * LANES);
+    }
+}
+
+// Which number of a piece is its i-th.
+template <bool HALF, int N>
+constexpr int place(int i) { return HALF && N == 2 ? i % LANES * 2 + i / LANES : i; }
+
+void fetch(const char *from, int bytes) {  // what is used later
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// One query after another over keys as they lie, for the few of a decoding step: some keys for all heads, while the next
+// come from memory. `index` (keys) and `scores` (heads, width) are scratch.
 template <bool HALF>
 void attend_rows(const float *query, int rows, int query_stride, Keys keys, int heads, int E, int causal, const uint8_t *mask,
                  float *out, int out_stride, int32_t *index, float *scores, int width) {
+    constexpr int VALUES = 8;  // of so many keys are added at once
     float rate = 1 / std::sqrt((float)E);
     int64_t stride = (int64_t)keys.stride * keys.size();
+    int bytes = E * keys.size();
+    alignas(64) float asked[8192], answer[8192];  // each head's numbers as its pieces have them
+    const char *row[LANES];
     for (int i = 0; i < rows; i++) {
         int last = causal && !mask ? keys.count - rows + 1 + i : keys.count, seen = 0;
         for (int j = 0; j < last; j++)
             if (!mask || mask[(int64_t)i * keys.count + j]) index[seen++] = j;
-        const float *q = query + (int64_t)i * query_stride;
-        float *to = out + (int64_t)i * out_stride;
-        for (int j = 0; j < seen; j++)
+        auto find = [&](const char *first, int j, int count) {  // rows j on; where there are no more, the last again
+            for (int k = 0; k < count; k++) row[k] = first + index[std::min(j + k, seen - 1)] * stride;
+        };
+        for (int h = 0; h < heads; h++)
+            each_piece(E, [&](int e, auto n) {
+                const float *from = query + (int64_t)i * query_stride + h * E + e;
+                for (int t = 0; t < n * LANES; t++) asked[h * E + e + t] = from[place<HALF, n>(t)] * rate;
+            });
+        for (int j = 0; j < seen; j += LANES) {
+            find(keys.key, j, LANES);
             for (int h = 0; h < heads; h++) {
-                V total = set(0.0f);
-                for (int e = h * E; e < (h + 1) * E; e += LANES) total += load(q + e) * number<HALF>(keys.key + index[j] * stride, e);
-                scores[h * width + j] = sum(total) * rate;
+                V total[LANES];
+#pragma GCC unroll 16
+                for (int k = 0; k < LANES; k++) {
+                    const char *key = row[k] + h * bytes;
+                    fetch(key + LANES * stride, bytes);
+                    total[k] = set(0.0f);
+                    each_piece(E, [&](int e, auto n) {
+                        V x[n];
+                        piece<HALF, n>(key, e, x);
+                        for (int v = 0; v < n; v++) total[k] += x[v] * load(asked + h * E + e + v * LANES);
+                    });
+                }
+                store(scores + h * width + j, sums(total));
             }
+        }
         for (int h = 0; h < heads; h++) softmax(scores + h * width, seen);
-        std::fill(to, to + heads * E, 0.0f);
-        for (int j = 0; j < seen; j++)
+        std::fill(answer, answer + heads * E, 0.0f);
+        for (int j = 0; j < seen; j += VALUES) {
+            find(keys.value, j, VALUES);
             for (int h = 0; h < heads; h++) {
-                float share = scores[h * width + j];
-                for (int e = h * E; e < (h + 1) * E; e += LANES)
-                    store(to + e, load(to + e) + number<HALF>(keys.value + index[j] * stride, e) * share);
+                const float *share = scores + h * width + j;
+                for (int k = 0; k < VALUES; k++) fetch(row[k] + h * bytes + VALUES * stride, bytes);
+                each_piece(E, [&](int e, auto n) {
+                    float *to = answer + h * E + e;
+                    V total[n], x[n];
+                    for (int v = 0; v < n; v++) total[v] = load(to + v * LANES);
+#pragma GCC unroll 8
+                    for (int k = 0; k < VALUES; k++) {
+                        piece<HALF, n>(row[k], h * E + e, x);
+                        for (int v = 0; v < n; v++) total[v] += x[v] * share[k];
+                    }
+                    for (int v = 0; v < n; v++) store(to + v * LANES, total[v]);
+                });
             }
+        }
+        for (int h = 0; h < heads; h++)
+            each_piece(E, [&](int e, auto n) {
+                float *to = out + (int64_t)i * out_stride + h * E + e;
+                for (int t = 0; t < n * LANES; t++) to[place<HALF, n>(t)] = answer[h * E + e + t];
+            });
     }
 }
 

@@ -25,7 +25,9 @@ enum Precision { FP32, BF16, INT8 };
 
 constexpr int WIDTH = LANES == 16 ? 64 : 16;  // columns of a panel: four vectors, or two
 constexpr int HEIGHT = 6;                     // rows of a tile: 24 accumulators of 32 registers, or 12 of 16
+constexpr int FEW = 8 * HEIGHT;               // rows that take a panel in slices
 constexpr int GROUP = 128;                    // inputs that share a scale in int8
+constexpr int STEPS = GROUP / 4;              // of a slice: 8 KB, which the nearest cache holds
 
 int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
 int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
@@ -128,21 +130,30 @@ template <int COUNT, class Work>
     each_of(work, std::make_integer_sequence<int, COUNT>{});
 }
 
-// M rows from `row` on times N vectors of columns of a panel, over `in` inputs -> out, rows `out_stride` numbers apart.
-template <int P, int M, int N>
-[[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, int in, float *out, int out_stride) {
-    int steps = in / ELEMENTS<P>, group = P == INT8 ? GROUP / ELEMENTS<P> : steps;
-    const char *x = rows.row(row);
+struct Slice {  // of a panel: steps `first` to `last`
+    int first, last;
+    const char *ahead;  // what is called from memory meanwhile: a step's columns from here on,
+    int pace;           // and so many bytes further with each step
+};
+
+// M rows from `row` on times N vectors of columns of a slice, or of a WHOLE panel. The first slice sets out, rows
+// `out_stride` numbers apart, and others go on from there, so that slices give what the whole panel gives.
+template <int P, int M, int N, bool WHOLE>
+[[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, const Slice &slice, float *out, int out_stride) {
+    const char *x = rows.row(row), *ahead = slice.ahead;
     int64_t stride = rows.stride;
-    for (int g = 0; g * group < steps; g++) {
+    for (int from = slice.first, to; from < slice.last; from = to) {
+        int g = from / STEPS;
+        to = P == INT8 ? std::min(slice.last, from + STEPS) : slice.last;
         I total[M * N], weight[N];
         each<M * N>([&](auto i) {
-            total[i] = set(P == INT8 ? rows.start[(row + i / N) * rows.groups + g] : 0);
+            if (P == INT8) total[i] = set(rows.start[(row + i / N) * rows.groups + g]);
+            else total[i] = g ? (I)load(out + i / N * out_stride + i % N * LANES) : set(0);
         });
-#pragma GCC unroll 4
-        for (int s = g * group; s < std::min(steps, (g + 1) * group); s++) {
-            // Few rows wait for memory, which gives more if it is told what comes.
-            each<N>([&](auto n) { __builtin_prefetch(panel + ((int64_t)(s + 16) * WIDTH + n * LANES) * 4); });
+        for (int s = from; s < to; s++) {
+            if (WHOLE) ahead = panel + (int64_t)(s + 16) * WIDTH * 4;
+            each<N>([&](auto n) { __builtin_prefetch(ahead + n * LANES * 4); });
+            if (!WHOLE) ahead += slice.pace;
             each<PARTS<P>>([&](auto p) {
                 each<N>([&](auto n) { weight[n] = part<P, p, uint16_t>(read<I>(panel + ((int64_t)s * WIDTH + n * LANES) * 4)); });
                 each<M>([&](auto m) {
@@ -153,24 +164,29 @@ template <int P, int M, int N>
         }
         each<M * N>([&](auto i) {
             constexpr int m = i / N, n = i % N;
-            float *to = out + m * out_stride + n * LANES;
+            float *sum = out + m * out_stride + n * LANES;
             V done = (V)total[i];
             if constexpr (P == INT8) {
                 done = __builtin_convertvector(total[i], V) * rows.scale[(row + m) * rows.groups + g] * load(scale + g * WIDTH + n * LANES);
-                if (g) done += load(to);
+                if (g) done += load(sum);
             }
-            store(to, done);
+            store(sum, done);
         });
     }
 }
 
-template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out, int out_stride) {
+template <int P, bool WHOLE>
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, const Slice &slice, int vectors, float *out, int out_stride) {
     each<HEIGHT>([&](auto m) {
         if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
-            if (vectors == n + 1) tile<P, m + 1, n + 1>(rows, row, panel, scale, in, out, out_stride);
+            if (vectors == n + 1) tile<P, m + 1, n + 1, WHOLE>(rows, row, panel, scale, slice, out, out_stride);
         });
     });
+}
+
+template <int P>
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out, int out_stride) {
+    product<P, true>(rows, row, height, panel, scale, {0, in / ELEMENTS<P>, nullptr, 0}, vectors, out, out_stride);
 }
 
 // work(P) with a precision that the compiler knows.
@@ -184,22 +200,40 @@ void with(int precision, Work work) {
 // ---------------------------------------------------------------- rows times a matrix
 
 // Columns of x W^T + bias, a part of them for each thread: take(row, column, a vector, how many of its numbers there are).
+// Few rows wait for weights from memory, which come while they compute only if they are called in an even flow.
 template <int P, class Take>
 void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
-    int panels = panels_of(w.out), groups = groups_of(P, w.in);
+    int panels = panels_of(w.out), groups = groups_of(P, w.in), steps = w.in / ELEMENTS<P>;
+    int tiles = (count + HEIGHT - 1) / HEIGHT;
     int64_t size = (int64_t)w.in * WIDTH * bytes_of(P);
-    alignas(64) float out[HEIGHT * WIDTH];
+    alignas(64) float out[FEW * WIDTH];
     for (int p = panels * team.rank / team.size; p < panels * (team.rank + 1) / team.size; p++) {
+        const char *panel = w.weight + p * size;
+        const float *scale = w.scale + (int64_t)p * groups * WIDTH;
         int vectors = vectors_of(w.out - p * WIDTH);
-        for (int row = 0; row < count; row += HEIGHT) {
-            int height = std::min(HEIGHT, count - row);
-            product<P>(rows, row, height, w.weight + p * size, w.scale + (int64_t)p * groups * WIDTH, w.in, vectors, out, WIDTH);
+        auto give = [&](int row, int height) {
             for (int n = 0; n < vectors; n++) {
                 int column = p * WIDTH + n * LANES, left = std::min(LANES, w.out - column);
                 V bias = w.bias ? load(w.bias + column, left) : set(0.0f);
                 for (int m = 0; m < height; m++)
                     take(row + m, column, load(out + m * WIDTH + n * LANES) + bias, left);
             }
+        };
+        if (tiles == 1 || count > FEW) {
+            for (int row = 0; row < count; row += HEIGHT) {
+                int height = std::min(HEIGHT, count - row);
+                product<P>(rows, row, height, panel, scale, w.in, vectors, out, WIDTH);
+                give(row, height);
+            }
+        } else {  // all tiles have their turn with a slice, and each calls a part of the next one
+            for (int first = 0; first < steps; first += STEPS)
+                for (int t = 0; t < tiles; t++) {
+                    int last = std::min(steps, first + STEPS);
+                    const char *ahead = panel + (int64_t)(last + (last - first) * t / tiles) * WIDTH * 4;
+                    product<P, false>(rows, t * HEIGHT, std::min(HEIGHT, count - t * HEIGHT), panel, scale,
+                                     {first, last, ahead, WIDTH * 4 / tiles}, vectors, out + t * HEIGHT * WIDTH, WIDTH);
+                }
+            give(0, count);
         }
     }
 }

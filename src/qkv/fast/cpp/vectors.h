@@ -32,6 +32,18 @@ using Bytes = Vector<int8_t, LANES>;
 
 // ---------------------------------------------------------------- what differs between CPUs
 
+template <int S>
+V swapped(V x) {  // number i in the place of number i ^ S
+    constexpr int pairs = S % 4 == 2 ? 0b01001110 : 0b10110001;
+#if LANES == 16
+    if constexpr (S >= 4) return _mm512_shuffle_f32x4(x, x, S == 8 ? 0b01001110 : 0b10110001);
+    else return _mm512_permute_ps(x, pairs);
+#else
+    if constexpr (S >= 4) return _mm256_permute2f128_ps(x, x, 1);
+    else return _mm256_permute_ps(x, pairs);
+#endif
+}
+
 #if LANES == 16
 V set(float x) { return _mm512_set1_ps(x); }
 I set(int32_t x) { return (I)_mm512_set1_epi32(x); }
@@ -52,9 +64,9 @@ I sums_of_pairs(I a, I b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 
 template <class X, class Join>
 auto joined(X x, Join join) {  // all numbers of a vector into one, by halves
-    x = join(x, (X)_mm256_permute2f128_ps((V)x, (V)x, 1));
-    x = join(x, (X)_mm256_permute_ps((V)x, 0b01001110));
-    return join(x, (X)_mm256_permute_ps((V)x, 0b10110001))[0];
+    x = join(x, (X)swapped<4>((V)x));
+    x = join(x, (X)swapped<2>((V)x));
+    return join(x, (X)swapped<1>((V)x))[0];
 }
 float sum(V x) { return joined(x, [](V a, V b) { return a + b; }); }
 int32_t sum(I x) { return joined(x, [](I a, I b) { return a + b; }); }
@@ -102,6 +114,17 @@ Half to_bf16(V x) {  // to the nearest, of two the even one
 }
 
 // ---------------------------------------------------------------- functions
+
+template <int S = LANES / 2>
+[[gnu::always_inline]] inline V sums(V *x) {  // the sum of each of as many vectors as one has numbers
+    I number;
+    for (int i = 0; i < LANES; i++) number[i] = i;
+    auto second = (number & S) != 0;
+#pragma GCC unroll 8
+    for (int i = 0; i < S; i++) x[i] = (second ? x[i + S] : x[i]) + swapped<S>(second ? x[i] : x[i + S]);
+    if constexpr (S > 1) return sums<S / 2>(x);
+    else return x[0];
+}
 
 V absolute(V x) { return (V)((U)x & 0x7FFFFFFF); }
 
