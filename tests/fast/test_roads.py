@@ -234,7 +234,7 @@ ROUNDED = {"fp32": lambda x: x, "bf16": lambda x: x.bfloat16().float(), "int8": 
 @settings(deadline=None, max_examples=40)
 @given(
     precision=st.sampled_from(sorted(ROUNDED)),
-    rows=st.integers(1, 60),
+    rows=st.integers(1, 80),
     inputs=st.integers(1, 20).map(lambda n: 16 * n),
     outputs=st.integers(1, 200),
     seed=st.integers(0, 9),
@@ -259,7 +259,7 @@ def assert_product(precision: str, x: torch.Tensor, weight: torch.Tensor, bias: 
 @settings(deadline=None, max_examples=30)
 @given(
     precision=st.sampled_from(sorted(ROUNDED)),
-    rows=st.integers(1, 60),
+    rows=st.integers(1, 80),
     inputs=st.integers(1, 20).map(lambda n: 16 * n),
     outputs=st.integers(1, 200),
 )

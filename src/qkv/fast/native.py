@@ -245,7 +245,7 @@ class NativeOutput(nn.Module):
         self.linear.check(hidden)
         hidden = _floats(hidden)
         scores = hidden.new_empty(len(hidden), count)
-        ids = hidden.new_empty(len(hidden), count, dtype=torch.int32)
+        ids = hidden.new_empty(len(hidden), count, dtype=torch.long)
         matrix = self.linear.matrix()
         if bias is not None:
             bias = bias.float().contiguous()
@@ -255,7 +255,7 @@ class NativeOutput(nn.Module):
         library().qkv_likeliest(
             byref(matrix), self.linear.order, source, *sizes, *out, torch.get_num_threads()
         )
-        return scores, ids.long()
+        return scores, ids
 
 
 # ---------------------------------------------------------------- blocks

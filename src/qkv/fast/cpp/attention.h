@@ -42,68 +42,65 @@ template <bool HALF, int N>
     }
 }
 
-// Which number of a piece is its i-th.
+// Numbers of a query in the order of a piece, and of an answer back from it.
 template <bool HALF, int N>
-constexpr int place(int i) { return HALF && N == 2 ? i % LANES * 2 + i / LANES : i; }
-
-void fetch(const char *from, int bytes) {  // what is used later
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+[[gnu::always_inline]] inline void unzip(const float *from, float *to) {
+    for (int i = 0; i < LANES; i++)
+        for (int n = 0; n < N; n++) to[n * LANES + i] = from[HALF && N == 2 ? 2 * i + n : n * LANES + i];
+}
+template <bool HALF, int N>
+[[gnu::always_inline]] inline void zip(const float *from, float *to) {
+    for (int i = 0; i < LANES; i++)
+        for (int n = 0; n < N; n++) to[HALF && N == 2 ? 2 * i + n : n * LANES + i] = from[n * LANES + i];
 }
 
-// One query after another over keys as they lie, for the few of a decoding step: some keys for all heads, while the next
-// come from memory. `index` (keys) and `scores` (heads, width) are scratch.
+// The keys that one query sees, as they lie, with some heads: all heads of some keys are read while the next come from
+// memory. Queries and answers have the numbers of each head as its pieces have them.
 template <bool HALF>
-void attend_rows(const float *query, int rows, int query_stride, Keys keys, int heads, int E, int causal, const uint8_t *mask,
-                 float *out, int out_stride, int32_t *index, float *scores, int width) {
-    constexpr int VALUES = 8;  // of so many keys are added at once
-    float rate = 1 / std::sqrt((float)E);
-    int64_t stride = (int64_t)keys.stride * keys.size();
-    int bytes = E * keys.size();
-    alignas(64) float asked[8192], answer[8192];  // each head's numbers as its pieces have them
-    const char *row[LANES];
-    for (int i = 0; i < rows; i++) {
-        int last = causal && !mask ? keys.count - rows + 1 + i : keys.count, seen = 0;
-        for (int j = 0; j < last; j++)
-            if (!mask || mask[(int64_t)i * keys.count + j]) index[seen++] = j;
-        auto find = [&](const char *first, int j, int count) {  // rows j on; where there are no more, the last again
-            for (int k = 0; k < count; k++) row[k] = first + index[std::min(j + k, seen - 1)] * stride;
-        };
-        for (int h = 0; h < heads; h++)
-            each_piece(E, [&](int e, auto n) {
-                const float *from = query + (int64_t)i * query_stride + h * E + e;
-                for (int t = 0; t < n * LANES; t++) asked[h * E + e + t] = from[place<HALF, n>(t)] * rate;
-            });
-        for (int j = 0; j < seen; j += LANES) {
-            find(keys.key, j, LANES);
+struct Seen {
+    Keys keys;
+    const int32_t *index;  // which of the keys
+    int count, heads, E;
+
+    void score(const float *query, float *scores, int width) const {  // (heads, width)
+        float rate = 1 / std::sqrt((float)E);
+        const char *row[LANES];
+        for (int j = 0; j < count; j += LANES) {
+            int some = find(keys.key, j, LANES, row);
             for (int h = 0; h < heads; h++) {
                 V total[LANES];
 #pragma GCC unroll 16
                 for (int k = 0; k < LANES; k++) {
-                    const char *key = row[k] + h * bytes;
-                    fetch(key + LANES * stride, bytes);
                     total[k] = set(0.0f);
+                    if (k >= some) continue;
+                    fetch(row[k], h, LANES);
                     each_piece(E, [&](int e, auto n) {
                         V x[n];
-                        piece<HALF, n>(key, e, x);
-                        for (int v = 0; v < n; v++) total[k] += x[v] * load(asked + h * E + e + v * LANES);
+                        piece<HALF, n>(row[k], h * E + e, x);
+                        for (int v = 0; v < n; v++) total[k] += x[v] * load(query + h * E + e + v * LANES);
                     });
                 }
-                store(scores + h * width + j, sums(total));
+                store(scores + h * width + j, sums(total) * rate);
             }
         }
-        for (int h = 0; h < heads; h++) softmax(scores + h * width, seen);
+    }
+
+    void add_up(const float *shares, int width, float *answer) const {
+        constexpr int SOME = 8;
+        const char *row[SOME];
         std::fill(answer, answer + heads * E, 0.0f);
-        for (int j = 0; j < seen; j += VALUES) {
-            find(keys.value, j, VALUES);
+        for (int j = 0; j < count; j += SOME) {
+            int some = find(keys.value, j, SOME, row);
             for (int h = 0; h < heads; h++) {
-                const float *share = scores + h * width + j;
-                for (int k = 0; k < VALUES; k++) fetch(row[k] + h * bytes + VALUES * stride, bytes);
+                const float *share = shares + h * width + j;
+                for (int k = 0; k < some; k++) fetch(row[k], h, SOME);
                 each_piece(E, [&](int e, auto n) {
                     float *to = answer + h * E + e;
                     V total[n], x[n];
                     for (int v = 0; v < n; v++) total[v] = load(to + v * LANES);
 #pragma GCC unroll 8
-                    for (int k = 0; k < VALUES; k++) {
+                    for (int k = 0; k < SOME; k++) {
+                        if (k >= some) break;
                         piece<HALF, n>(row[k], h * E + e, x);
                         for (int v = 0; v < n; v++) total[v] += x[v] * share[k];
                     }
@@ -111,11 +108,41 @@ void attend_rows(const float *query, int rows, int query_stride, Keys keys, int 
                 });
             }
         }
-        for (int h = 0; h < heads; h++)
-            each_piece(E, [&](int e, auto n) {
-                float *to = out + (int64_t)i * out_stride + h * E + e;
-                for (int t = 0; t < n * LANES; t++) to[place<HALF, n>(t)] = answer[h * E + e + t];
-            });
+    }
+
+private:
+    int64_t stride() const { return (int64_t)keys.stride * keys.size(); }
+
+    int find(const char *first, int j, int most, const char **row) const {  // keys j on: how many there are
+        int some = std::min(most, count - j);
+        for (int k = 0; k < some; k++) row[k] = first + index[j + k] * stride();
+        return some;
+    }
+
+    void fetch(const char *row, int head, int further) const {  // a head of the row so many rows further
+        int bytes = E * keys.size();
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + head * bytes + further * stride() + i, 0, 2);
+    }
+};
+
+// One query after another, for the few of a decoding step. `index` (keys) and `scores` (heads, width) are scratch.
+template <bool HALF>
+void attend_rows(const float *query, int rows, int query_stride, Keys keys, int heads, int E, int causal, const uint8_t *mask,
+                 float *out, int out_stride, int32_t *index, float *scores, int width) {
+    alignas(64) float asked[8192], answer[8192];
+    for (int i = 0; i < rows; i++) {
+        int last = causal && !mask ? keys.count - rows + 1 + i : keys.count, count = 0;
+        for (int j = 0; j < last; j++)
+            if (!mask || mask[(int64_t)i * keys.count + j]) index[count++] = j;
+        Seen<HALF> seen{keys, index, count, heads, E};
+        auto each_piece_of_heads = [&](auto work) {
+            for (int h = 0; h < heads; h++) each_piece(E, [&](int e, auto n) { work(h * E + e, n); });
+        };
+        each_piece_of_heads([&](int e, auto n) { unzip<HALF, n>(query + (int64_t)i * query_stride + e, asked + e); });
+        seen.score(asked, scores, width);
+        for (int h = 0; h < heads; h++) softmax(scores + h * width, count);
+        seen.add_up(scores, width, answer);
+        each_piece_of_heads([&](int e, auto n) { zip<HALF, n>(answer + e, out + (int64_t)i * out_stride + e); });
     }
 }
 

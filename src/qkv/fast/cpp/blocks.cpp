@@ -278,7 +278,7 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
 
 struct Best {  // the largest numbers of a row that comes in pieces, and the sum of all exponentials
     std::vector<float> scores;
-    std::vector<int32_t> ids;
+    std::vector<int64_t> ids;
     float most = -INFINITY;
     V total = set(0.0f);  // of exp(x - most)
 
@@ -313,7 +313,7 @@ private:
         most = to;
     }
 
-    void insert(float score, int32_t id) {  // ties: the one that came first, which has the smaller id
+    void insert(float score, int64_t id) {  // ties: the one that came first, which has the smaller id
         if (!(score > scores.back())) return;
         size_t i = scores.size() - 1;
         for (; i > 0 && score > scores[i - 1]; i--) scores[i] = scores[i - 1], ids[i] = ids[i - 1];
@@ -359,7 +359,7 @@ void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, floa
 
 // The `count` largest of each row of log_softmax(x W^T + bias), best first: scores and ids (T, count). No row is ever
 // written as a whole.
-void qkv_likeliest(const Matrix *matrix, int precision, const float *x, int T, int count, float *scores, int32_t *ids, int threads) {
+void qkv_likeliest(const Matrix *matrix, int precision, const float *x, int T, int count, float *scores, int64_t *ids, int threads) {
     std::vector<Best> found((size_t)threads * T, Best(count));
     multiply_by_all(*matrix, precision, x, T, threads, [&](int rank, int row, int column, V value, int left) {
         found[(size_t)rank * T + row].add(column, value, left);

@@ -25,9 +25,9 @@ enum Precision { FP32, BF16, INT8 };
 
 constexpr int WIDTH = LANES == 16 ? 64 : 16;  // columns of a panel: four vectors, or two
 constexpr int HEIGHT = 6;                     // rows of a tile: 24 accumulators of 32 registers, or 12 of 16
-constexpr int FEW = 8 * HEIGHT;               // rows that take a panel in slices
+constexpr int FEW = 11 * HEIGHT;              // at most so many rows take a panel in slices
 constexpr int GROUP = 128;                    // inputs that share a scale in int8
-constexpr int STEPS = GROUP / 4;              // of a slice: 8 KB, which the nearest cache holds
+constexpr int STEPS = GROUP / 4;              // of a slice, and of a group in int8: 8 KB or 2, which the nearest cache holds
 
 int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
 int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
@@ -132,7 +132,7 @@ template <int COUNT, class Work>
 
 struct Slice {  // of a panel: steps `first` to `last`
     int first, last;
-    const char *ahead;  // what is called from memory meanwhile: a step's columns from here on,
+    const char *ahead;  // what is fetched meanwhile: from here,
     int pace;           // and so many bytes further with each step
 };
 
@@ -152,7 +152,7 @@ template <int P, int M, int N, bool WHOLE>
         });
         for (int s = from; s < to; s++) {
             if (WHOLE) ahead = panel + (int64_t)(s + 16) * WIDTH * 4;
-            each<N>([&](auto n) { __builtin_prefetch(ahead + n * LANES * 4); });
+            each<WHOLE ? N : 2>([&](auto n) { __builtin_prefetch(ahead + n * LANES * 4); });
             if (!WHOLE) ahead += slice.pace;
             each<PARTS<P>>([&](auto p) {
                 each<N>([&](auto n) { weight[n] = part<P, p, uint16_t>(read<I>(panel + ((int64_t)s * WIDTH + n * LANES) * 4)); });
@@ -165,12 +165,12 @@ template <int P, int M, int N, bool WHOLE>
         each<M * N>([&](auto i) {
             constexpr int m = i / N, n = i % N;
             float *sum = out + m * out_stride + n * LANES;
-            V done = (V)total[i];
-            if constexpr (P == INT8) {
-                done = __builtin_convertvector(total[i], V) * rows.scale[(row + m) * rows.groups + g] * load(scale + g * WIDTH + n * LANES);
-                if (g) done += load(sum);
+            if constexpr (P == INT8) {  // in one expression, which compilers round in one way
+                V scales = rows.scale[(row + m) * rows.groups + g] * load(scale + g * WIDTH + n * LANES);
+                store(sum, __builtin_convertvector(total[i], V) * scales + (g ? load(sum) : set(0.0f)));
+            } else {
+                store(sum, (V)total[i]);
             }
-            store(sum, done);
         });
     }
 }
@@ -200,7 +200,7 @@ void with(int precision, Work work) {
 // ---------------------------------------------------------------- rows times a matrix
 
 // Columns of x W^T + bias, a part of them for each thread: take(row, column, a vector, how many of its numbers there are).
-// Few rows wait for weights from memory, which come while they compute only if they are called in an even flow.
+// Few rows wait for weights from memory, which come while they compute only if they are fetched in an even flow.
 template <int P, class Take>
 void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
     int panels = panels_of(w.out), groups = groups_of(P, w.in), steps = w.in / ELEMENTS<P>;
@@ -225,14 +225,15 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                 product<P>(rows, row, height, panel, scale, w.in, vectors, out, WIDTH);
                 give(row, height);
             }
-        } else {  // all tiles have their turn with a slice, and each calls a part of the next one
-            for (int first = 0; first < steps; first += STEPS)
+        } else {  // all tiles have their turn with a slice, and each fetches a part of the next one
+            for (int first = 0, last; first < steps; first = last) {
+                last = std::min(steps, first + STEPS);
                 for (int t = 0; t < tiles; t++) {
-                    int last = std::min(steps, first + STEPS);
                     const char *ahead = panel + (int64_t)(last + (last - first) * t / tiles) * WIDTH * 4;
                     product<P, false>(rows, t * HEIGHT, std::min(HEIGHT, count - t * HEIGHT), panel, scale,
                                      {first, last, ahead, WIDTH * 4 / tiles}, vectors, out + t * HEIGHT * WIDTH, WIDTH);
                 }
+            }
             give(0, count);
         }
     }

@@ -34,13 +34,11 @@ using Bytes = Vector<int8_t, LANES>;
 
 template <int S>
 V swapped(V x) {  // number i in the place of number i ^ S
-    constexpr int pairs = S % 4 == 2 ? 0b01001110 : 0b10110001;
+    constexpr int order = S == 8 || S == 2 ? 0b01001110 : 0b10110001;
 #if LANES == 16
-    if constexpr (S >= 4) return _mm512_shuffle_f32x4(x, x, S == 8 ? 0b01001110 : 0b10110001);
-    else return _mm512_permute_ps(x, pairs);
+    return S >= 4 ? _mm512_shuffle_f32x4(x, x, order) : _mm512_permute_ps(x, order);
 #else
-    if constexpr (S >= 4) return _mm256_permute2f128_ps(x, x, 1);
-    else return _mm256_permute_ps(x, pairs);
+    return S == 4 ? _mm256_permute2f128_ps(x, x, 1) : _mm256_permute_ps(x, order);
 #endif
 }
 
@@ -128,14 +126,14 @@ template <int S = LANES / 2>
 
 V absolute(V x) { return (V)((U)x & 0x7FFFFFFF); }
 
-V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest
-    x = larger(set(-87.3f), x);  // NaN stays NaN
+V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest; 0 where that is less than 1e-38
+    auto none = x < -87.3f;  // not NaN, which stays
     x = x > 88.3f ? set(88.3f) : x;
     I whole = nearest(x * 1.44269504f);
     V n = __builtin_convertvector(whole, V), r = x - n * 0.693359375f + n * 2.12194440e-4f;
     V p = set(1.9875691500e-4f);
     for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = p * r + c;
-    return (V)((I)(p * r * r + r + 1.0f) + (whole << 23));
+    return none ? set(0.0f) : (V)((I)(p * r * r + r + 1.0f) + (whole << 23));
 }
 
 V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
