@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +76,17 @@ def test_data_that_have_changed_are_not_called_held_out(family: str, change: str
     with pytest.raises(InputError, match=r"changed since it was trained.* score it on others with --data"):
         score(run)
     score(run, str(data))
+
+
+def test_texts_over_the_context_are_cut_if_asked(tmp_path: Path) -> None:
+    run = trained(tmp_path, "bert", max_steps=1)
+    (tmp_path / "long.csv").write_text(f"text,label\n{'red ' * 900},bad\nold,good\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"cut them with data.truncate \(qkv eval: --truncate\)"):
+        score(run, str(tmp_path / "long.csv"))
+    assert score(run, str(tmp_path / "long.csv"), truncate=True)["samples"] == 2
+    shutil.rmtree(run)
+    with pytest.raises(InputError, match="no sample of a gpt is too long: leave truncate out"):
+        score(trained(tmp_path, "gpt", max_steps=1), truncate=True)
 
 
 def test_a_value_a_text_is_no_score_of_two(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_branches_of_a_text_equal_texts_of_their_own(name: str, data):
                 one[path] = True
             branches = {0: Branches(rows, len(prompt) + step, mask)}
             beside[0].append(step)
-            wanted = torch.arange(len(new) + 1)
+            wanted = range(len(new) + 1)
             logits = model.head(model.next_hidden(pack([new, [], [step]]), cache, wanted, branches))
             texts = [torch.tensor(text) for text in (*(text for text, _ in paths), beside[0])]
             full = recomputed(model, [0] * len(paths) + [2], texts)

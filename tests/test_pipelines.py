@@ -290,6 +290,16 @@ def test_translations_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
+def test_nothing_is_translated_into_nothing() -> None:
+    mt = translator()
+    texts = [text[:25] for text in TEXTS[1:3]]
+    one, other = mt.translate(texts, max_new_tokens=12)
+    beside = ["", texts[0], " \n", "\u3000", texts[1], ""]
+    assert mt.translate(beside, max_new_tokens=12) == ["", one, "", "", other, ""]
+    assert mt.translate("") == "" != one
+
+
+@pytest.mark.filterwarnings("ignore:.*were cut")
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_a_translation_is_what_decode_says(num_beams: int) -> None:
     mt = translator()

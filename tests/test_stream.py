@@ -143,6 +143,9 @@ def test_images_of_a_folder_a_list_and_a_table(models, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == wanted
     files[3].write_bytes(b"not an image")
     assert str(files[3]) in fail("classify", models["images"], "--data", tmp_path / "images")
+    image(0).convert("I;16").save(files[3])
+    said = fail("classify", models["images"], "--data", tmp_path / "images")
+    assert str(files[3]) in said and "more than 8 bits a channel" in said
     assert "neither an image" in fail(
         "classify", models["images"], "--data", write(tmp_path / "a.jsonl", [{"image": 3}])
     )
@@ -199,8 +202,11 @@ def test_mistakes_about_files_are_one_line(models, tmp_path):
     assert "cannot read" in fail("embed", models["embed"], "--data", tmp_path / "no.txt")
     assert "cannot read" in fail("embed", models["embed"], "--data", tmp_path)
     assert "writes .npy files" in fail("embed", models["embed"], "--data", data, "-o", tmp_path / "a.txt")
-    same = ["--data", data, "-o", data, "--column", "text"]
+    same = ["--data", data, "-o", data]
     assert "is the input itself" in fail("translate", models["translate"], *same)
+    for given in (["a text"], ["--data", data]):
+        said = fail("translate", models["translate"], *given, "--column", "text")
+        assert "--column names one of a table: give that (.csv, .tsv, .jsonl, .parquet) with --data" in said
     (tmp_path / "v.npy").mkdir()
     assert "v.npy is a folder" in fail("embed", models["embed"], "--data", data, "-o", tmp_path / "v.npy")
     assert not [*tmp_path.glob("*.part")]

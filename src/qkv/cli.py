@@ -241,13 +241,17 @@ def _check_used(options: list[str], config: RunConfig) -> None:
     data_decide = ("vocab_size", "head", "labels", "channels", "pad_id", "eos_id")
     idle = {f"model.{name}": "the data decide it" for name in data_decide}
     if config.init:
-        own = {field.name for field in fields(config.model)} - {*DROPOUTS, "image_size"}
+        own = {field.name for field in fields(config.model)} - {*DROPOUTS}
         idle |= {f"model.{name}": "with init the model is the checkpoint's" for name in own}
     if config.model.family == "vit":
         idle |= {f"tokenizer.{field.name}": "images have none" for field in fields(config.tokenizer)}
     elif config.init or config.tokenizer.path:
         own = {field.name for field in fields(config.tokenizer)} - {"path"}
         idle |= {f"tokenizer.{name}": "the tokenizer is made already" for name in own}
+    if config.data.valid:
+        idle["data.valid_fraction"] = "data.valid is held out"
+    if config.model.family in ("gpt", "vit"):
+        idle["data.truncate"] = "no sample is too long"
     if not config.augment.randaugment:
         idle["augment.magnitude"] = "it is how strong augment.randaugment is"
     for name, option in named.items():
@@ -263,6 +267,7 @@ def evaluate(
     data: str = "",
     num_beams: int = BEAMS,
     tokenize: BleuTokenizer = "13a",
+    truncate: Truncate = False,
     precision: Precision = None,
 ) -> None:
     """Score a model on labelled data, as JSON.
@@ -275,7 +280,7 @@ def evaluate(
     """
     from qkv.evaluate import score
 
-    print(json.dumps(score(model, data, num_beams, tokenize, precision), indent=2))
+    print(json.dumps(score(model, data, num_beams, tokenize, precision, truncate), indent=2))
 
 
 def generate(
@@ -342,7 +347,7 @@ def translate(
     translator = cast("Translator", _load(model, "transformer"))
     _answer(
         translator,
-        _texts(texts, data, [column]),
+        _texts(texts, data, [column], "source"),
         lambda given: translator.translate(
             given, num_beams=num_beams, length_penalty=length_penalty, truncate=truncate
         ),
@@ -412,7 +417,7 @@ def classify(
     if len(column) > 2:
         raise InputError(f"texts are in one column, or pairs in two: name them, not {len(column)}")
     perhaps = ["text_pair"] if not column and pair is None else []
-    source = _texts(inputs, data, column or ["text"], perhaps)
+    source = _texts(inputs, data, column or ["text"], "text", perhaps)
     gives_values = encoder.model.config.head == "regression"
     if gives_values and top_k is not None:
         raise InputError(f"{model} gives values, not classes: leave out --top-k")
@@ -445,7 +450,7 @@ def tag(
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
     """
     encoder = cast("Encoder", _load(model, "bert"))
-    source = _texts(texts, data, [column])
+    source = _texts(texts, data, [column], "text")
     target = _Target(output, ".jsonl", precision)
     _answer(encoder, source, lambda given: encoder.tag(given, truncate=truncate), _rows, target)
 
@@ -471,7 +476,7 @@ def embed(
     encoder = cast("Encoder", _load(model, "bert"))
     _answer(
         encoder,
-        _texts(texts, data, [column]),
+        _texts(texts, data, [column], "text"),
         lambda given: encoder.embed(given, truncate=truncate),
         lambda vector: json.dumps([round(float(x), 7) for x in vector]),
         _Target(output, ".npy", precision, dim=encoder.model.config.dim),
@@ -666,17 +671,27 @@ def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
 
 
 def _texts(
-    texts: Sequence[str], data: Path | None, columns: Sequence[str], perhaps: Sequence[str] = ()
+    texts: Sequence[str], data: Path | None, columns: Sequence[str], usual: str, perhaps: Sequence[str] = ()
 ) -> Source:
     """Texts given, those of a file, or the lines of standard input."""
     from qkv.stream import Given
 
+    if list(columns) != [usual]:
+        _check_table(data)
     if data is None:
         return Given(_lines(texts))
     from qkv.data.corpus import TextCorpus
 
     _check_alone(texts)
     return TextCorpus(data, columns, perhaps)
+
+
+def _check_table(data: Path | None) -> None:
+    """Raise InputError where there are no columns to name."""
+    from qkv.data.files import TABLES
+
+    if data is None or data.suffix.lower() not in TABLES:
+        raise InputError(f"--column names one of a table: give that ({', '.join(TABLES)}) with --data")
 
 
 def _images(files: Sequence[str], data: Path | None, columns: Sequence[str]) -> Source:

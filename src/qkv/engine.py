@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 
 from qkv.errors import InputError
-from qkv.sampling import Row, adjust, choose, distribution, verify
+from qkv.sampling import adjust, choose, distribution, verify
 from qkv.search import Beams, Continuation, Request, Search, Stream, Token, best_continuations
 from qkv.slots import Ahead, Decoder, Slots
 from qkv.speculate import Draft, LookUp
@@ -120,6 +120,7 @@ class Engine:
         if self._live or self._waiting:
             self._go_on()
         said, self._said = self._said, []
+        self.counts.accepted += sum(token.guessed for token in said)
         return said
 
     def _go_on(self) -> None:
@@ -127,6 +128,7 @@ class Engine:
         readers = [search for search in self._live if search not in twins]
         streams = [search for search in readers if isinstance(search, Stream) and search.room > 0]
         self._guesser.guess(streams)
+        self.counts.guessed += sum(len(stream.guesses) for stream in streams)
         ahead, places = self._slots.read({search.slot: search.reading() for search in readers})
         rows = {search: places[search.slot] for search in readers}
         for twin, other in twins.items():
@@ -138,14 +140,10 @@ class Engine:
             for search in self._live:
                 logits = ahead.logits(rows[search]) if search.decoding.logprobs else None
                 if isinstance(search, Stream):
-                    guesses = len(search.guesses)
-                    new = search.take(chosen[search], logits)
-                    self.counts.guessed += guesses
-                    self.counts.accepted += sum(token.guessed for token in new)
+                    self._said += search.take(chosen[search], logits)
                 else:
                     assert isinstance(search, Beams)
-                    new = search.take(continuations[search], logits)
-                self._said += new
+                    self._said += search.take(continuations[search], logits)
         finally:
             self._leave([search for search in self._live if search.done])
         self.counts.steps += 1
@@ -202,26 +200,26 @@ class Engine:
                 [stream.uniforms[i] for i in n],
             )
         # Guesses that were not drawn are right where they are what is drawn anyway.
-        for greedy in (True, False):
-            group = [s for s in streams if not s.draft and s.greedy is greedy]
-            if not group:
-                continue
-            places = [row for s in group for row in rows[s]]
-            settings = [row for s in group for row in s.rows()]
-            ids = iter(
-                self._greedy(ahead, places, settings) if greedy else choose(ahead.logits(places), settings)
-            )
-            chosen |= {s: [next(ids) for _ in rows[s]] for s in group}
+        greedy = [stream for stream in streams if stream.greedy and not stream.draft]
+        ids = self._likeliest(
+            ahead, [(row, s.banned(s.made + n)) for s in greedy for n, row in enumerate(rows[s])]
+        )
+        chosen |= {stream: [next(ids) for _ in rows[stream]] for stream in greedy}
+        if sampling := [stream for stream in streams if not stream.greedy and not stream.draft]:
+            places = [row for stream in sampling for row in rows[stream]]
+            settings = [row for stream in sampling for row in stream.rows()]
+            ids = iter(choose(ahead.logits(places), settings))
+            chosen |= {stream: [next(ids) for _ in rows[stream]] for stream in sampling}
         return chosen
 
-    def _greedy(self, ahead: Ahead, places: Sequence[int], settings: Sequence[Row]) -> list[int]:
-        """Each row's likeliest token that is not banned."""
-        chosen: dict[int, int] = {}
-        for count, group in _groups(range(len(places)), [1 + len(row.banned) for row in settings]):
-            _, ids = ahead.likeliest([places[i] for i in group], count)
-            for i, best in zip(group, ids.tolist(), strict=True):
-                chosen[i] = next(id for id in best if id not in settings[i].banned)
-        return [chosen[i] for i in range(len(places))]
+    def _likeliest(self, ahead: Ahead, asked: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[int]:
+        """The likeliest token of each row that is none of those that are banned there."""
+        chosen: dict[tuple[int, tuple[int, ...]], int] = {}
+        for count, group in _groups(asked, [1 + len(banned) for _, banned in asked]):
+            _, ids = ahead.likeliest([row for row, _ in group], count)
+            for (row, banned), best in zip(group, ids.tolist(), strict=True):
+                chosen[row, banned] = next(id for id in best if id not in banned)
+        return (chosen[one] for one in asked)
 
     def _continuations(self, ahead: Ahead, rows: dict[Search, range]) -> dict[Search, list[Continuation]]:
         """What may follow the beams of each search, best first."""

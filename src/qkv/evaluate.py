@@ -211,13 +211,15 @@ def score(
     num_beams: int = BEAMS,
     tokenize: BleuTokenizer = "13a",
     precision: InferencePrecision | Literal["auto"] | None = None,
+    truncate: bool = False,
 ) -> dict[str, float | str]:
     """Scores of a run folder or checkpoint on all of `data`; "" takes the run's own held-out data.
 
     Column names are those of the run's config. Of a run of several tasks all are scored, each on its own
     held-out data; a task's folder in it is scored as a run of that task. Translations are also decoded
     with beam search and compared by `translation_scores`, which is told to `tokenize`. precision: of a model
-    made faster by `qkv.fast.optimize`. Raises InputError for data that do not suit the model.
+    made faster by `qkv.fast.optimize`. truncate: cut texts longer than the context, as a run does whose
+    config says so. Raises InputError for data that do not suit the model.
     """
     settings = _settings(expanded(source))
     if settings and settings.tasks:
@@ -225,9 +227,8 @@ def score(
         if data:
             named = ", ".join(folders.values())
             raise InputError(f"{source} has several tasks: score one on other data, as {named}")
-        return joined(
-            {name: score(folder, "", num_beams, tokenize, precision) for name, folder in folders.items()}
-        )
+        options = (num_beams, tokenize, precision, truncate)
+        return joined({name: score(folder, "", *options) for name, folder in folders.items()})
     pipeline = from_pretrained(source)
     if precision is not None:
         pipeline.optimize(precision)
@@ -244,6 +245,9 @@ def score(
     )
     labels: tuple[str, ...] = getattr(model.config, "labels", ())
     family = model.config.family
+    if truncate and family in ("gpt", "vit"):
+        raise InputError(f"no sample of a {family} is too long: leave truncate out")
+    run = replace(run, data=replace(run.data, truncate=truncate or run.data.truncate))
     if not data and not run.data.path:
         raise InputError(f"{source} is not a run folder: say with --data what to score it on")
     asked = replace(run.data, task=_task(model, run.data))

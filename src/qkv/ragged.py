@@ -160,3 +160,8 @@ def pack(sequences: Iterable[Tensor | Sequence[int]], device: torch.device | str
     if device is not None:
         values = values.to(device)
     return Ragged(values, Layout(tuple(len(t) for t in tensors), values.device))
+
+
+def rows_of(values: Tensor, indices: Sequence[int]) -> Tensor:
+    """These rows of values (R, .); all of them, in order, are no copy."""
+    return values if list(indices) == list(range(len(values))) else values[list(indices)]

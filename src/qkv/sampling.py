@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qkv.config import Decoding
-from qkv.ragged import Ragged, pack
+from qkv.ragged import Ragged, pack, rows_of
 
 
 class Row(NamedTuple):
@@ -42,11 +42,6 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
         for i, id in zip(indices, ids.tolist(), strict=True):
             chosen[i] = id
     return chosen
-
-
-def rows_of(values: Tensor, indices: Sequence[int]) -> Tensor:
-    """These rows of values (R, .); all of them, in order, are no copy."""
-    return values if list(indices) == list(range(len(values))) else values[list(indices)]
 
 
 def distribution(logits: Tensor, rows: Sequence[Row]) -> Tensor:

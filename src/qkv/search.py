@@ -193,17 +193,18 @@ class Stream(Search):
 
         logits (M + 1, V): of what was chosen, if log-probabilities are asked for.
         """
-        pairs = zip(self.guesses, chosen, strict=False)
-        right = next((n for n, (guess, id) in enumerate(pairs) if guess != id), len(self.guesses))
-        ids = list(chosen[: right + 1])
-        ends = [n for n, id in enumerate(ids) if id in self.request.eos]
-        ids = ids[: ends[0] + 1] if ends else ids
-        tokens = [Token(self.number, self.answer, id, guessed=n < right) for n, id in enumerate(ids)]
+        tokens: list[Token] = []
+        for n, id in enumerate(chosen):
+            right = self.guesses[n : n + 1] == [id]
+            tokens.append(Token(self.number, self.answer, id, guessed=right))
+            if not right or id in self.request.eos:
+                break
         if logits is not None:
-            tokens = with_logprobs(tokens, logits[: len(ids)], self.decoding.logprobs)
-        self.ids += ids
+            tokens = with_logprobs(tokens, logits[: len(tokens)], self.decoding.logprobs)
+        self.ids += [token.id for token in tokens]
         self.guesses, self.draft = [], []
-        finish: Finish | None = "eos" if ends else self.full if self.made == self.limit else None
+        ended = tokens[-1].id in self.request.eos
+        finish: Finish | None = "eos" if ended else self.full if self.made == self.limit else None
         self.done = finish is not None
         if self.done:
             tokens[-1] = tokens[-1]._replace(finish=finish)

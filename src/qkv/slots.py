@@ -16,8 +16,7 @@ from torch import Tensor
 from qkv.kv_cache import Branches
 from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
-from qkv.ragged import Layout, Ragged
-from qkv.sampling import rows_of
+from qkv.ragged import Layout, Ragged, rows_of
 
 Decoder = GPT | Transformer
 """A model that says what comes next."""
@@ -89,7 +88,11 @@ class Slots:
         """How many of a text's tokens are the slot's; its last ones are not, which are asked about."""
         if not self._same_source(slot, reading):
             return 0
-        return _shared(self.texts[slot], reading.ids[: len(reading.ids) - reading.wanted])
+        text, ids = self.texts[slot], reading.ids
+        size = min(len(text), len(ids) - reading.wanted)
+        if text[:size] == ids[:size]:
+            return size
+        return next(i for i in range(size) if text[i] != ids[i])
 
     @torch.inference_mode()
     def copy(self, donor: int, slot: int, length: int) -> None:
@@ -108,14 +111,16 @@ class Slots:
         self._remember_sources(readings)
         new: list[Sequence[int]] = [()] * len(self.texts)
         kept = list(self.cache.lengths)
+        branches: dict[int, Branches] = {}
         for slot, reading in readings.items():
             if reading.branches is None:
                 kept[slot] = self.shared(slot, reading)
-                self.texts[slot] = self.texts[slot][: kept[slot]]
+                del self.texts[slot][kept[slot] :]
                 new[slot] = reading.ids[kept[slot] :]
             else:
                 kept[slot] = min(kept[slot], reading.branches.mask.shape[1])  # a tree can become narrower
                 new[slot] = reading.ids
+                branches[slot] = reading.branches
         self.cache.truncate(kept)
         batch = self._pack(new)
         wanted: list[int] = []
@@ -126,12 +131,9 @@ class Slots:
             if slot in readings:
                 places[slot] = range(len(wanted), len(wanted) + readings[slot].wanted)
                 wanted += range(end - readings[slot].wanted, end)
-        rows = torch.tensor(wanted, dtype=torch.long, device=self.cache.device)
-        branches = {slot: r.branches for slot, r in readings.items() if r.branches is not None}
-        hidden = self.model.next_hidden(batch, self.cache, rows, branches)
-        for slot, reading in readings.items():
-            if reading.branches is None:
-                self.texts[slot] = list(reading.ids)
+        hidden = self.model.next_hidden(batch, self.cache, wanted, branches)
+        for slot in readings.keys() - branches.keys():
+            self.texts[slot] += new[slot]
         return Ahead(self.model, hidden), places
 
     def _remember_sources(self, readings: dict[int, Reading]) -> None:
@@ -155,11 +157,3 @@ class Slots:
         self.computed += len(ids)
         layout = Layout(tuple(map(len, sequences)), self.cache.device)
         return Ragged(torch.tensor(ids, dtype=torch.long, device=self.cache.device), layout)
-
-
-def _shared(first: list[int], second: list[int]) -> int:
-    """Length of the longest common beginning."""
-    size = min(len(first), len(second))
-    if first[:size] == second[:size]:
-        return size
-    return next(i for i in range(size) if first[i] != second[i])

@@ -254,7 +254,7 @@ def test_what_idle_slots_hold_stays(made: list[str]):
             model.next_hidden(pack([ids(held, 0), ids(3, 1)], DEVICE), cache)
             before = [slots[0, :held].clone() for layer in cache.layers for slots in layer.slots()]
             for step in range(4):
-                model.next_hidden(pack([[], ids(1, step)], DEVICE), cache, torch.tensor([0], device=DEVICE))
+                model.next_hidden(pack([[], ids(1, step)], DEVICE), cache, [0])
             after = [slots[0, :held] for layer in cache.layers for slots in layer.slots()]
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
         assert ("Step" in made) == (held < model.config.context)

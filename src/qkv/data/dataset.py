@@ -230,7 +230,8 @@ def check_context(lengths: Ids, texts: Sequence[str], context: int, truncate: bo
     i = int(lengths.argmax())
     raise InputError(
         f"{count} are longer than the model's context of {context} tokens; the longest has {lengths[i]:,} "
-        f"and begins {texts[i][:40]!r}: set data.truncate to cut them, or raise a new model's model.context"
+        f"and begins {texts[i][:40]!r}: cut them with data.truncate (qkv eval: --truncate), or raise a new "
+        "model's model.context"
     )
 
 

@@ -14,6 +14,7 @@ import hashlib
 import os
 import shlex
 import subprocess
+from array import array
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -337,10 +337,10 @@ class NativeStack(nn.Module):
         if x.shape != (pattern.queries.tokens, self.dim):
             raise ValueError(f"{tuple(x.shape)} for {pattern.queries.tokens} tokens of {self.dim} values")
         x = _floats(x)
-        lengths = _ints(pattern.queries.lengths)
+        lengths = array("i", pattern.queries.lengths)
         batch = CBatch(
             x=x.data_ptr(),
-            lengths=lengths.ctypes.data,
+            lengths=_address(lengths),
             sequences=len(lengths),
             threads=torch.get_num_threads(),
             causal=pattern.causal,
@@ -354,23 +354,23 @@ class NativeStack(nn.Module):
             like = x.new_empty(0, self.heads, self.dim // self.heads, dtype=self.kept)
             reserved = [layer.reserve(like) for layer in caches]
             keys, values = map(_pointers, zip(*reserved, strict=True))
-            cache, key_lengths = caches[0].cache, _ints(pattern.keys.lengths)
-            batch.keys, batch.values = ctypes.addressof(keys), ctypes.addressof(values)
+            cache, key_lengths = caches[0].cache, array("i", pattern.keys.lengths)
+            batch.keys, batch.values = _address(keys), _address(values)
             batch.places, batch.capacity = cache.rows.data_ptr(), cache.capacity
             batch.half = reserved[0][0].dtype == torch.bfloat16  # perhaps of before this was packed
-            batch.key_lengths = key_lengths.ctypes.data
+            batch.key_lengths = _address(key_lengths)
             kept += [keys, values, key_lengths]
         if pattern.masks:
-            masks = (c_void_p * len(lengths))()
+            masks = array("Q", [0]) * len(lengths)
             for i, mask in pattern.masks.items():
                 masks[i] = mask.data_ptr()
-            batch.masks = ctypes.addressof(masks)
+            batch.masks = _address(masks)
             kept.append(masks)
         if memory_pattern is not None:
             keys, values = map(_pointers, zip(*memory, strict=True))
-            starts, memory_lengths = memory_pattern.keys.starts, _ints(memory_pattern.keys.lengths)
-            batch.memory_keys, batch.memory_values = ctypes.addressof(keys), ctypes.addressof(values)
-            batch.memory_starts, batch.memory_lengths = starts.data_ptr(), memory_lengths.ctypes.data
+            starts, memory_lengths = memory_pattern.keys.starts, array("i", memory_pattern.keys.lengths)
+            batch.memory_keys, batch.memory_values = _address(keys), _address(values)
+            batch.memory_starts, batch.memory_lengths = starts.data_ptr(), _address(memory_lengths)
             batch.memory_stride = memory[0][0].stride(0)
             batch.memory_half = memory[0][0].dtype == torch.bfloat16
             kept += [keys, values, starts, memory_lengths]
@@ -427,9 +427,10 @@ class NativeStack(nn.Module):
             batch.seen_qkv = batch.seen_answer = batch.seen_query = batch.seen_cross = None
 
 
-def _ints(numbers: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    return np.array(numbers, dtype=np.int32)
+def _pointers(tensors: Sequence[Tensor]) -> array[int]:
+    return array("Q", [x.data_ptr() for x in tensors])
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[c_void_p]:
-    return (c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+def _address(numbers: array[int]) -> int:
+    """Valid while the array lives and keeps its length."""
+    return numbers.buffer_info()[0]

@@ -15,7 +15,7 @@ from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.kv_cache import Branches, Cache
 from qkv.layers import Output, Stack, check_lengths, init_normal, rotation
-from qkv.ragged import Ragged
+from qkv.ragged import Ragged, rows_of
 
 PRESETS: dict[str, GPTConfig] = {
     "gpt": GPTConfig(vocab_size=40478, context=512, norm_first=False),
@@ -99,16 +99,16 @@ class GPT(nn.Module):
         self,
         batch: Ragged,
         cache: Cache,
-        rows: Tensor | None = None,
+        rows: Sequence[int] | None = None,
         branches: Mapping[int, Branches] | None = None,
     ) -> Tensor:
         """What `head` tells what follows by, once sequence i of `batch` is appended to slot i (or nothing).
 
-        rows: after which of the batch's tokens, (R,) -> hidden (R, D); None: after each sequence's last,
+        rows: after which R of the batch's tokens -> hidden (R, D); None: after each sequence's last,
         (N, D). branches: the slots whose new tokens end texts of their own.
         """
         hidden = self.features(batch, cache, branches)
-        return hidden.last() if rows is None else hidden.values[rows]
+        return hidden.last() if rows is None else rows_of(hidden.values, rows)
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention, first layer first."""

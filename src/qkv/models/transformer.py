@@ -17,7 +17,7 @@ from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.kv_cache import Branches, Cache
 from qkv.layers import Output, Stack, check_lengths, init_xavier, rotation, sinusoidal
-from qkv.ragged import Ragged
+from qkv.ragged import Ragged, rows_of
 
 PRESETS: dict[str, TransformerConfig] = {
     "transformer-base": TransformerConfig(),
@@ -170,19 +170,19 @@ class Transformer(nn.Module):
         self,
         batch: Ragged,
         cache: Cache,
-        rows: Tensor | None = None,
+        rows: Sequence[int] | None = None,
         branches: Mapping[int, Branches] | None = None,
     ) -> Tensor:
         """What `head` tells what follows by, once sequence i of `batch` is appended to slot i (or nothing).
 
-        rows: after which of the batch's tokens, (R,) -> hidden (R, D); None: after each sequence's last,
+        rows: after which R of the batch's tokens -> hidden (R, D); None: after each sequence's last,
         (N, D). branches: the slots whose new tokens end texts of their own.
         """
         assert cache.memory is not None
         memory = [layer.read() for layer in cache.memory.layers]
         pattern = Pattern(batch.layout, cache.memory.layout)
         hidden = self.decode(batch, memory, pattern, cache, branches)
-        return hidden.last() if rows is None else hidden.values[rows]
+        return hidden.last() if rows is None else rows_of(hidden.values, rows)
 
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention of encoder, decoder and cross-attention, first layer first."""

@@ -72,6 +72,7 @@ class ImageClassifier(Pipeline[ViT]):
         try:
             return self.images(image)
         except InputError as error:
-            if isinstance(image, str | Path):  # then the error names it
-                raise
+            if isinstance(image, str | Path):
+                said = str(error)
+                raise InputError(said if str(image) in said else f"{image}: {said}") from None
             raise NumberedError("image", number, f"cannot be used: {error}") from None

@@ -59,9 +59,16 @@ class Translator(Pipeline[Transformer]):
         target, eos = self.tokenizer.target, [self.model.config.eos_id]
         done = unfinished = 0
         for window in windows(texts, characters, batching.WINDOW_CHARACTERS // decoding.num_beams):
-            sources = [encoding.ids for encoding in limit.encode(encode, self.tokenizer, window, done)]
-            for answer, *_ in generate(self.model, sources, decoding, eos):
+            encodings = limit.encode(encode, self.tokenizer, window, done)
+            # Of nothing the model would say whatever is likeliest.
+            sources = [one.ids for one, text in zip(encodings, window, strict=True) if text.strip()]
+            found = iter(generate(self.model, sources, decoding, eos))
+            for text in window:
                 done += 1
+                if not text.strip():
+                    yield ""
+                    continue
+                answer, *_ = next(found)
                 unfinished += answer.finish != "eos"
                 yield target.decode(answer.ids)
         limit.warn()
