@@ -425,6 +425,7 @@ def test_images_have_no_second_text(runs):
     image = next((runs["vit"].parent / "images" / "dark").iterdir())
     for option in (["--pair", "x"], ["--truncate"]):
         assert "classifies images" in fail("classify", runs["vit"], image, *option)
+    assert "--column names one of a table" in fail("classify", runs["vit"], image, "--column", "x")
 
 
 def test_nothing_on_standard_input(runs):

@@ -258,6 +258,23 @@ def test_a_cache_that_could_not_grow_is_as_it_was(
     assert all(found[i] == alone(model, request)[0][0] for i, request in enumerate(requests))
 
 
+def test_a_text_too_long_for_the_memory_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    model = tiny("gpt-pre-norm")
+    short = Request([4, 9], replace(GREEDY, max_new_tokens=20))
+    engine = Engine(model, 2)
+    engine.submit(short)
+    found = [token.id for token in engine.step()]
+    monkeypatch.setattr(torch.nn.functional, "pad", full)
+    long = engine.submit(Request([5] * 38, replace(GREEDY, max_new_tokens=2)))
+    with pytest.raises(MemoryError):
+        engine.step()
+    engine.cancel(long)
+    assert found + [token.id for token in engine.run()] == alone(model, short)[0][0]
+
+
 def test_a_copy_that_was_interrupted_is_not_taken_for_a_text() -> None:
     model = tiny("gpt-pre-norm")
     slots = Slots(model, 2)

@@ -83,7 +83,8 @@ def test_texts_over_the_context_are_cut_if_asked(tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text(f"text,label\n{'red ' * 900},bad\nold,good\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"cut them with data.truncate \(qkv eval: --truncate\)"):
         score(run, str(tmp_path / "long.csv"))
-    assert score(run, str(tmp_path / "long.csv"), truncate=True)["samples"] == 2
+    with pytest.warns(UserWarning, match="1 of 2 texts were longer than .* tokens and were cut"):
+        assert score(run, str(tmp_path / "long.csv"), truncate=True)["samples"] == 2
     shutil.rmtree(run)
     with pytest.raises(InputError, match="no sample of a gpt is too long: leave truncate out"):
         score(trained(tmp_path, "gpt", max_steps=1), truncate=True)

@@ -698,6 +698,8 @@ def _images(files: Sequence[str], data: Path | None, columns: Sequence[str]) -> 
     """Image files given, those of a folder or named in a file, or named on standard input."""
     from qkv.stream import Given
 
+    if columns:
+        _check_table(data)
     if data is None:
         return Given(_lines(files))
     from qkv.data.corpus import ImageCorpus, ImageFolder

@@ -128,7 +128,6 @@ class Engine:
         readers = [search for search in self._live if search not in twins]
         streams = [search for search in readers if isinstance(search, Stream) and search.room > 0]
         self._guesser.guess(streams)
-        self.counts.guessed += sum(len(stream.guesses) for stream in streams)
         ahead, places = self._slots.read({search.slot: search.reading() for search in readers})
         rows = {search: places[search.slot] for search in readers}
         for twin, other in twins.items():
@@ -136,6 +135,7 @@ class Engine:
             rows[twin] = rows[other][:1]
         ahead.prepare(row for search in self._live if search.weighs for row in rows[search])
         chosen, continuations = self._choose(ahead, rows), self._continuations(ahead, rows)
+        self.counts.guessed += sum(len(stream.guesses) for stream in streams)
         try:
             for search in self._live:
                 logits = ahead.logits(rows[search]) if search.decoding.logprobs else None

@@ -54,6 +54,7 @@ from qkv.metrics import (
 from qkv.models import Model, MultiTaskBert
 from qkv.objectives import Objective, Term
 from qkv.pipelines import Translator, from_pretrained
+from qkv.pipelines.base import warn
 from qkv.runtime import evaluating
 
 Answers = tuple[NDArray[np.generic], NDArray[np.generic]]
@@ -263,6 +264,8 @@ def score(
         if samples.kind == "contrastive":
             check_contrastive(pipeline.checkpoint.pooling, source)
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
+    for note in dataset.notes:  # of texts that were cut, of words that the vocabulary lacks
+        warn(note)
     if not data and _fingerprint(expanded(source)) not in (None, dataset.fingerprint):
         raise InputError(
             f"the data of {source} have changed since it was trained, so it may know some of what is held "

@@ -91,7 +91,8 @@ class ImageProcessor:
         image = source if isinstance(source, Image.Image) else open_image(source)
         with readable_image("an image"):
             image.load()  # one that was given may not have been read to its end
-        image = _convert(image, "L" if self.channels == 1 else "RGB")
+        name = str(source) if isinstance(source, str | Path) else "an image"
+        image = _convert(image, "L" if self.channels == 1 else "RGB", name)
         box = None if region is None else region.box(*image.size)
         image = image.resize((self.size, self.size), Image.Resampling[self.resample.upper()], box)
         pixels = torch.from_numpy(np.array(image)).view(self.size, self.size, self.channels)
@@ -213,11 +214,11 @@ def readable_image(name: str) -> Iterator[None]:
         raise InputError(f"{name} is broken: {error}") from None
 
 
-def _convert(image: Image.Image, mode: Literal["L", "RGB"]) -> Image.Image:
+def _convert(image: Image.Image, mode: Literal["L", "RGB"], name: str) -> Image.Image:
     """To grey or RGB; what is transparent becomes white. Raises InputError for more than 8 bits a channel."""
     if image.mode[0] in "IF":
         raise InputError(
-            f"an image has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
+            f"{name} has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits first"
         )
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -131,8 +131,8 @@ class Cache:
             ends[i] = rows[-1] + 1 if tree is None else tree.mask.shape[1]
             places.append((i, rows))
             positions += depths
-        self.lengths = tuple(ends)
         self._fit(max(ends, default=0))
+        self.lengths = tuple(ends)
         every = [slot * self.capacity + row for slot, rows in places for row in rows]
         self.rows = torch.tensor(every, dtype=torch.long, device=self.device)
         masks = {i: tree.mask for i, tree in trees.items()}

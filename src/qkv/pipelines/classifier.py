@@ -72,7 +72,6 @@ class ImageClassifier(Pipeline[ViT]):
         try:
             return self.images(image)
         except InputError as error:
-            if isinstance(image, str | Path):
-                said = str(error)
-                raise InputError(said if str(image) in said else f"{image}: {said}") from None
+            if isinstance(image, str | Path):  # then the error names it
+                raise
             raise NumberedError("image", number, f"cannot be used: {error}") from None

@@ -59,13 +59,14 @@ class Translator(Pipeline[Transformer]):
         target, eos = self.tokenizer.target, [self.model.config.eos_id]
         done = unfinished = 0
         for window in windows(texts, characters, batching.WINDOW_CHARACTERS // decoding.num_beams):
+            window = [text if text.strip() else "" for text in window]
             encodings = limit.encode(encode, self.tokenizer, window, done)
             # Of nothing the model would say whatever is likeliest.
-            sources = [one.ids for one, text in zip(encodings, window, strict=True) if text.strip()]
+            sources = [one.ids for one, text in zip(encodings, window, strict=True) if text]
             found = iter(generate(self.model, sources, decoding, eos))
             for text in window:
                 done += 1
-                if not text.strip():
+                if not text:
                     yield ""
                     continue
                 answer, *_ = next(found)
