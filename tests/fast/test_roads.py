@@ -228,15 +228,19 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 ROUNDED = {"fp32": lambda x: x, "bf16": lambda x: x.bfloat16().float(), "int8": rounded}
+PRODUCTS = {
+    "precision": st.sampled_from(sorted(ROUNDED)),
+    "rows": st.integers(1, 80),
+    "inputs": st.integers(1, 20).map(lambda n: 16 * n),
+    "outputs": st.integers(1, 200),
+}
+"""Of all sizes."""
 
 
 @native_code
 @settings(deadline=None, max_examples=40)
 @given(
-    precision=st.sampled_from(sorted(ROUNDED)),
-    rows=st.integers(1, 80),
-    inputs=st.integers(1, 20).map(lambda n: 16 * n),
-    outputs=st.integers(1, 200),
+    **PRODUCTS,
     seed=st.integers(0, 9),
     outlier=st.sampled_from([1.0, 100.0]),
 )
@@ -257,12 +261,7 @@ def assert_product(precision: str, x: torch.Tensor, weight: torch.Tensor, bias: 
 
 @native_code
 @settings(deadline=None, max_examples=30)
-@given(
-    precision=st.sampled_from(sorted(ROUNDED)),
-    rows=st.integers(1, 80),
-    inputs=st.integers(1, 20).map(lambda n: 16 * n),
-    outputs=st.integers(1, 200),
-)
+@given(**PRODUCTS)
 def test_a_row_has_the_same_product_in_all_company(precision, rows, inputs, outputs):
     layer = NativeLinear(torch.randn(outputs, inputs), torch.randn(outputs), precision)
     x = torch.randn(rows, inputs)

@@ -175,10 +175,13 @@ template <int P, int M, int N, bool WHOLE>
     }
 }
 
+// A slice is multiplied with all columns of a panel, which the last one may lack: fewer sizes of tiles to be compiled.
 template <int P, bool WHOLE>
 void product(const Rows &rows, int row, int height, const char *panel, const float *scale, const Slice &slice, int vectors, float *out, int out_stride) {
     each<HEIGHT>([&](auto m) {
-        if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
+        if (height != m + 1) return;
+        if constexpr (!WHOLE) return tile<P, m + 1, WIDTH / LANES, WHOLE>(rows, row, panel, scale, slice, out, out_stride);
+        each<WIDTH / LANES>([&](auto n) {
             if (vectors == n + 1) tile<P, m + 1, n + 1, WHOLE>(rows, row, panel, scale, slice, out, out_stride);
         });
     });
@@ -231,7 +234,7 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                 for (int t = 0; t < tiles; t++) {
                     const char *ahead = panel + (int64_t)(last + (last - first) * t / tiles) * WIDTH * 4;
                     product<P, false>(rows, t * HEIGHT, std::min(HEIGHT, count - t * HEIGHT), panel, scale,
-                                     {first, last, ahead, WIDTH * 4 / tiles}, vectors, out + t * HEIGHT * WIDTH, WIDTH);
+                                     {first, last, ahead, WIDTH * 4 / tiles}, WIDTH / LANES, out + t * HEIGHT * WIDTH, WIDTH);
                 }
             }
             give(0, count);
