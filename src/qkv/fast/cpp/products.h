@@ -175,21 +175,22 @@ template <int P, int M, int N, bool WHOLE>
     }
 }
 
-// A slice is multiplied with all columns of a panel, which the last one may lack: fewer sizes of tiles to be compiled.
-template <int P, bool WHOLE>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, const Slice &slice, int vectors, float *out, int out_stride) {
+template <int P>
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out, int out_stride) {
+    int steps = in / ELEMENTS<P>;
     each<HEIGHT>([&](auto m) {
-        if (height != m + 1) return;
-        if constexpr (!WHOLE) return tile<P, m + 1, WIDTH / LANES, WHOLE>(rows, row, panel, scale, slice, out, out_stride);
-        each<WIDTH / LANES>([&](auto n) {
-            if (vectors == n + 1) tile<P, m + 1, n + 1, WHOLE>(rows, row, panel, scale, slice, out, out_stride);
+        if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
+            if (vectors == n + 1) tile<P, m + 1, n + 1, true>(rows, row, panel, scale, {0, steps, nullptr, 0}, out, out_stride);
         });
     });
 }
 
+// With all columns of a panel, which the last one may lack: fewer sizes of tiles to be compiled.
 template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int in, int vectors, float *out, int out_stride) {
-    product<P, true>(rows, row, height, panel, scale, {0, in / ELEMENTS<P>, nullptr, 0}, vectors, out, out_stride);
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, const Slice &slice, float *out, int out_stride) {
+    each<HEIGHT>([&](auto m) {
+        if (height == m + 1) tile<P, m + 1, WIDTH / LANES, false>(rows, row, panel, scale, slice, out, out_stride);
+    });
 }
 
 // work(P) with a precision that the compiler knows.
@@ -233,8 +234,8 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                 last = std::min(steps, first + STEPS);
                 for (int t = 0; t < tiles; t++) {
                     const char *ahead = panel + (int64_t)(last + (last - first) * t / tiles) * WIDTH * 4;
-                    product<P, false>(rows, t * HEIGHT, std::min(HEIGHT, count - t * HEIGHT), panel, scale,
-                                     {first, last, ahead, WIDTH * 4 / tiles}, WIDTH / LANES, out + t * HEIGHT * WIDTH, WIDTH);
+                    Slice slice{first, last, ahead, WIDTH * 4 / tiles};
+                    product<P>(rows, t * HEIGHT, std::min(HEIGHT, count - t * HEIGHT), panel, scale, slice, out + t * HEIGHT * WIDTH, WIDTH);
                 }
             }
             give(0, count);
