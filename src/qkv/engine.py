@@ -216,7 +216,7 @@ class Engine:
         """The likeliest token of each row that is none of those that are banned there."""
         chosen: dict[tuple[int, tuple[int, ...]], int] = {}
         for count, group in _groups(asked, [1 + len(banned) for _, banned in asked]):
-            _, ids = ahead.likeliest([row for row, _ in group], count)
+            ids = ahead.best([row for row, _ in group], count)
             for (row, banned), best in zip(group, ids.tolist(), strict=True):
                 chosen[row, banned] = next(id for id in best if id not in banned)
         return (chosen[one] for one in asked)

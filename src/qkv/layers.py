@@ -224,8 +224,15 @@ class Output(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
         logits = self(hidden, embeddings, bias).float()  # (R, V)
-        best = logits.topk(count) if count > 1 else logits.max(-1, keepdim=True)  # one kernel, not ten
+        best = logits.topk(count)
         return best.values - logits.logsumexp(-1, keepdim=True), best.indices
+
+    def best(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        """The ids that `likeliest` finds (R, count), without the sum that log-probabilities need."""
+        logits: Tensor = self(hidden, embeddings, bias).float()  # (R, V)
+        if count == 1:
+            return logits.argmax(-1, keepdim=True)  # one kernel, not ten
+        return logits.topk(count).indices
 
 
 def init_normal(model: nn.Module, depth: int | None = None) -> None:

@@ -64,6 +64,11 @@ class Ahead:
         """These rows' likeliest tokens, best first: log-probabilities and ids, (rows, count) each."""
         return self._model.likeliest(rows_of(self._hidden, rows), min(count, self._model.config.vocab_size))
 
+    @torch.inference_mode()
+    def best(self, rows: Sequence[int], count: int) -> Tensor:
+        """The ids of these rows' likeliest tokens alone, best first: (rows, count)."""
+        return self._model.best(rows_of(self._hidden, rows), min(count, self._model.config.vocab_size))
+
 
 class Slots:
     """A model, its cache, and which texts are in it."""

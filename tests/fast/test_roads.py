@@ -644,7 +644,9 @@ def test_the_likeliest_tokens_are_those_of_all_logits(precision, rows, vocabular
     scores, found = output.likeliest(hidden, embeddings, bias, count)
     torch.testing.assert_close(scores, expected.values, atol=1e-5, rtol=1e-5)
     assert torch.equal(found, expected.indices)
+    assert torch.equal(output.best(hidden, embeddings, bias, count), found)
     theirs, same = Output().likeliest(hidden, embeddings, bias, count)
+    assert torch.equal(Output().best(hidden, embeddings, bias, count), same)
     assert theirs.shape == scores.shape and (precision != "fp32" or torch.equal(same, found))
 
 

@@ -242,20 +242,26 @@ class NativeOutput(nn.Module):
         self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int
     ) -> tuple[Tensor, Tensor]:
         """As `layers.Output.likeliest`, without the logits of all tokens ever being in memory."""
+        scores = torch.empty(len(hidden), count, dtype=torch.float32, device="cpu")
+        return scores, self._find(hidden, bias, count, scores)
+
+    def best(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        """As `layers.Output.best`."""
+        return self._find(hidden, bias, count, None)
+
+    def _find(self, hidden: Tensor, bias: Tensor | None, count: int, scores: Tensor | None) -> Tensor:
+        """Ids (R, count), and their log-probabilities where there is a place for them."""
         self.linear.check(hidden)
         hidden = _floats(hidden)
-        scores = hidden.new_empty(len(hidden), count)
         ids = hidden.new_empty(len(hidden), count, dtype=torch.long)
         matrix = self.linear.matrix()
         if bias is not None:
             bias = bias.float().contiguous()
             matrix.bias = bias.data_ptr()
-        source, *out = (c_void_p(x.data_ptr()) for x in (hidden, scores, ids))
-        sizes = len(hidden), count
-        library().qkv_likeliest(
-            byref(matrix), self.linear.order, source, *sizes, *out, torch.get_num_threads()
-        )
-        return scores, ids
+        where = c_void_p(hidden.data_ptr()), len(hidden), count
+        out = None if scores is None else c_void_p(scores.data_ptr()), c_void_p(ids.data_ptr())
+        library().qkv_likeliest(byref(matrix), self.linear.order, *where, *out, torch.get_num_threads())
+        return ids
 
 
 # ---------------------------------------------------------------- blocks

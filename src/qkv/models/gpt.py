@@ -91,6 +91,10 @@ class GPT(nn.Module):
         """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
         return self.output.likeliest(hidden, self.tokens.weight, None, count)
 
+    def best(self, hidden: Tensor, count: int) -> Tensor:
+        """hidden (R, D) -> ids of the likeliest tokens alone, best first: (R, count)."""
+        return self.output.best(hidden, self.tokens.weight, None, count)
+
     def start(self, slots: int) -> Cache:
         """An empty cache for that many texts."""
         return Cache(slots, self.config.depth, self.config.context, self.tokens.weight.device)

@@ -150,6 +150,10 @@ class Transformer(nn.Module):
         """hidden (R, D) -> log-probabilities and ids of the likeliest tokens, best first: (R, count) each."""
         return self.output.likeliest(hidden, self.tokens.weight, self.logits_bias, count)
 
+    def best(self, hidden: Tensor, count: int) -> Tensor:
+        """hidden (R, D) -> ids of the likeliest tokens alone, best first: (R, count)."""
+        return self.output.best(hidden, self.tokens.weight, self.logits_bias, count)
+
     def start(self, slots: int) -> Cache:
         """An empty cache for that many texts and their sources."""
         sizes, device = (slots, self.config.depth, self.config.context), self.tokens.weight.device

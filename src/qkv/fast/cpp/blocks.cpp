@@ -276,13 +276,14 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
     }
 }
 
-struct Best {  // the largest numbers of a row that comes in pieces, and the sum of all exponentials
+struct Best {  // the largest numbers of a row that comes in pieces, and, if asked for, the sum of all exponentials
     std::vector<float> scores;
     std::vector<int64_t> ids;
+    bool summed;
     float most = -INFINITY;
     V total = set(0.0f);  // of exp(x - most)
 
-    explicit Best(int count) : scores(count, -INFINITY), ids(count) { std::iota(ids.begin(), ids.end(), 0); }
+    Best(int count, bool summed) : scores(count, -INFINITY), ids(count), summed(summed) { std::iota(ids.begin(), ids.end(), 0); }
 
     void add(int column, V values, int count) {
         alignas(64) float each[LANES];
@@ -290,8 +291,10 @@ struct Best {  // the largest numbers of a row that comes in pieces, and the sum
             store(each, values);
             values = load(each, count, -INFINITY);
         }
-        if (any_above(values, most)) raise(largest(values));
-        if (most > -INFINITY) total += exp(values - most);
+        if (summed) {
+            if (any_above(values, most)) raise(largest(values));
+            if (most > -INFINITY) total += exp(values - most);
+        }
         if (any_above(values, scores.back())) {
             store(each, values);
             for (int i = 0; i < count; i++) insert(each[i], column + i);
@@ -357,21 +360,20 @@ void qkv_linear(const Matrix *matrix, int precision, const float *x, int T, floa
     });
 }
 
-// The `count` largest of each row of log_softmax(x W^T + bias), best first: scores and ids (T, count). No row is ever
-// written as a whole.
+// The `count` largest of each row of log_softmax(x W^T + bias), best first: scores, unless null, and ids (T, count). No
+// row is ever written as a whole.
 void qkv_likeliest(const Matrix *matrix, int precision, const float *x, int T, int count, float *scores, int64_t *ids, int threads) {
-    std::vector<Best> found((size_t)threads * T, Best(count));
+    std::vector<Best> found((size_t)threads * T, Best(count, scores));
     multiply_by_all(*matrix, precision, x, T, threads, [&](int rank, int row, int column, V value, int left) {
         found[(size_t)rank * T + row].add(column, value, left);
     });
     for (int row = 0; row < T; row++) {
         Best &all = found[row];
         for (int rank = 1; rank < threads; rank++) all.add(found[(size_t)rank * T + row]);
+        std::copy(all.ids.begin(), all.ids.end(), ids + (size_t)row * count);
+        if (!scores) continue;
         float normaliser = all.log_sum();
-        for (int i = 0; i < count; i++) {
-            scores[(size_t)row * count + i] = all.scores[i] - normaliser;
-            ids[(size_t)row * count + i] = all.ids[i];
-        }
+        for (int i = 0; i < count; i++) scores[(size_t)row * count + i] = all.scores[i] - normaliser;
     }
 }
 
