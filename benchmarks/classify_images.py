@@ -130,9 +130,8 @@ def qkv(model: Path, pixels: Tensor, precision: str) -> Work:
     import qkv as ours
     from qkv.pipelines import ImageClassifier
 
-    classifier = ours.from_pretrained(model)
+    classifier = ours.from_pretrained(model, precision=precision)  # type: ignore[arg-type]
     assert isinstance(classifier, ImageClassifier)
-    classifier.optimize(precision)  # type: ignore[arg-type]
 
     def work() -> Answer:
         with torch.inference_mode():

@@ -201,9 +201,8 @@ def qkv(model: Path, prompts: list[list[int]], precision: str) -> Work:
     from qkv.decode import Decoding, generate
     from qkv.pipelines import TextGenerator
 
-    generator = ours.from_pretrained(model)
+    generator = ours.from_pretrained(model, precision=precision)  # type: ignore[arg-type]
     assert isinstance(generator, TextGenerator)
-    generator.optimize(precision)  # type: ignore[arg-type]
     decoding = Decoding(max_new_tokens=NEW, temperature=0.0)
 
     def work() -> Answer:

@@ -217,9 +217,8 @@ def qkv(model: Path, ids: list[list[int]], precision: str) -> Work:
     import qkv as ours
     from qkv.pipelines import Encoder
 
-    encoder = ours.from_pretrained(model)
+    encoder = ours.from_pretrained(model, precision=precision)  # type: ignore[arg-type]
     assert isinstance(encoder, Encoder)
-    encoder.optimize(precision)  # type: ignore[arg-type]
 
     def work() -> Answer:
         rows = np.empty((len(ids), encoder.model.config.dim), np.float32)

@@ -157,9 +157,8 @@ def qkv(model: Path, sources: list[list[int]], beams: int, precision: str) -> Wo
     from qkv.decode import Decoding, generate
     from qkv.pipelines import Translator
 
-    translator = ours.from_pretrained(model)
+    translator = ours.from_pretrained(model, precision=precision)  # type: ignore[arg-type]
     assert isinstance(translator, Translator)
-    translator.optimize(precision)  # type: ignore[arg-type]
     temperature = 0.0 if beams == 1 else 1.0
     decoding = Decoding(max_new_tokens=NEW, num_beams=beams, temperature=temperature)
 

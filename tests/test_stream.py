@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 from test_cli import fail, qkv, small_disk, succeed
 from test_pipelines import TEXTS, classifier, encoder, image, translator
@@ -273,7 +274,16 @@ def test_what_is_kept_belongs_to_one_input_and_one_model(models, corpus, tmp_pat
         qkv("embed", models["embed"], "--data", corpus, "-o", out)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     other = write(tmp_path / "other.jsonl", [{"text": text} for text in CORPUS])
-    for arguments in ([models["tag"], "--data", corpus], [models["embed"], "--data", other]):
+    changed = encoder()
+    with torch.no_grad():
+        changed.model.tokens.weight[0, 0] += 1
+    changed.save_pretrained(tmp_path / "changed")
+    for arguments in (
+        [models["tag"], "--data", corpus],
+        [tmp_path / "changed", "--data", corpus],
+        [models["embed"], "--data", corpus, "--precision", "bf16"],
+        [models["embed"], "--data", other],
+    ):
         assert "was made of another input" in fail("embed", *arguments, "-o", out)
     assert "was made of another input" in fail("embed", models["embed"], "fox", "-o", out)
     assert before == {path: path.read_bytes() for path in before}

@@ -344,7 +344,7 @@ def translate(
         num_beams: Beam width; 1 is greedy.
         length_penalty: Hypotheses compete by log-probability / length ** penalty.
     """
-    translator = cast("Translator", _load(model, "transformer"))
+    translator = cast("Translator", _load(model, "transformer", precision=precision))
     _answer(
         translator,
         _texts(texts, data, [column], "source"),
@@ -352,7 +352,7 @@ def translate(
             given, num_beams=num_beams, length_penalty=length_penalty, truncate=truncate
         ),
         lambda answer: " ".join(answer.split("\n")),
-        _Target(output, ".txt", precision, (num_beams, length_penalty)),
+        _Target(output, ".txt", (num_beams, length_penalty)),
     )
 
 
@@ -400,8 +400,8 @@ def classify(
     """
     from qkv.pipelines import ImageClassifier
 
-    pipeline = _load(model, "bert", "vit")
-    target = _Target(output, ".jsonl", precision, (pair, top_k))
+    pipeline = _load(model, "bert", "vit", precision=precision)
+    target = _Target(output, ".jsonl", (pair, top_k))
     if isinstance(pipeline, ImageClassifier):
         if pair is not None or truncate:
             raise InputError(f"{model} classifies images: leave out --pair and --truncate")
@@ -449,9 +449,9 @@ def tag(
         data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
     """
-    encoder = cast("Encoder", _load(model, "bert"))
+    encoder = cast("Encoder", _load(model, "bert", precision=precision))
     source = _texts(texts, data, [column], "text")
-    target = _Target(output, ".jsonl", precision)
+    target = _Target(output, ".jsonl")
     _answer(encoder, source, lambda given: encoder.tag(given, truncate=truncate), _rows, target)
 
 
@@ -473,13 +473,13 @@ def embed(
         output: A .npy file for the (N, D) float32 array. With --data, an interrupted command can be given
             again to go on.
     """
-    encoder = cast("Encoder", _load(model, "bert"))
+    encoder = cast("Encoder", _load(model, "bert", precision=precision))
     _answer(
         encoder,
         _texts(texts, data, [column], "text"),
         lambda given: encoder.embed(given, truncate=truncate),
         lambda vector: json.dumps([round(float(x), 7) for x in vector]),
-        _Target(output, ".npy", precision, dim=encoder.model.config.dim),
+        _Target(output, ".npy", dim=encoder.model.config.dim),
     )
 
 
@@ -609,10 +609,8 @@ class _Target(NamedTuple):
 
     path: Path | None
     suffix: str
-    precision: Precision
-    """None: as trained."""
     settings: tuple[object, ...] = ()
-    """What else beside the model and the input."""
+    """What beside the model and the input."""
     dim: int = 0
     """Length of the vectors that a .npy file holds."""
 
@@ -628,8 +626,6 @@ def _answer(
     from qkv.stream import answer_all
 
     output = None if target.path is None else _output(pipeline, source, target)
-    if target.precision is not None:
-        pipeline.optimize(target.precision)
     if output is None:
         seen = sys.stdout is not None and sys.stdout.isatty()
         watch = _stderr(quiet=seen)  # a bar between lines would be in their way
@@ -666,7 +662,7 @@ def _output(pipeline: AnyPipeline, source: Source, target: _Target) -> Output:
     if source.path is not None and target.path.resolve().is_relative_to(source.path.resolve()):
         raise InputError(f"{target.path} is in the folder that is read: write to another one")
     identity = source.identity()
-    made_from = None if identity is None else work(pipeline, identity, target.precision, *target.settings)
+    made_from = None if identity is None else work(pipeline, identity, *target.settings)
     return Output(target.path, made_from, target.dim)
 
 
@@ -725,12 +721,12 @@ def _load(source: str, *families: Family, precision: Precision = None) -> AnyPip
     """The pipeline of a checkpoint. Raises InputError if it is of none of these families."""
     from qkv import from_pretrained  # as a public name it comes faster
 
-    pipeline = from_pretrained(source)
+    pipeline = from_pretrained(source, precision=precision)
     config: AnyModelConfig = pipeline.model.config
     if config.family not in families:
         wanted = " or ".join(families)
         raise InputError(f"{source} is a {config.family} model; this command needs a {wanted} model")
-    return pipeline if precision is None else pipeline.optimize(precision)
+    return pipeline
 
 
 def _lines(texts: Sequence[str]) -> Iterator[str]:

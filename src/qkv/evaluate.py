@@ -230,9 +230,7 @@ def score(
             raise InputError(f"{source} has several tasks: score one on other data, as {named}")
         options = (num_beams, tokenize, precision, truncate)
         return joined({name: score(folder, "", *options) for name, folder in folders.items()})
-    pipeline = from_pretrained(source)
-    if precision is not None:
-        pipeline.optimize(precision)
+    pipeline = from_pretrained(source, precision=precision)
     if isinstance(pipeline, Translator):
         translation_scores([""], [""], tokenize)  # fails at once without sacreBLEU
     elif (num_beams, tokenize) != (BEAMS, "13a"):

@@ -261,7 +261,7 @@ def measure_step(
         if gpu_kernels:
             stack.enter_context(_gpu_attention(config.train.precision == "bf16"))
         meter = stack.enter_context(Meter())
-        allocate(model, device)
+        allocate(model, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device))
         data = SyntheticDataset(config, length, samples)
         trainer = Trainer(config.train, Checkpoint(model), data)
         _make_state(trainer.optimizers)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-import torch
 from rich.console import Console
 
 from qkv.console import CorpusBar
@@ -77,13 +76,13 @@ def answer_all(
 
 
 def work(pipeline: AnyPipeline, *settings: object) -> str:
-    """A fingerprint of a model and its settings: the same work gives the same answers."""
+    """A fingerprint of a checkpoint's files and settings: the same work gives the same answers."""
     checkpoint = pipeline.checkpoint
-    about = (settings, pipeline.model.config, checkpoint.pooling, checkpoint.images)
+    about = (settings, pipeline.road, pipeline.model.config, checkpoint.pooling, checkpoint.images)
     sha = hashlib.sha256(repr(about).encode())
     if checkpoint.tokenizer is not None:
         sha.update(checkpoint.tokenizer.definition.encode())
-    for name, tensor in pipeline.model.state_dict().items():
-        sha.update(name.encode())
-        sha.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    for path in checkpoint.weights:
+        with path.open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()

@@ -28,9 +28,11 @@ from qkv.fast import optimize
 from qkv.fast.native import FLAGS, NativeLinear, NativeOutput, UnavailableError, library
 from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.hub import Checkpoint, save
+from qkv.hub.table import Stored
 from qkv.layers import Output
 from qkv.models import Model
 from qkv.models.transformer import Transformer
+from qkv.pipelines import from_pretrained
 from qkv.ragged import pack
 from qkv.recording import record
 from qkv.runtime import multiplies_bfloat16
@@ -43,6 +45,8 @@ try:
 except UnavailableError as error:
     REASON = str(error)
 native_code = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+SAVABLE = ["gpt-pre-norm", "gpt-qk-norm", "transformer-post-norm", "bert-pretraining", "vit-convolutions"]
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.04, "int8": 0.08}
 """Largest error of a vector, relative to its length, that the precisions leave in a model of three blocks."""
@@ -199,20 +203,75 @@ def test_patches_of_a_width_that_the_code_does_not_take_are_embedded_by_torch(mo
 @pytest.mark.parametrize("name", CONFIGS)
 def test_weights_go_once_they_are_packed(name: str):
     model = wide(name)
-    weights = {key: weakref.ref(p) for key, p in model.named_parameters() if ".mlp." in key or ".qkv." in key}
-    left: list[list[str]] = []
+    weights = [weakref.ref(p) for key, p in model.named_parameters() if key.endswith("mlp.down.weight")]
+    left: list[int] = []
 
-    def look() -> None:  # whenever a part is packed, not only at the end
-        left.append([key for key, weight in weights.items() if weight() is not None])
+    class Counting(NativeLinear):
+        def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, precision: str) -> None:
+            left.append(sum(weight() is not None for weight in weights))
+            super().__init__(weight, bias, precision)
 
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qkv.fast.roads.return_freed_memory", look)
+            patch.setattr("qkv.fast.native.NativeLinear", Counting)
             compiled(model, "int8")
-        assert weights and left[-1] == [] and len(left[0]) < len(weights)
+        blocks = len(weights)
+        assert left and sorted(set(left), reverse=True) == list(range(blocks, 0, -1))
+        assert all(weight() is None for weight in weights)
     finally:
         gc.enable()
+
+
+@native_code
+@pytest.mark.parametrize("name", SAVABLE)
+def test_blocks_are_packed_as_they_are_read(name: str, tmp_path, monkeypatch):
+    """The model is the same as one that was read whole, and its file's tensors are each read once."""
+    save(tmp_path, Checkpoint(wide(name)))
+    monkeypatch.setattr("qkv.fast.roads._fastest", lambda roads, config: roads[0])
+    read: list[str] = []
+
+    def counted(stored: Stored) -> torch.Tensor:
+        read.append(stored.name)
+        return stored.file.get_tensor(stored.name)
+
+    monkeypatch.setattr(Stored, "read", counted)
+    found = from_pretrained(tmp_path, device="cpu", precision="int8")
+    assert found.road == Road("native", "int8") and sorted(read) == sorted(set(read)) != []
+    expected = from_pretrained(tmp_path, device="cpu").optimize("int8")
+    batch = samples(wide(name), [(7, 3), (1, 9)])
+    with torch.inference_mode():
+        for one, other in zip(
+            flat(answers(found.model, batch)), flat(answers(expected.model, batch)), strict=True
+        ):
+            assert torch.equal(one, other)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from qkv import from_pretrained
+def resident(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+from_pretrained(sys.argv[1], device="cpu", precision="int8")  # what is imported once
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+kept = from_pretrained(sys.argv[2], device="cpu", precision="int8")
+print(resident("VmHWM") - before)
+"""
+
+
+@native_code
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells peaks of memory")
+def test_all_weights_are_never_in_memory_in_fp32(tmp_path):
+    for name, depth in (("small", 1), ("large", 24)):
+        config = replace(CONFIGS["gpt-pre-norm"], dim=512, heads=8, mlp_dim=2048, depth=depth)
+        save(tmp_path / name, Checkpoint(tiny(config, torch.float32)))
+    weights = (tmp_path / "large" / "model.safetensors").stat().st_size
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert weights / 4 < int(done.stdout) < weights / 2
 
 
 # ---------------------------------------------------------------- products
@@ -444,6 +503,19 @@ def on_torch(name: str) -> Model:
         patch.setattr("qkv.fast.roads.multiplies_bfloat16", lambda device: True)
         assert optimize(model, "bf16") == Road("torch", "bf16")
     return model
+
+
+@pytest.mark.parametrize("name", SAVABLE)
+def test_torchs_operators_take_weights_as_they_are_read(name: str, tmp_path, monkeypatch):
+    save(tmp_path, Checkpoint(wide(name)))
+    monkeypatch.setattr("qkv.fast.roads._fastest", lambda roads, config: roads[-1])
+    monkeypatch.setattr("qkv.fast.roads.multiplies_bfloat16", lambda device: True)
+    found = from_pretrained(tmp_path, device="cpu", precision="bf16")
+    assert found.road == Road("torch", "bf16")
+    batch = samples(wide(name), [(7, 3), (1, 9)])
+    with torch.inference_mode():
+        theirs, own = flat(answers(on_torch(name), batch)), flat(answers(found.model, batch))
+        assert all(torch.equal(*pair) for pair in zip(own, theirs, strict=True))
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -15,7 +15,7 @@ import os
 import shlex
 import subprocess
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache as once
@@ -32,7 +32,7 @@ from qkv.config import InferencePrecision as Precision
 from qkv.errors import InputError
 from qkv.files import cache_folder, reason, sync
 from qkv.kv_cache import LayerCache
-from qkv.layers import Block, Stack
+from qkv.layers import Block
 
 # ---------------------------------------------------------------- the library
 
@@ -278,8 +278,8 @@ class NativeAttention:
 class NativeStack(nn.Module):
     """`layers.Stack` with packed weights; x is overwritten."""
 
-    def __init__(self, stack: Stack, config: ModelConfig, precision: Precision) -> None:
-        """The stack is left empty: the weights of each block go as soon as they are packed."""
+    def __init__(self, blocks: Iterable[Block], config: ModelConfig, precision: Precision) -> None:
+        """The blocks can come one by one: none is kept."""
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
         self.kept = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -301,9 +301,7 @@ class NativeStack(nn.Module):
             self.norms.append((weight, bias))
             return CNorm(weight.data_ptr(), bias.data_ptr(), layer.eps)
 
-        layers = []
-        while len(stack):
-            block = cast(Block, stack.pop(0))
+        def packed(block: Block) -> CLayer:
             own, cross, D = block.attention, block.cross, config.dim
             layer = CLayer(
                 qkv=linear(own.qkv),
@@ -320,7 +318,9 @@ class NativeStack(nn.Module):
                 layer.cross_out = linear(cross.out)
                 layer.cross = norm(block.cross_norm)
                 self.memory_maps.append(NativeLinear(cross.qkv.weight[D:], cross.qkv.bias[D:], precision))
-            layers.append(layer)
+            return layer
+
+        layers = list(map(packed, blocks))  # a loop would hold on to a block while the next one comes
         self.layers = (CLayer * len(layers))(*layers)
         sizes = (config.dim, config.heads, config.mlp_dim)
         self.stack = CStack(

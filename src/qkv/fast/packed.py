@@ -1,4 +1,4 @@
-"""Linear layers by torch's own operators with weights packed once: what runs where `native` cannot.
+"""Embeddings in bfloat16, and what runs where `native` cannot: torch's own operators with packed weights.
 
 Legend: D model width, V vocabulary.
 """
@@ -49,3 +49,16 @@ class PackedOutput(Output):
         """hidden (..., D), bias (V,) -> logits (..., V), float32; `embeddings` are those that were packed."""
         logits: Tensor = self.linear(hidden).float()
         return logits if bias is None else logits.add_(bias)
+
+
+class PackedEmbedding(nn.Module):
+    """Embeddings that are kept in bfloat16."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight (V, D)."""
+        super().__init__()
+        self.weight = weight.detach().bfloat16()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., D), float32."""
+        return F.embedding(ids, self.weight).float()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NoReturn, cast, get_args
+from functools import partial
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkv.attention import Attention, Pattern
 from qkv.config import GPTConfig, InferencePrecision, ModelConfig, TransformerConfig
@@ -15,11 +17,11 @@ from qkv.errors import InputError
 from qkv.fast import native
 from qkv.fast.graphs import GraphedStack
 from qkv.fast.native import NativeLinear, NativeOutput, NativeStack, UnavailableError
-from qkv.fast.packed import PackedLinear, PackedOutput
+from qkv.fast.packed import PackedEmbedding, PackedLinear, PackedOutput
 from qkv.files import measured
-from qkv.layers import FeedForward, Output, Stack
+from qkv.layers import Block, FeedForward, Output, Stack
 from qkv.models import Model
-from qkv.models.vit import ConvolutionalStem, PatchEmbedding
+from qkv.models.vit import ConvolutionalStem, PatchEmbedding, ViT
 from qkv.ragged import Layout
 from qkv.runtime import (
     device_name,
@@ -29,6 +31,7 @@ from qkv.runtime import (
     return_freed_memory,
     shortest,
 )
+from qkv.unread import Unread
 
 Engine = Literal["native", "torch", "graphs"]
 
@@ -41,45 +44,57 @@ class Road:
     precision: InferencePrecision
 
 
-def optimize(model: Model, precision: InferencePrecision | Literal["auto"] = "auto") -> Road:
+def optimize(
+    model: Model,
+    precision: InferencePrecision | Literal["auto"] = "auto",
+    unread: Unread | None = None,
+) -> Road:
     """Make a model answer faster, in place; returns the road that it takes from now on.
 
     precision: of the products with the weights of the blocks, of the output and of an image's patches. fp32:
     as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a
-    scale for every 128 inputs of a token and of an output; nothing is calibrated. auto: fp32 or bf16; on a
-    GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
-    fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why, and
-    int8 becomes bf16, and both fp32 on a CPU that does not multiply bf16. Weights go once they are packed, so
-    the model only answers from then on: it can neither be trained nor saved. Raises InputError if they are
-    packed already, for int8 on a GPU, and for a precision that there is not.
+    scale for every 128 inputs of a token and of an output; nothing is calibrated. In both, embeddings of
+    tokens are kept in bf16. auto: fp32 or bf16; on a GPU bf16 if it multiplies that. Of several roads it is
+    the one that a trial on this machine found fastest, which is remembered in the cache folder. Where there
+    is no compiled code a warning says why, and int8 becomes bf16, and both fp32 on a CPU that does not
+    multiply bf16. Weights go once they are packed, so the model only answers from then on: it can neither be
+    trained nor saved. unread: what the model still waits for; each block's is read when the block is packed,
+    so that all weights are never in memory as they were trained. Raises InputError if they are packed
+    already, for int8 on a GPU, and for a precision that there is not.
     """
     if precision not in (*get_args(InferencePrecision), "auto"):
         raise InputError(f"no precision {precision!r}; there are fp32, bf16, int8 and auto")
     if any(isinstance(module, _QUICK) for module in model.modules()):
         raise InputError("this model is optimized already: load it anew for another precision")
     model.eval().requires_grad_(False)
+    unread = unread or Unread({})
     device = next(model.parameters()).device
     if device.type != "cpu":
         if precision == "int8":
             raise InputError("int8 is for CPUs: use bf16 on a GPU")
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
+        unread.into(model)
         model.to(torch.bfloat16 if half else torch.float32)
         engine: Engine = "torch"
         if device.type == "cuda":
             engine = "graphs"
-            for parent, name in _places(model):
-                if isinstance(stack := getattr(parent, name), Stack):
-                    setattr(parent, name, GraphedStack(stack))
+            for name in _named(model, Stack):
+                _replace(model, name, GraphedStack)
         return Road(engine, "bf16" if half else "fp32")
     keep_few_kernels()
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
-    for parent, name in _places(model):
-        module = getattr(parent, name)
-        setattr(parent, name, Halfway())  # stays if this is interrupted
-        setattr(parent, name, _quick(module, model, road))
-        del module
-        return_freed_memory()  # the weights that are packed now
+    if not isinstance(model, ViT):
+        unread.into(model.tokens, "tokens.")
+        for name in _named(model, Output):
+            _replace(model, name, partial(_output, embeddings=model.tokens.weight, road=road))
+        if road.precision != "fp32":
+            _replace(model, "tokens", lambda tokens: PackedEmbedding(tokens.weight))
+    for name in _named(model, Stack):
+        _replace(model, name, partial(_stack, name=name, config=config, road=road, unread=unread))
+    unread.into(model)
+    for name in _named(model, PatchEmbedding, ConvolutionalStem):
+        _replace(model, f"{name}.projection", partial(_linear, road=road))
     keep_freed_memory()  # every batch takes and frees the same large blocks
     return road
 
@@ -111,39 +126,54 @@ class Halfway(nn.Module):
         raise InputError("optimizing this model was interrupted: load it anew")
 
 
-_QUICK = (Halfway, GraphedStack, NativeStack, NativeLinear, NativeOutput, PackedLinear, PackedOutput)
+_QUICK = (
+    Halfway,
+    GraphedStack,
+    NativeStack,
+    NativeLinear,
+    NativeOutput,
+    PackedEmbedding,
+    PackedLinear,
+    PackedOutput,
+)
 
 
-def _places(model: Model) -> list[tuple[nn.Module, str]]:
-    """The modules that are replaced, each as its parent and its name there."""
-    return [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Stack | Output)
-        or (isinstance(parent, PatchEmbedding | ConvolutionalStem) and isinstance(child, nn.Linear))
-    ]
+def _named(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+    """Names of the modules of these kinds."""
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _quick(module: nn.Module, model: Model, road: Road) -> nn.Module:
-    """What takes a module's place."""
-    if isinstance(module, Stack):
-        return _stack(module, cast(ModelConfig, model.config), road)
-    if isinstance(module, Output):
-        return _output(module, model, road)
-    return _linear(cast(nn.Linear, module), road)
+def _replace(model: nn.Module, name: str, made_of: Callable[[Any], nn.Module]) -> None:
+    """Put what is made of a module into its place."""
+    parent, _, own = name.rpartition(".")
+    where = model.get_submodule(parent)
+    module = getattr(where, own)
+    setattr(where, own, Halfway())  # stays if this is interrupted
+    setattr(where, own, made_of(module))
+    del module
+    return_freed_memory()  # the weights that are packed now
 
 
-def _stack(stack: Stack, config: ModelConfig, road: Road) -> nn.Module:
+def _stack(stack: Stack, name: str, config: ModelConfig, road: Road, unread: Unread) -> nn.Module:
+    """What takes the place of a stack of that name, whose tensors may still be unread."""
     if road.engine == "native":
-        return NativeStack(stack, config, road.precision)
+        return NativeStack(_taken(stack, unread, name), config, road.precision)
     if road.precision == "bf16":
-        for module in stack.modules():
-            if isinstance(module, Attention | FeedForward):
-                for name, child in list(module.named_children()):
-                    if isinstance(child, nn.Linear):
-                        setattr(module, name, _linear(child, road))
+        for i, block in enumerate(stack):
+            unread.into(block, f"{name}.{i}.")
+            for module in block.modules():
+                if isinstance(module, Attention | FeedForward):
+                    for own, child in list(module.named_children()):
+                        if isinstance(child, nn.Linear):
+                            setattr(module, own, _linear(child, road))
     return stack
+
+
+def _taken(stack: Stack, unread: Unread, name: str) -> Iterator[Block]:
+    """The blocks of a stack with their weights, first to last; it is left empty."""
+    for i in range(len(stack)):
+        unread.into(stack[0], f"{name}.{i}.")
+        yield cast(Block, stack.pop(0))
 
 
 def _linear(linear: nn.Linear, road: Road) -> nn.Module:
@@ -155,8 +185,7 @@ def _linear(linear: nn.Linear, road: Road) -> nn.Module:
     return linear
 
 
-def _output(output: Output, model: Model, road: Road) -> nn.Module:
-    embeddings = cast(nn.Embedding, model.tokens).weight
+def _output(output: Output, embeddings: Tensor, road: Road) -> nn.Module:
     if road.engine == "native":
         return NativeOutput(embeddings, road.precision)
     return PackedOutput(embeddings) if road.precision == "bf16" else output
@@ -196,7 +225,7 @@ def _seconds(
     """
     # A trial that is remembered draws nothing either.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        block = _stack(Stack(replace(config, depth=1)).eval(), config, road)
+        block = _stack(Stack(replace(config, depth=1)).eval(), "", config, road, Unread({}))
 
     def once(length: int) -> float:
         layout = Layout((length,) * sequences, torch.device("cpu"))

@@ -1,15 +1,17 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
-`load` reads a folder or a Hub id, strictly; `save` writes a folder whole. The formats are `gpt2`,
-`openai-gpt`, `persimmon`, `bert`, `vit`, `vit_convolutional_stem`, `marian` and `rotary_marian`, one table
-each in the files beside this one, and peft's adapters of them. A format that transformers lacks has its code
-in `code/`, which `save` puts into the folder for transformers to run; `load` never runs any.
+`load` reads a folder or a Hub id, strictly; `opened` lets the caller say when which tensors are read; `save`
+writes a folder whole. The formats are `gpt2`, `openai-gpt`, `persimmon`, `bert`, `vit`,
+`vit_convolutional_stem`, `marian` and `rotary_marian`, one table each in the files beside this one, and
+peft's adapters of them. A format that transformers lacks has its code in `code/`, which `save` puts into the
+folder for transformers to run; `load` never runs any.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from qkv.lora import adapt as add_adapters
 from qkv.models import Bert, Model, MultiTaskBert, Transformer, ViT, allocate, build
 from qkv.models.bert import LABELLED
 from qkv.tokenizers import VOCABULARIES, Tokenizer
+from qkv.unread import Unread
 
 _ALL: tuple[Format[Any], ...] = (
     GPT2(),
@@ -73,6 +76,8 @@ class Checkpoint:
     """How a sentence-transformers folder makes one vector of a text; None: it is not such a folder."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
+    weights: tuple[Path, ...] = ()
+    """The files that its tensors are from; empty: none."""
     base: str = ""
     """Folder or Hub id of the checkpoint that the model's adapters belong to; such a model's folder has only
     what it learned."""
@@ -98,21 +103,42 @@ def load(
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported, and for an
     adapter that was trained with another head or other labels than are asked for.
     """
+    with opened(source, family=family, head=head, labels=labels, revision=revision) as (checkpoint, unread):
+        unread.into(checkpoint.model)
+    return checkpoint
+
+
+@contextmanager
+def opened(
+    source: str | Path,
+    *,
+    family: Family | None = None,
+    head: BertHead | None = None,
+    labels: tuple[str, ...] = (),
+    revision: str | None = None,
+) -> Iterator[tuple[Checkpoint, Unread]]:
+    """As `load`, but the model waits for its tensors: they can be read one module after the other.
+
+    The files are open until the end of the `with`. An adapter's base has been read whole.
+    """
     heads = (head,) if head else ()
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
-        return _load_adapted(found, adapter, family, heads, labels)
-    return _load_whole(source, found, family, heads, labels)
+        yield _load_adapted(found, adapter, family, heads, labels), Unread({})
+        return
+    with _opened_whole(source, found, family, heads, labels) as whole:
+        yield whole
 
 
-def _load_whole(
+@contextmanager
+def _opened_whole(
     source: str | Path,
     found: Path,
     family: Family | None,
     heads: tuple[BertHead, ...],
     labels: tuple[str, ...],
     unnamed: tuple[str, ...] = (),
-) -> Checkpoint:
+) -> Iterator[tuple[Checkpoint, Unread]]:
     """The checkpoint in the folder `found`. unnamed: names of the head's outputs, if nobody names as many."""
     own = sentence.read(found)
     folder = own.folder
@@ -135,18 +161,19 @@ def _load_whole(
         model = _unfilled(config)
         try:
             asked = bool(heads or labels or unnamed)
-            fresh = format.table.load(model, config, tensors, names, _HEADS if asked else ())
+            unread, fresh = format.table.unread(model, config, tensors, names, _HEADS if asked else ())
         except InputError as error:
             raise InputError(f"the tensors in {folder} do not fit its {folders.CONFIG}: {error}") from None
-    model.eval()
-    has_images = (folder / images.FILE).is_file()
-    loaded = Checkpoint(
-        model=model,
-        tokenizer=_tokenizer(folder, config),
-        images=ImageProcessor.load(folder) if has_images else None,
-        fresh=fresh,
-    )
-    return _for_sentences(loaded, own)
+        model.eval()
+        has_images = (folder / images.FILE).is_file()
+        checkpoint = Checkpoint(
+            model=model,
+            tokenizer=_tokenizer(folder, config),
+            images=ImageProcessor.load(folder) if has_images else None,
+            fresh=fresh,
+            weights=tuple(folders.weight_files(folder)),
+        )
+        yield _for_sentences(checkpoint, own), unread
 
 
 def _for_sentences(checkpoint: Checkpoint, own: sentence.Found) -> Checkpoint:
@@ -181,7 +208,9 @@ def _load_adapted(
         check_base(base_folder)
         names = labels or adapter.labels
         wanted = heads or adapter.heads
-        base = _load_whole(adapter.base, base_folder, family, wanted, names, adapter.unnamed)
+        with _opened_whole(adapter.base, base_folder, family, wanted, names, adapter.unnamed) as whole:
+            base, unread = whole
+            unread.into(base.model)
     config: AnyModelConfig = base.model.config
     try:
         adapters.merge(folder, adapter, base.model, config, _format_of(config).table, base.fresh)
@@ -193,6 +222,7 @@ def _load_adapted(
         tokenizer=_tokenizer(folder, config) or base.tokenizer,
         images=ImageProcessor.load(folder) if has_images else base.images,
         fresh=(),
+        weights=(*base.weights, folder / folders.ADAPTER_WEIGHTS),
     )
     return _for_sentences(adapted, sentence.read(folder))
 
@@ -260,7 +290,8 @@ def _unfilled(config: AnyModelConfig) -> Model:
         body = replace(config, labels=())
     with torch.device("meta"), _Undrawn():
         model = build(body)
-    allocate(model, torch.device("cpu"))
+    # One number stands for all: memory comes with the checkpoint's tensors.
+    allocate(model, lambda shape, dtype: torch.empty((), dtype=dtype, device="cpu").expand(shape))
     if isinstance(model, Transformer):
         model.position_table = model.sinusoids()  # on no disk
     elif isinstance(model, Bert) and isinstance(config, BertConfig):

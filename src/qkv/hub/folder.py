@@ -95,28 +95,31 @@ def _download(name: str, revision: str | None) -> Path:
         raise InputError(f"{name} cannot be fetched from the Hub: {' '.join(str(error).split())}") from None
 
 
+def weight_files(folder: Path, weights: str = WEIGHTS) -> list[Path]:
+    """The safetensors files that a folder's tensors are in. Raises InputError if there are none."""
+    if (folder / weights).is_file():  # an index beside it is of earlier weights
+        return [folder / weights]
+    if weights == WEIGHTS and (folder / INDEX).is_file():
+        index = files.read_json(folder / INDEX)
+        with files.blame(folder / INDEX):
+            return sorted({folder / name for name in index["weight_map"].values()})
+    if any(any(folder.glob(pattern)) for pattern in ONNX):
+        raise InputError(f"{folder} is for ONNX Runtime: name the checkpoint that it was made of")
+    raise InputError(
+        f"{folder} has no {weights}; pickled weights such as pytorch_model.bin are never loaded, because "
+        "loading them runs code: convert them with transformers' save_pretrained"
+    )
+
+
 @contextmanager
 def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Stored]]:
     """All tensors of a folder's safetensors files, by name, each read when it is asked for.
 
     Raises InputError if there are none, or a file is missing or broken.
     """
-    if (folder / weights).is_file():  # an index beside it is of earlier weights
-        shards = {folder / weights}
-    elif weights == WEIGHTS and (folder / INDEX).is_file():
-        index = files.read_json(folder / INDEX)
-        with files.blame(folder / INDEX):
-            shards = {folder / name for name in index["weight_map"].values()}
-    else:
-        if any(any(folder.glob(pattern)) for pattern in ONNX):
-            raise InputError(f"{folder} is for ONNX Runtime: name the checkpoint that it was made of")
-        raise InputError(
-            f"{folder} has no {weights}; pickled weights such as pytorch_model.bin are never loaded, because "
-            "loading them runs code: convert them with transformers' save_pretrained"
-        )
     with ExitStack() as stack:
         tensors: dict[str, Stored] = {}
-        for shard in sorted(shards):
+        for shard in weight_files(folder, weights):
             try:
                 # Of a file that is mapped, what was read would be in memory twice.
                 file = stack.enter_context(safe_open(shard, framework="pt", backend="pread"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from qkv.config import AnyModelConfig
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
+from qkv.unread import Unread
 
 # ---------------------------------------------------------------- tensors
 
@@ -154,26 +156,25 @@ class Table:
             numbers = range(getattr(config, row.count))
             yield from (row.layer(i) for i in numbers) if "{}" in row.ours else [row]
 
-    @torch.no_grad()
-    def load(
+    def unread(
         self,
         model: nn.Module,
         config: AnyModelConfig,
         tensors: Mapping[str, Stored],
         names: Mapping[str, str],
         fresh: tuple[str, ...] = (),
-    ) -> tuple[str, ...]:
-        """Put tensors from disk in place of the model's; `names`, as from `match`, are to be read.
+    ) -> tuple[Unread, tuple[str, ...]]:
+        """What the model is to have from disk; `names`, as from `match`, are those there.
 
         fresh: modules of ours that keep their initial values if nothing of them is on disk.
-        Returns our names of what stayed so. Raises InputError naming what is missing, unexpected, or of
+        Returns also our names of what stays so. Raises InputError naming what is missing, unexpected, or of
         a wrong shape, and copies that differ from what they copy, as they are called on disk. A tensor
         that the rows know and this model has no place for, another head's, is left out.
         """
         disk = {known: tensors[name] for known, name in names.items()}
         bare = not any(name.startswith(self.prefix) for name in names.values())
         ours = model.state_dict()
-        read: dict[str, Tensor] = {}
+        waiting: dict[str, Callable[[], Tensor]] = {}
         rows = list(self.layers(config))
         on_disk = {row.ours.partition(".")[0] for row in rows if not disk.keys().isdisjoint(row.theirs)}
         kept, missing, misshapen, different = [], [], [], []
@@ -194,10 +195,11 @@ class Table:
             missing += absent
             misshapen += wrong
             if not absent and not wrong:
-                found = [disk[part].read() for part in parts]
-                different += [names[copy] for copy in copies if not torch.equal(disk[copy].read(), found[0])]
-                read[row.ours] = row.read(found, target.shape, config).to(target.dtype).contiguous()
-                del found  # before the next ones are read
+                stored = [disk[part] for part in parts]
+                different += [
+                    names[copy] for copy in copies if not torch.equal(disk[copy].read(), stored[0].read())
+                ]
+                waiting[row.ours] = partial(_read, row, stored, target.shape, target.dtype, config)
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
         unexpected = [names[name] for name in disk if name not in known and not ignored.fullmatch(name)]
@@ -209,8 +211,7 @@ class Table:
                 "different from what they are tied to": different,
             }
         )
-        model.load_state_dict(read, strict=False, assign=True)
-        return tuple(kept)
+        return Unread(waiting), tuple(kept)
 
     def save(self, model: nn.Module, config: AnyModelConfig, bare: bool) -> dict[str, Tensor]:
         """The model's tensors as they are on disk; InputError if those of a block are gone."""
@@ -227,6 +228,12 @@ class Table:
     def on_disk(self, name: str, bare: bool) -> str:
         """A name in the rows as it is on disk."""
         return name if bare or name.startswith(self.outside) else self.prefix + name
+
+
+def _read(
+    row: Row, parts: list[Stored], shape: torch.Size, dtype: torch.dtype, config: AnyModelConfig
+) -> Tensor:
+    return row.read([part.read() for part in parts], shape, config).to(dtype).contiguous()
 
 
 def _renamed(name: str, modules: Iterable[tuple[str, str]]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkv.config import AnyModelConfig, BertConfig, GPTConfig, TransformerConfig
 from qkv.models import bert, gpt, transformer, vit
@@ -32,14 +34,13 @@ def build(config: AnyModelConfig) -> Model:
     return ViT(config)
 
 
-def allocate(model: Model, device: torch.device) -> None:
-    """Give a model that was built on the meta device memory, without values.
+def allocate(model: Model, empty: Callable[[torch.Size, torch.dtype], Tensor]) -> None:
+    """Give a model that was built on the meta device tensors as `empty` makes them.
 
     Its `to_empty` would import sympy, and cannot make fake tensors.
     """
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
-            values = torch.empty(old.shape, dtype=old.dtype, device=device)
-            setattr(module, name, nn.Parameter(values, old.requires_grad))
+            setattr(module, name, nn.Parameter(empty(old.shape, old.dtype), old.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+            setattr(module, name, empty(buffer.shape, buffer.dtype))

@@ -21,6 +21,7 @@ from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
 from qkv.models.vit import ViT
 from qkv.tokenizers import Tokenizer
+from qkv.unread import Unread
 
 if TYPE_CHECKING:
     from qkv.fast import Road
@@ -74,11 +75,13 @@ class Pipeline(Generic[M]):
         """The model's attention modules, so that `qkv.record` takes a pipeline."""
         return self.model.attentions()
 
-    def optimize(self, precision: InferencePrecision | Literal["auto"] = "auto") -> Self:
+    def optimize(
+        self, precision: InferencePrecision | Literal["auto"] = "auto", unread: Unread | None = None
+    ) -> Self:
         """Make the model answer faster, as `qkv.fast.optimize` says; returns the pipeline itself."""
         from qkv.fast import optimize  # not needed to answer
 
-        self.road = optimize(self.model, precision)
+        self.road = optimize(self.model, precision, unread)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
