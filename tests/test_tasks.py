@@ -224,6 +224,20 @@ def test_a_checkpoint_s_head_says_how_data_are_read(runs: dict[str, Trained], tm
     assert found["samples"] == 2 and "pearson" in found
 
 
+@pytest.mark.parametrize("task", ["regression", "contrastive"])
+def test_a_score_of_a_run_on_pairs_needs_pairs(task: str, runs: dict[str, Trained], tmp_path: Path) -> None:
+    rows = [{"text": "red old fine", "label": label} for label in (1.5, 2)]
+    with pytest.raises(InputError, match="has no second ones: it needs the column 'text_pair'"):
+        score(str(runs[task].folder), samples.table(tmp_path / "alone.jsonl", rows))
+
+
+def test_a_run_without_pairs_reads_no_second_texts(runs: dict[str, Trained], tmp_path: Path) -> None:
+    run, rows = runs["multi_label"].folder, [{"text": "a fine day", "label": ["good", "kind"]}] * 3
+    alone = score(str(run), samples.table(tmp_path / "alone.jsonl", rows))
+    paired = samples.table(tmp_path / "pairs.jsonl", [row | {"text_pair": "awful"} for row in rows])
+    assert score(str(run), paired) == alone
+
+
 def test_a_score_needs_data_of_the_models_own_task(tmp_path: Path) -> None:
     config = task_config(tmp_path, "regression", max_steps=1)
     train(new_job(config), tmp_path / "run", Nobody())

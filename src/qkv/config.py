@@ -274,7 +274,8 @@ class DataConfig:
     text: str = "text"
     """Column of texts in a table."""
     text_pair: str = "text_pair"
-    """Column of second texts, where a class belongs to two texts; optional."""
+    """Column of second texts, where a class belongs to two texts; optional, and in the config.toml of a run
+    that had none empty: then none are read."""
     label: str = "label"
     """Column of classes, for texts and images; of lists of classes (in CSV and TSV with commas between
     them) for multi_label; of numbers for regression."""

@@ -261,6 +261,11 @@ def score(
             raise InputError(f"{source} gives {len(labels)} values, but the data have one a text")
         if samples.kind == "contrastive":
             check_contrastive(pipeline.checkpoint.pooling, source)
+        if settings and settings.data.text_pair and not samples.pairs:
+            raise InputError(
+                f"{source} was trained on pairs of texts, and {data} has no second ones: it needs the column "
+                f"{settings.data.text_pair!r}"
+            )
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
     for note in dataset.notes:  # of texts that were cut, of words that the vocabulary lacks
         warn(note)

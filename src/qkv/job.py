@@ -170,7 +170,9 @@ def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache:
 
 def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
-    config = replace(config, model=model, data=replace(config.data, task=raw.train.task))
+    unpaired = model.family == "bert" and not raw.train.pairs
+    second = "" if unpaired else config.data.text_pair
+    config = replace(config, model=model, data=replace(config.data, task=raw.train.task, text_pair=second))
     if raw.kind == "contrastive":
         checkpoint = replace(checkpoint, pooling=CONTRASTIVE)
     hub.check_savable(model)

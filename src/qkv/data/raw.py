@@ -361,7 +361,7 @@ def _read_task(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[S
         words, indices, labels = read_tagged(table, data, labels)
         return Samples(task, words=words, tags=indices), labels
     texts = table.texts(data.text, "data.text")
-    paired = data.text_pair in table.present or data.text_pair != DataConfig.text_pair
+    paired = data.text_pair in table.present or data.text_pair not in ("", DataConfig.text_pair)
     pairs = table.texts(data.text_pair, "data.text_pair") if paired else []
     if task == "contrastive":
         return Samples(task, texts, pairs), ()
