@@ -496,6 +496,15 @@ def test_tags_equal_transformers_on_first_pieces(tmp_path: Path, monkeypatch: py
     assert together[3] == []
 
 
+def test_a_text_can_be_given_as_its_words() -> None:
+    bert = encoder("tagging", ("O", "B-X", "I-X"))
+    words = ("U.S.", "quick", "fox's")
+    found = bert.tag(words)
+    assert [(w.word, w.start, w.end) for w in found] == [("U.S.", 0, 4), ("quick", 5, 10), ("fox's", 11, 16)]
+    assert bert.tag([words, "quick fox"]) == [found, bert.tag("quick fox")]
+    assert bert.tag(("quick", "fox")) == bert.tag("quick fox")
+
+
 def test_what_a_head_cannot_say_is_named() -> None:
     with pytest.raises(
         InputError, match=r"no classification head but 'regression': estimate gives its values"

@@ -106,6 +106,23 @@ def test_a_file_gives_the_answers_that_the_command_gives_to_its_lines(models, co
     assert printed.count("\n") == len(CORPUS)
 
 
+def test_words_of_a_conll_file_get_a_tag_each(models, tmp_path):
+    """As they are there, in whatever columns stand beside them; a file may go on with no line at its end."""
+    (tmp_path / "a.conll").write_text("-DOCSTART- O\n\nU.S.\tO\nfox's\tO\n\n\nquick\tB-X\r\nfox\tO")
+    out = [
+        json.loads(line)
+        for line in succeed("tag", models["tag"], "--data", tmp_path / "a.conll").splitlines()
+    ]
+    assert [[word["word"] for word in line] for line in out] == [["U.S.", "fox's"], ["quick", "fox"]]
+    (tmp_path / "words.conll").write_text("U.S.\nfox's\n\nquick\nfox\n")
+    succeed("tag", models["tag"], "--data", tmp_path / "words.conll", "-o", tmp_path / "out.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == out
+    (tmp_path / "long.conll").write_text("fox\n\n" + "dog\n" * 200)
+    assert "sentence 2 of" in fail("tag", models["tag"], "--data", tmp_path / "long.conll")
+    said = fail("tag", models["tag"], "--data", tmp_path / "a.conll", "--column", "tokens")
+    assert "--column names one of a table" in said
+
+
 def test_columns_of_other_names_and_pairs(models, tmp_path):
     rows = [{"text": one, "text_pair": other, "b": one} for one, other in pairwise(CORPUS)]
     data = write(tmp_path / "pairs.jsonl", rows)

@@ -446,11 +446,21 @@ def tag(
     Args:
         model: Run folder, checkpoint folder or hub id of a BERT with a tagging head.
         texts: What to tag.
-        data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line.
+        data: A file of texts instead: .jsonl, .csv, .tsv, .parquet, or one text a line; or a .conll file,
+            whose first column is words, which get a tag each, with blank lines between sentences.
         output: A .jsonl file to write. With --data, an interrupted command can be given again to go on.
     """
+    from qkv.data.corpus import SentenceCorpus
+    from qkv.data.files import CONLL
+
     encoder = cast("Encoder", _load(model, "bert", precision=precision))
-    source = _texts(texts, data, [column], "text")
+    if data is not None and data.suffix.lower() == CONLL:
+        _check_alone(texts)
+        if column != "text":
+            _check_table(data)
+        source: Source = SentenceCorpus(data)
+    else:
+        source = _texts(texts, data, [column], "text")
     target = _Target(output, ".jsonl")
     _answer(encoder, source, lambda given: encoder.tag(given, truncate=truncate), _rows, target)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from qkv.data.files import (
     check_unicode,
+    conll_columns,
     each_csv_row,
     each_json_row,
     each_line,
@@ -140,6 +141,28 @@ class TextCorpus(Corpus):
                     raise InputError(f"{self.name(number)} holds {value!r}, not text")
                 check_unicode(value, self.name(number))
             yield values
+
+
+class SentenceCorpus(Corpus):
+    """Sentences of a CoNLL file, each as its words: the first column, a blank line between two sentences."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, [])
+
+    def __iter__(self) -> Iterator[tuple[tuple[str, ...]]]:
+        words: list[str] = []
+        for line in self._lines():
+            if found := conll_columns(line):
+                words.append(found[0])
+            elif words:
+                yield (tuple(words),)
+                words = []
+        if words:
+            yield (tuple(words),)
+
+    def name(self, number: int) -> str:
+        """What errors call a sentence; the first one has the number 0."""
+        return f"sentence {number + 1} of {self.path}"
 
 
 class ImageCorpus(Corpus):

@@ -17,6 +17,8 @@ from qkv.errors import InputError
 from qkv.files import expanded
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+CONLL = ".conll"
+"""A file of words with tags, one a line."""
 
 
 def existing(location: str) -> Path:
@@ -89,6 +91,13 @@ def each_line(path: Path) -> Iterator[tuple[str, int]]:
                 raise _not_utf8(path, error, number) from None
 
 
+def conll_columns(line: str) -> list[str]:
+    """A word and what stands beside it; none where a sentence or document ends."""
+    # Words may hold other white space than these two.
+    found = re.split("\t" if "\t" in line else " +", line.strip(" \t\r\n"))
+    return [] if found == [""] or found[0] == "-DOCSTART-" else found
+
+
 def read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
     """Sentences as words and their tags: the first and the last column, a blank line between sentences.
 
@@ -98,9 +107,8 @@ def read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
     tags: list[list[str]] = [[]]
     columns = 0
     for number, line in enumerate(read_lines(path), start=1):
-        # Words may hold other white space than these two.
-        found = re.split("\t" if "\t" in line else " +", line.strip(" \t"))
-        if found == [""] or found[0] == "-DOCSTART-":
+        found = conll_columns(line)
+        if not found:
             if words[-1]:
                 words.append([])
                 tags.append([])

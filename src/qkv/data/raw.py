@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qkv.config import BertHead, DataConfig, Family, Task
 from qkv.data.files import (
+    CONLL,
     TABLES,
     TextFile,
     existing,
@@ -45,9 +46,6 @@ Kind = Literal["text", "pairs", "images"] | Task
 """Running text, sources with targets, labelled images, or what one of BERT's tasks needs."""
 
 AnyText = TypeVar("AnyText", str, TextFile)
-
-CONLL = ".conll"
-"""A file of words with tags, one a line."""
 
 IN_MEMORY_BYTES = 256 << 20
 """A GPT's text files stay on disk if they have more than this together; other text is held in memory."""

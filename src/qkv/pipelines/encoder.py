@@ -6,6 +6,7 @@ Legend: T tokens of a batch, N inputs of one, D model width, V vocabulary, K cla
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeVar, cast, overload
 
 import numpy as np
@@ -24,6 +25,9 @@ from qkv.ragged import Ragged, pack
 from qkv.tokenizers import Encoding, Tokenizer, WordEncoding
 
 OneOrPair = TypeVar("OneOrPair", bound=TextOrPair)
+TextOrWords = str | tuple[str, ...]
+"""A text, or its words."""
+OneOrWords = TypeVar("OneOrWords", bound=TextOrWords)
 Answer = TypeVar("Answer")
 
 
@@ -171,21 +175,23 @@ class Encoder(Pipeline[Bert]):
         return self.model.class_logits(hidden.first()).float().cpu()
 
     @overload
-    def tag(self, texts: str, truncate: bool = False) -> list[TaggedWord]: ...
+    def tag(self, texts: TextOrWords, truncate: bool = False) -> list[TaggedWord]: ...
     @overload
-    def tag(self, texts: list[str], truncate: bool = False) -> list[list[TaggedWord]]: ...
+    def tag(self, texts: list[OneOrWords], truncate: bool = False) -> list[list[TaggedWord]]: ...
     @overload
-    def tag(self, texts: Iterator[str], truncate: bool = False) -> Iterator[list[TaggedWord]]: ...
+    def tag(self, texts: Iterator[OneOrWords], truncate: bool = False) -> Iterator[list[TaggedWord]]: ...
     def tag(
-        self, texts: str | list[str] | Iterator[str], truncate: bool = False
+        self, texts: TextOrWords | list[OneOrWords] | Iterator[OneOrWords], truncate: bool = False
     ) -> list[TaggedWord] | list[list[TaggedWord]] | Iterator[list[TaggedWord]]:
         """The tag of each word of a text, or of each of a list of texts; its first piece decides.
 
-        Words are what the tokenizer's pre-tokenizer makes of the text; one that has no token is left out.
-        truncate: cut texts longer than the context, with a warning that counts them: what is cut has no
-        tags. Raises InputError for such a text otherwise, or if the model has no tagging head.
+        A text can be a tuple of its words, which are then read with a space between them: best as they were
+        told apart for training. Words of others are what the tokenizer's pre-tokenizer makes of the text. One
+        that has no token is left out. truncate: cut texts longer than the context, with a warning that counts
+        them: what is cut has no tags. Raises InputError for such a text otherwise, or if the model has no
+        tagging head.
         """
-        if isinstance(texts, str):
+        if isinstance(texts, str | tuple):
             return self.tag([texts], truncate)[0]
         if self.model.config.head != "tagging":
             raise InputError(
@@ -194,14 +200,17 @@ class Encoder(Pipeline[Bert]):
         found = self._tagged(texts, truncate)
         return found if isinstance(texts, Iterator) else list(found)
 
-    def _tagged(self, texts: Iterable[str], truncate: bool) -> Iterator[list[TaggedWord]]:
+    def _tagged(self, texts: Iterable[TextOrWords], truncate: bool) -> Iterator[list[TaggedWord]]:
         limit = Limit(self.model.config.context, truncate)
 
-        def read(window: list[str], first: int) -> list[_Words]:
-            spans = [self.tokenizer.word_spans(text) for text in window]
-            words = [[text[a:b] for a, b in places] for text, places in zip(window, spans, strict=True)]
+        def read(window: list[TextOrWords], first: int) -> list[_Words]:
+            texts = [text if isinstance(text, str) else " ".join(text) for text in window]
+            spans = [
+                self.tokenizer.word_spans(text) if isinstance(text, str) else _spans(text) for text in window
+            ]
+            words = [[text[a:b] for a, b in places] for text, places in zip(texts, spans, strict=True)]
             encodings = limit.encode(Tokenizer.encode_words, self.tokenizer, words, first)
-            return [_Words(*one) for one in zip(window, spans, encodings, strict=True)]
+            return [_Words(*one) for one in zip(texts, spans, encodings, strict=True)]
 
         yield from in_order(
             texts,
@@ -268,3 +277,9 @@ class _Words(NamedTuple):
     text: str
     spans: list[tuple[int, int]]
     encoding: WordEncoding
+
+
+def _spans(words: Sequence[str]) -> list[tuple[int, int]]:
+    """Where words begin and end if there is a space between them."""
+    ends = accumulate(len(word) + 1 for word in words)
+    return [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]

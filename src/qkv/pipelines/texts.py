@@ -74,7 +74,7 @@ _MARGIN = 32
 """What a text counts beside its characters: empty ones fill a window too."""
 
 
-def characters(text: TextOrPair) -> int:
+def characters(text: str | tuple[str, ...]) -> int:
     """About how much of a window it takes."""
     return _MARGIN + (len(text) if isinstance(text, str) else sum(map(len, text)))
 
