@@ -142,8 +142,9 @@ def test_precisions(runs, precision, tmp_path):
     ):
         said = succeed(*command, *fast)
         assert said.strip() and said.count("\n") == succeed(*command).count("\n")
-    exact, rounded = (json.loads(succeed("eval", runs["bert"], *more)) for more in ((), fast))
-    assert rounded["loss"] == pytest.approx(exact["loss"], abs=0.05)
+    for name in ("bert", "transformer"):
+        exact, rounded = (json.loads(succeed("eval", runs[name], *more)) for more in ((), fast))
+        assert rounded["loss"] == pytest.approx(exact["loss"], abs=0.05)
     texts = tmp_path / "texts.txt"
     texts.write_text("a fine film\na dull one\n")
     succeed("embed", runs["bert"], "--data", texts, "-o", tmp_path / "v.npy", *fast)
@@ -581,7 +582,7 @@ def test_pickle_checkpoint_is_refused(runs, tmp_path):
 
 
 def test_wrong_family_for_a_command(runs):
-    assert "needs a bert model" in fail("fill", runs["gpt"], "a [MASK]")
+    assert "is a gpt model; needed is bert" in fail("fill", runs["gpt"], "a [MASK]")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qkv.job import new_job, resumed_job
 from qkv.lora import Adapted
 from qkv.models import build
 from qkv.pipelines import from_pretrained
+from qkv.stream import work
 from qkv.train import train
 
 LORA = LoraConfig(rank=4, alpha=8)
@@ -48,6 +50,22 @@ def test_adapters_learn_and_the_base_stays(family: str, tmp_path: Path):
     }
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert read_toml(tmp_path / "run" / "config.toml").lora == LORA
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_answer_faster_too(family: str, tmp_path: Path):
+    train(new_job(tuning(tmp_path, family, max_steps=3)), tmp_path / "run", Nobody())
+    exact, quick = (score(str(tmp_path / "run"), precision=precision) for precision in (None, "fp32"))
+    assert quick["loss"] == pytest.approx(exact["loss"], rel=1e-4)
+
+
+def test_what_is_kept_of_a_corpus_belongs_to_one_scale_of_an_adapter(tmp_path: Path):
+    train(new_job(tuning(tmp_path, "bert", max_steps=3)), tmp_path / "run", Nobody())
+    before = work(from_pretrained(tmp_path / "run"), "a corpus")
+    assert work(from_pretrained(tmp_path / "run"), "a corpus") == before
+    path = tmp_path / "run" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 9}))
+    assert work(from_pretrained(tmp_path / "run"), "a corpus") != before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,7 +26,6 @@ from qkv.config import (
     BEAMS,
     DROPOUTS,
     FAMILIES,
-    AnyModelConfig,
     BleuTokenizer,
     Decoding,
     ExplanationMethod,
@@ -731,12 +730,7 @@ def _load(source: str, *families: Family, precision: Precision = None) -> AnyPip
     """The pipeline of a checkpoint. Raises InputError if it is of none of these families."""
     from qkv import from_pretrained  # as a public name it comes faster
 
-    pipeline = from_pretrained(source, precision=precision)
-    config: AnyModelConfig = pipeline.model.config
-    if config.family not in families:
-        wanted = " or ".join(families)
-        raise InputError(f"{source} is a {config.family} model; this command needs a {wanted} model")
-    return pipeline
+    return from_pretrained(source, families=families, precision=precision)
 
 
 def _lines(texts: Sequence[str]) -> Iterator[str]:

@@ -192,7 +192,9 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     """The checkpoint `init`, with a fresh head for this data's labels and this run's dropouts."""
     head, labels = _head(config, raws)
     bert = config.model.family == "bert"
-    loaded = hub.load(config.init, family=config.model.family, head=head if bert else None, labels=labels)
+    loaded = hub.load(
+        config.init, families=(config.model.family,), head=head if bert else None, labels=labels
+    )
     if config.lora.rank:
         hub.check_base(config.init, fresh=loaded.fresh)
     if _is_contrastive(raws):

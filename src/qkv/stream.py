@@ -82,7 +82,7 @@ def work(pipeline: AnyPipeline, *settings: object) -> str:
     sha = hashlib.sha256(repr(about).encode())
     if checkpoint.tokenizer is not None:
         sha.update(checkpoint.tokenizer.definition.encode())
-    for path in checkpoint.weights:
+    for path in checkpoint.files:
         with path.open("rb") as file:
             sha.update(hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()

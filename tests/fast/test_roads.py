@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CONFIGS, DECODERS, REQUESTS, answers, flat, ids, samples, tiny
@@ -46,7 +47,14 @@ except UnavailableError as error:
     REASON = str(error)
 native_code = pytest.mark.skipif(bool(REASON), reason=REASON)
 
-SAVABLE = ["gpt-pre-norm", "gpt-qk-norm", "transformer-post-norm", "bert-pretraining", "vit-convolutions"]
+SAVABLE = [
+    "gpt-pre-norm",
+    "gpt-qk-norm",
+    "transformer-post-norm",
+    "transformer-rotary",
+    "bert-pretraining",
+    "vit-convolutions",
+]
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.04, "int8": 0.08}
 """Largest error of a vector, relative to its length, that the precisions leave in a model of three blocks."""
@@ -245,6 +253,19 @@ def test_blocks_are_packed_as_they_are_read(name: str, tmp_path, monkeypatch):
             flat(answers(found.model, batch)), flat(answers(expected.model, batch)), strict=True
         ):
             assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*PyTorch's operators alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_of_any_type_are_read_block_by_block(dtype: torch.dtype, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 12, "intermediate_size": 64, "num_attention_heads": 2}
+    theirs = transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes)).to(dtype)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    found, expected = (from_pretrained(tmp_path, device="cpu", precision=p) for p in ("fp32", None))
+    batch = pack([ids(7, 0), ids(20, 1)])
+    with torch.inference_mode():
+        assert_near([found(batch).hidden.values], [expected(batch).hidden.values], 1e-4)
 
 
 MEMORY = """

@@ -214,7 +214,7 @@ def test_a_kill_between_new_weights_and_old_ones_of_another_name_loses_neither(t
     saved = checkpoint(seed=1)
     hub.save(tmp_path, saved)
     (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
-    with open_tensors(tmp_path, "model-00001-of-00001.safetensors") as tensors:
+    with open_tensors([tmp_path / "model-00001-of-00001.safetensors"]) as tensors:
         names = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     program = KILLED.split("replace = Path.replace")[0] + "Path.unlink = die\nhub.save(folder, checkpoint)\n"

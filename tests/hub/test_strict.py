@@ -196,10 +196,10 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
 
 def test_only_the_family_that_is_wanted(tmp_path: Path) -> None:
     saved("gpt2", tmp_path)
-    assert hub.load(tmp_path, family="gpt").model.config.family == "gpt"
-    message = f"{tmp_path} is a gpt model, but this run trains a bert"
-    refused(tmp_path, message, family="bert")
-    refused(tmp_path, message, family="bert", head="classification", labels=("a", "b"))
+    assert hub.load(tmp_path, families=("gpt",)).model.config.family == "gpt"
+    message = f"{tmp_path} is a gpt model; needed is bert"
+    refused(tmp_path, message, families=("bert",))
+    refused(tmp_path, message, families=("bert",), head="classification", labels=("a", "b"))
 
 
 # ---------------------------------------------------------------- heads on demand

@@ -57,8 +57,9 @@ class PackedEmbedding(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         """weight (V, D)."""
         super().__init__()
-        self.weight = weight.detach().bfloat16()
+        self.weight = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+        self.given = weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (..., D), float32."""
-        return F.embedding(ids, self.weight).float()
+        """ids (...) -> (..., D), of the type that they had."""
+        return F.embedding(ids, self.weight).to(self.given)

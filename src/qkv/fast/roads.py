@@ -58,8 +58,8 @@ def optimize(
     the one that a trial on this machine found fastest, which is remembered in the cache folder. Where there
     is no compiled code a warning says why, and int8 becomes bf16, and both fp32 on a CPU that does not
     multiply bf16. Weights go once they are packed, so the model only answers from then on: it can neither be
-    trained nor saved. unread: what the model still waits for; each block's is read when the block is packed,
-    so that all weights are never in memory as they were trained. Raises InputError if they are packed
+    trained nor saved. unread: what a model on the CPU still waits for; each block's is read when the block is
+    packed, so that all weights are never in memory as they were trained. Raises InputError if they are packed
     already, for int8 on a GPU, and for a precision that there is not.
     """
     if precision not in (*get_args(InferencePrecision), "auto"):
@@ -73,7 +73,6 @@ def optimize(
         if precision == "int8":
             raise InputError("int8 is for CPUs: use bf16 on a GPU")
         half = precision == "bf16" or (precision == "auto" and multiplies_bfloat16(device))
-        unread.into(model)
         model.to(torch.bfloat16 if half else torch.float32)
         engine: Engine = "torch"
         if device.type == "cuda":

@@ -76,8 +76,8 @@ class Checkpoint:
     """How a sentence-transformers folder makes one vector of a text; None: it is not such a folder."""
     fresh: tuple[str, ...] = ()
     """Our names of tensors that the checkpoint did not have: those of a head that was asked for."""
-    weights: tuple[Path, ...] = ()
-    """The files that its tensors are from; empty: none."""
+    files: tuple[Path, ...] = ()
+    """What its tensors are from; empty: no files."""
     base: str = ""
     """Folder or Hub id of the checkpoint that the model's adapters belong to; such a model's folder has only
     what it learned."""
@@ -86,7 +86,7 @@ class Checkpoint:
 def load(
     source: str | Path,
     *,
-    family: Family | None = None,
+    families: Collection[Family] = (),
     head: BertHead | None = None,
     labels: tuple[str, ...] = (),
     revision: str | None = None,
@@ -95,15 +95,18 @@ def load(
 
     Where that is an adapter in peft's format, the checkpoint is its base with the adapter in the weights.
 
-    family: the only one that will do. head, labels: ask for this head of BERT, or classes of BERT or ViT;
-    what of it the checkpoint does not have gets fresh weights. Without them the head that the checkpoint
-    declares must be there.
+    families: the only ones that will do; (): all.
+    head, labels: ask for this head of BERT, or classes of BERT or ViT; what of it the checkpoint does not
+    have gets fresh weights. Without them the head that the checkpoint declares must be there.
     revision: branch, tag or commit of a Hub id. Tensors come as float32 whatever they are on disk.
 
     Raises InputError for anything that is missing, unexpected, misshapen, or not supported, and for an
     adapter that was trained with another head or other labels than are asked for.
     """
-    with opened(source, family=family, head=head, labels=labels, revision=revision) as (checkpoint, unread):
+    with opened(source, families=families, head=head, labels=labels, revision=revision) as (
+        checkpoint,
+        unread,
+    ):
         unread.into(checkpoint.model)
     return checkpoint
 
@@ -112,21 +115,21 @@ def load(
 def opened(
     source: str | Path,
     *,
-    family: Family | None = None,
+    families: Collection[Family] = (),
     head: BertHead | None = None,
     labels: tuple[str, ...] = (),
     revision: str | None = None,
 ) -> Iterator[tuple[Checkpoint, Unread]]:
     """As `load`, but the model waits for its tensors: they can be read one module after the other.
 
-    The files are open until the end of the `with`. An adapter's base has been read whole.
+    The files are open until the end of the `with`. Of an adapter all has been read.
     """
     heads = (head,) if head else ()
     found = folders.locate(source, revision)
     if (adapter := adapters.read(found)) is not None:
-        yield _load_adapted(found, adapter, family, heads, labels), Unread({})
+        yield _load_adapted(found, adapter, families, heads, labels), Unread({})
         return
-    with _opened_whole(source, found, family, heads, labels) as whole:
+    with _opened_whole(source, found, families, heads, labels) as whole:
         yield whole
 
 
@@ -134,7 +137,7 @@ def opened(
 def _opened_whole(
     source: str | Path,
     found: Path,
-    family: Family | None,
+    families: Collection[Family],
     heads: tuple[BertHead, ...],
     labels: tuple[str, ...],
     unnamed: tuple[str, ...] = (),
@@ -148,13 +151,14 @@ def _opened_whole(
             raise InputError(f"model_type is {model_type!r}; supported are {', '.join(_FORMATS)}")
         format = _FORMATS[model_type]
         settings = format.fields.read(theirs)
-    with folders.open_tensors(folder) as tensors:
+    weights = folders.weight_files(folder)
+    with folders.open_tensors(weights) as tensors:
         with files.blame(folder):
             names = format.table.match(tensors)
         with files.blame(folder / folders.CONFIG):
             declared: AnyModelConfig = format.config(settings, theirs, names.keys())
-        if family not in (None, declared.family):
-            raise InputError(f"{source} is a {declared.family} model, but this run trains a {family}")
+        if families and declared.family not in families:
+            raise InputError(f"{source} is a {declared.family} model; needed is {' or '.join(families)}")
         config = _asked(declared, heads, labels, unnamed)
         if _classes(config) != _classes(declared):
             names = {known: name for known, name in names.items() if not known.startswith("classifier.")}
@@ -171,7 +175,7 @@ def _opened_whole(
             tokenizer=_tokenizer(folder, config),
             images=ImageProcessor.load(folder) if has_images else None,
             fresh=fresh,
-            weights=tuple(folders.weight_files(folder)),
+            files=tuple(weights),
         )
         yield _for_sentences(checkpoint, own), unread
 
@@ -190,7 +194,7 @@ def _for_sentences(checkpoint: Checkpoint, own: sentence.Found) -> Checkpoint:
 def _load_adapted(
     folder: Path,
     adapter: Adapter,
-    family: Family | None,
+    families: Collection[Family],
     heads: tuple[BertHead, ...],
     labels: tuple[str, ...],
 ) -> Checkpoint:
@@ -208,7 +212,7 @@ def _load_adapted(
         check_base(base_folder)
         names = labels or adapter.labels
         wanted = heads or adapter.heads
-        with _opened_whole(adapter.base, base_folder, family, wanted, names, adapter.unnamed) as whole:
+        with _opened_whole(adapter.base, base_folder, families, wanted, names, adapter.unnamed) as whole:
             base, unread = whole
             unread.into(base.model)
     config: AnyModelConfig = base.model.config
@@ -222,7 +226,7 @@ def _load_adapted(
         tokenizer=_tokenizer(folder, config) or base.tokenizer,
         images=ImageProcessor.load(folder) if has_images else base.images,
         fresh=(),
-        weights=(*base.weights, folder / folders.ADAPTER_WEIGHTS),
+        files=(*base.files, folder / folders.ADAPTER, folder / folders.ADAPTER_WEIGHTS),
     )
     return _for_sentences(adapted, sentence.read(folder))
 

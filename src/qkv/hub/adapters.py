@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qkv import files
 from qkv.config import AnyModelConfig, BertHead
 from qkv.errors import InputError
-from qkv.hub.folder import ADAPTER, ADAPTER_WEIGHTS, LABELS, open_tensors
+from qkv.hub.folder import ADAPTER, ADAPTER_WEIGHTS, LABELS, open_tensors, weight_files
 from qkv.hub.table import Format, Row, Table, refuse
 from qkv.lora import adapted, head
 
@@ -132,7 +132,7 @@ def read(folder: Path) -> Adapter | None:
         with files.blame(folder / LABELS):
             ours = files.json_or_empty(folder / LABELS)
             head, labels = ours.get("head"), tuple(ours.get("labels", ()))
-        with open_tensors(folder, ADAPTER_WEIGHTS) as tensors:
+        with open_tensors(weight_files(folder, ADAPTER_WEIGHTS)) as tensors:
             outputs = [part.shape[0] for name, part in tensors.items() if name.endswith(".classifier.weight")]
         task = theirs.get("task_type")
         task = "VALUE" if task == "SEQ_CLS" and outputs == [1] else task
@@ -163,7 +163,7 @@ def merge(
     fresh: our names of tensors that the base did not have. Raises InputError naming what is missing,
     unexpected or of a wrong shape, as it is called on disk; the model is then of no use.
     """
-    with open_tensors(folder, ADAPTER_WEIGHTS) as stored:
+    with open_tensors(weight_files(folder, ADAPTER_WEIGHTS)) as stored:
         tensors = {name.removeprefix(_ROOT): part.read().float() for name, part in stored.items()}
     names = table.match(tensors)
     bare = not any(name.startswith(table.prefix) for name in tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -112,22 +112,22 @@ def weight_files(folder: Path, weights: str = WEIGHTS) -> list[Path]:
 
 
 @contextmanager
-def open_tensors(folder: Path, weights: str = WEIGHTS) -> Iterator[dict[str, Stored]]:
+def open_tensors(paths: Sequence[Path]) -> Iterator[dict[str, Stored]]:
     """All tensors of a folder's safetensors files, by name, each read when it is asked for.
 
-    Raises InputError if there are none, or a file is missing or broken.
+    Raises InputError if a file is missing or broken.
     """
     with ExitStack() as stack:
         tensors: dict[str, Stored] = {}
-        for shard in weight_files(folder, weights):
+        for path in paths:
             try:
                 # Of a file that is mapped, what was read would be in memory twice.
-                file = stack.enter_context(safe_open(shard, framework="pt", backend="pread"))
+                file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
                 tensors |= {name: Stored(file, name) for name in file.keys()}  # noqa: SIM118 - not a dict
             except FileNotFoundError:
-                raise InputError(f"{folder} has no {shard.name}, which {INDEX} names") from None
+                raise InputError(f"{path.parent} has no {path.name}, which {INDEX} names") from None
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{shard} cannot be read: {error}") from None
+                raise InputError(f"{path} cannot be read: {error}") from None
         yield tensors
 
 

@@ -113,6 +113,10 @@ class Stored:
         return self.file.get_tensor(self.name)  # type: ignore[no-any-return]
 
 
+_PACKED = ("tokens.", "blocks.", "encoder.", "decoder.")
+"""What an optimized model has packed begins so."""
+
+
 @dataclass(frozen=True)
 class Table:
     """All tensors that a family's checkpoints may hold, whatever head they have."""
@@ -196,9 +200,9 @@ class Table:
             misshapen += wrong
             if not absent and not wrong:
                 stored = [disk[part] for part in parts]
-                different += [
-                    names[copy] for copy in copies if not torch.equal(disk[copy].read(), stored[0].read())
-                ]
+                if copies:
+                    first = stored[0].read()
+                    different += [names[copy] for copy in copies if not torch.equal(disk[copy].read(), first)]
                 waiting[row.ours] = partial(_read, row, stored, target.shape, target.dtype, config)
         known = {name for row in rows for name in (*row.theirs, *row.copies)}
         ignored = re.compile("|".join(self.ignored) or "(?!)")
@@ -221,7 +225,7 @@ class Table:
             if row.ours in ours:
                 for name, part in zip(row.theirs, row.write(ours[row.ours], config), strict=True):
                     disk[self.on_disk(name, bare)] = part
-            elif row.ours.startswith(("blocks.", "encoder.", "decoder.")) and "_norm." not in row.ours:
+            elif row.ours.startswith(_PACKED) and "_norm." not in row.ours:
                 raise InputError(f"the model has no {row.ours}; one that is optimized has no weights to save")
         return disk
 

@@ -9,11 +9,12 @@ there may be more inputs than memory holds, an iterator gives an iterator, which
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 from qkv import hub
-from qkv.config import BertHead, InferencePrecision
+from qkv.config import BertHead, Family, InferencePrecision
 from qkv.hub import Checkpoint
 from qkv.models.bert import Bert
 from qkv.models.gpt import GPT
@@ -25,6 +26,7 @@ from qkv.pipelines.encoder import Encoder, TaggedWord
 from qkv.pipelines.generator import DecodingOptions, TextGenerator
 from qkv.pipelines.translator import Translator
 from qkv.runtime import pick_device
+from qkv.unread import Unread
 
 __all__ = [
     "AnyPipeline",
@@ -48,6 +50,7 @@ AnyPipeline = TextGenerator | Encoder | Translator | ImageClassifier
 def from_pretrained(
     source: str | Path,
     *,
+    families: Collection[Family] = (),
     head: BertHead | None = None,
     labels: tuple[str, ...] = (),
     revision: str | None = None,
@@ -56,24 +59,35 @@ def from_pretrained(
 ) -> AnyPipeline:
     """Open a checkpoint, a folder or a hub id, as the pipeline of its family; an adapter, with its base.
 
-    head, labels: give the model a fresh head where the checkpoint has none. revision: a hub id's branch,
-    tag or commit. device: "auto" is the GPU if there is one. precision: make the model answer faster, as
-    `Pipeline.optimize` does, but in less memory: on a CPU each block's weights are packed as they are read.
-    Raises InputError for what cannot be opened, and as `qkv.fast.optimize` does.
+    families: the only ones that will do; (): all. head, labels: give the model a fresh head where the
+    checkpoint has none. revision: a hub id's branch, tag or commit. device: "auto" is the GPU if there is
+    one. precision: make the model answer faster, as `Pipeline.optimize` does, but in less memory: on a CPU
+    each block's weights are packed as they are read (an adapter's base is read whole). Raises InputError
+    for what cannot be opened, and as `qkv.fast.optimize` does.
     """
-    with hub.opened(source, head=head, labels=labels, revision=revision) as (checkpoint, unread):
-        if precision is None or pick_device(device).type != "cpu":
-            unread.into(checkpoint.model)
-        opened = pipeline(checkpoint, device)
-        return opened if precision is None else opened.optimize(precision, unread)
+    opened = hub.opened(source, families=families, head=head, labels=labels, revision=revision)
+    with opened as (checkpoint, unread):
+        return pipeline(checkpoint, device, precision, unread)
 
 
-def pipeline(checkpoint: Checkpoint, device: str = "auto") -> AnyPipeline:
-    """The pipeline of a checkpoint's family, its model moved to the device, which must exist (InputError)."""
+def pipeline(
+    checkpoint: Checkpoint,
+    device: str = "auto",
+    precision: InferencePrecision | Literal["auto"] | None = None,
+    unread: Unread | None = None,
+) -> AnyPipeline:
+    """The pipeline of a checkpoint's family, its model moved to the device, which must exist (InputError).
+
+    precision: as for `from_pretrained`. unread: what the model still waits for, as `hub.opened` gives it.
+    """
+    place = pick_device(device)
+    if unread is not None and (precision is None or place.type != "cpu"):
+        unread.into(checkpoint.model)
     families: dict[type, type[AnyPipeline]] = {
         GPT: TextGenerator,
         Bert: Encoder,
         Transformer: Translator,
         ViT: ImageClassifier,
     }
-    return families[type(checkpoint.model)](checkpoint, pick_device(device))
+    made = families[type(checkpoint.model)](checkpoint, place)
+    return made if precision is None else made.optimize(precision, unread)
