@@ -82,6 +82,8 @@ class Search(ABC):
         self.number = number
         self.decoding = request.decoding
         self.slot = -1
+        self.made = 0
+        """How many new tokens there are."""
         self.done = False
         if isinstance(model, GPT):
             self.source: tuple[int, ...] = ()
@@ -146,6 +148,8 @@ class Stream(Search):
     def __init__(self, model: Decoder, request: Request, number: int, answer: int) -> None:
         super().__init__(model, request, number)
         self.answer = answer
+        self.greedy = self.decoding.temperature == 0 and not self.penalised
+        """Whether the likeliest tokens are all that it chooses from."""
         self.ids = list(self.prompt)
         self.guesses: list[int] = []
         """Tokens to be checked in the coming step."""
@@ -158,16 +162,6 @@ class Stream(Search):
         """Decide what a draft model guesses."""
         self.chances = _Uniforms(*key, "accept")
         """Decide whether a drawn guess is kept."""
-
-    @property
-    def made(self) -> int:
-        """How many new tokens there are."""
-        return len(self.ids) - len(self.prompt)
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest tokens are all that it chooses from."""
-        return self.decoding.temperature == 0 and not self.penalised
 
     @property
     def room(self) -> int:
@@ -202,6 +196,7 @@ class Stream(Search):
         if logits is not None:
             tokens = with_logprobs(tokens, logits[: len(tokens)], self.decoding.logprobs)
         self.ids += [token.id for token in tokens]
+        self.made += len(tokens)
         self.guesses, self.draft = [], []
         ended = tokens[-1].id in self.request.eos
         finish: Finish | None = "eos" if ended else self.full if self.made == self.limit else None
@@ -239,7 +234,6 @@ class Beams(Search):
 
     def __init__(self, model: Decoder, request: Request, number: int) -> None:
         super().__init__(model, request, number)
-        self.made = 0
         self.beams = [_Beam((), 0.0)]
         self.found: list[_Beam] = []
         """The best finished answers; their scores are those that they are ranked by."""
