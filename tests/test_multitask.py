@@ -177,7 +177,9 @@ def test_scores_of_the_run_are_those_of_its_folders(trained: Trained) -> None:
     for task in ("mood", "color"):
         alone = score(str(trained.folder / task))
         assert alone == {name: found[f"{task}/{name}"] for name in alone}
-    data = trained.job.config.tasks["mood"].path
+    mood = trained.job.config.tasks["mood"]
+    data = mood.path
+    assert mood.text_pair == "" and trained.job.config.tasks["color"].text_pair == "text_pair"
     assert score(str(trained.folder / "mood"), data)["samples"] == 240
     with pytest.raises(InputError, match=r"has several tasks: score one on other data, as .*run/mood, "):
         score(str(trained.folder), data)

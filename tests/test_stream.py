@@ -117,6 +117,9 @@ def test_words_of_a_conll_file_get_a_tag_each(models, tmp_path):
     (tmp_path / "words.conll").write_text("U.S.\nfox's\n\nquick\nfox\n")
     succeed("tag", models["tag"], "--data", tmp_path / "words.conll", "-o", tmp_path / "out.jsonl")
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == out
+    (tmp_path / "plain.conll").write_text("fox\n\nNew York\n")
+    said = fail("tag", models["tag"], "--data", tmp_path / "plain.conll")
+    assert "columns in line 3: 2, in those before it: 1" in said
     (tmp_path / "long.conll").write_text("fox\n\n" + "dog\n" * 200)
     assert "sentence 2 of" in fail("tag", models["tag"], "--data", tmp_path / "long.conll")
     said = fail("tag", models["tag"], "--data", tmp_path / "a.conll", "--column", "tokens")

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from test_train import Nobody, assert_equal_runs, run_config, step_gradient
 
 from qkv import hub
-from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig
+from qkv.config import DataConfig, LoraConfig, RunConfig, TokenizerConfig, read_toml
 from qkv.data.sampler import Sampler
 from qkv.errors import InputError
 from qkv.evaluate import derived, evaluate, score
@@ -227,8 +227,23 @@ def test_a_checkpoint_s_head_says_how_data_are_read(runs: dict[str, Trained], tm
 @pytest.mark.parametrize("task", ["regression", "contrastive"])
 def test_a_score_of_a_run_on_pairs_needs_pairs(task: str, runs: dict[str, Trained], tmp_path: Path) -> None:
     rows = [{"text": "red old fine", "label": label} for label in (1.5, 2)]
-    with pytest.raises(InputError, match="has no second ones: it needs the column 'text_pair'"):
+    with pytest.raises(InputError, match="has no second ones, which would be in column 'text_pair'"):
         score(str(runs[task].folder), samples.table(tmp_path / "alone.jsonl", rows))
+
+
+def test_a_column_without_a_name_is_no_second_text(tmp_path: Path) -> None:
+    """As pandas writes its index."""
+    rows = "".join(f"{n},{'fine' if n % 2 else 'awful'} day,{n % 2}\n" for n in range(40))
+    (tmp_path / "indexed.csv").write_text(f",text,label\n{rows}")
+    config = dataclasses.replace(
+        run_config(tmp_path, "bert", max_steps=1), data=DataConfig(path=str(tmp_path / "indexed.csv"))
+    )
+    job = new_job(config)
+    train(job, tmp_path / "run", Nobody())
+    assert read_toml(tmp_path / "run" / "config.toml").data.text_pair == ""
+    assert resumed_job(tmp_path / "run").train.fingerprint == job.train.fingerprint
+    assert score(str(tmp_path / "run"))["samples"] == 4
+    assert score(str(tmp_path / "run"), str(tmp_path / "indexed.csv"))["samples"] == 40
 
 
 def test_a_run_without_pairs_reads_no_second_texts(runs: dict[str, Trained], tmp_path: Path) -> None:

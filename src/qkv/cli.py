@@ -442,6 +442,8 @@ def tag(
 ) -> None:
     """Name the tag of each word of texts, with its place in the text; a JSON line each.
 
+    Words of a .conll file are one text with spaces between them.
+
     Args:
         model: Run folder, checkpoint folder or hub id of a BERT with a tagging head.
         texts: What to tag.

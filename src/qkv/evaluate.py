@@ -37,6 +37,7 @@ from qkv.data import (
     read_held_out,
 )
 from qkv.data.batches import Batch, TaggedBatch, TaskBatch
+from qkv.data.raw import PAIRABLE
 from qkv.distributed import ALONE, Ranks
 from qkv.errors import InputError
 from qkv.files import expanded
@@ -261,10 +262,10 @@ def score(
             raise InputError(f"{source} gives {len(labels)} values, but the data have one a text")
         if samples.kind == "contrastive":
             check_contrastive(pipeline.checkpoint.pooling, source)
-        if settings and settings.data.text_pair and not samples.pairs:
+        if settings and data and settings.data.text_pair and samples.kind in PAIRABLE and not samples.pairs:
             raise InputError(
-                f"{source} was trained on pairs of texts, and {data} has no second ones: it needs the column "
-                f"{settings.data.text_pair!r}"
+                f"{source} was trained on pairs of texts, and {data} has no second ones, which would be in "
+                f"column {settings.data.text_pair!r}; if not, data.text_pair = '' in its config.toml says so"
             )
     dataset = build(samples, run, pipeline.checkpoint.tokenizer, pipeline.checkpoint.images)
     for note in dataset.notes:  # of texts that were cut, of words that the vocabulary lacks

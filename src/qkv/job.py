@@ -24,6 +24,7 @@ from qkv.data import (
     read,
     trained_tokenizer,
 )
+from qkv.data.raw import PAIRABLE
 from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
 from qkv.files import cache_folder, expanded
@@ -170,7 +171,7 @@ def _job(config: RunConfig, raws: dict[str, Raw], checkpoint: Checkpoint, cache:
 
 def _task_job(config: RunConfig, raw: Raw, checkpoint: Checkpoint, cache: Cache) -> Job:
     model = checkpoint.model.config
-    unpaired = model.family == "bert" and not raw.train.pairs
+    unpaired = raw.kind in PAIRABLE and not raw.train.pairs
     second = "" if unpaired else config.data.text_pair
     config = replace(config, model=model, data=replace(config.data, task=raw.train.task, text_pair=second))
     if raw.kind == "contrastive":

@@ -195,8 +195,8 @@ class Stream(Search):
                 break
         if logits is not None:
             tokens = with_logprobs(tokens, logits[: len(tokens)], self.decoding.logprobs)
+        self.made += len(tokens)  # first: an interrupt makes an answer shorter, never too long
         self.ids += [token.id for token in tokens]
-        self.made += len(tokens)
         self.guesses, self.draft = [], []
         ended = tokens[-1].id in self.request.eos
         finish: Finish | None = "eos" if ended else self.full if self.made == self.limit else None

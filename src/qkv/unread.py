@@ -18,4 +18,5 @@ class Unread:
         """Give a module the tensors that are its own; in the model their names begin with `prefix`."""
         names = [name for name in self._waiting if name.startswith(prefix)]
         read = {name.removeprefix(prefix): self._waiting.pop(name)() for name in names}
-        assert not module.load_state_dict(read, strict=False, assign=True).unexpected_keys
+        unexpected = module.load_state_dict(read, strict=False, assign=True).unexpected_keys
+        assert not unexpected, f"{prefix} has no {unexpected}"

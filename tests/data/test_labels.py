@@ -147,11 +147,12 @@ def test_tagged_sentences(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a O\nb x B-X\n", r"line 2 has 3 columns, those before it 2"),
-        ("a x O\n\nb B-X\n", r"line 3 has 2 columns, those before it 3"),
-        ("a O\nb\n", r"line 2 has a word, but no tag: 'b'"),
-        ("a\tO\n\t\tB-X\n", r"line 2 has a word, but no tag"),
-        ("a\tx\tO\nb\t\tO\n\tx\tO\n", r"line 3 has 2 columns"),
+        ("a O\nb x B-X\n", r"columns in line 2: 3, in those before it: 2"),
+        ("a x O\n\nb B-X\n", r"columns in line 3: 2, in those before it: 3"),
+        ("a O\nb\n", r"columns in line 2: 1, in those before it: 2"),
+        ("a\tO\n\t\tB-X\n", r"columns in line 2: 1, in those before it: 2"),
+        ("a\nb\n", r"has words, but no tags: 'a'"),
+        ("a\tx\tO\nb\t\tO\n\tx\tO\n", r"columns in line 3: 2"),
         ("-DOCSTART- O\n", "has no sentences"),
         ("a O\nb O\n", r"every word of .* has the tag 'O'"),
     ],

@@ -10,10 +10,10 @@ from typing import Any
 
 from qkv.data.files import (
     check_unicode,
-    conll_columns,
     each_csv_row,
     each_json_row,
     each_line,
+    each_sentence,
     parquet_errors,
     parquet_file,
 )
@@ -150,15 +150,8 @@ class SentenceCorpus(Corpus):
         super().__init__(path, [])
 
     def __iter__(self) -> Iterator[tuple[tuple[str, ...]]]:
-        words: list[str] = []
-        for line in self._lines():
-            if found := conll_columns(line):
-                words.append(found[0])
-            elif words:
-                yield (tuple(words),)
-                words = []
-        if words:
-            yield (tuple(words),)
+        for rows in each_sentence(self.path, self._lines()):
+            yield (tuple(row[0] for row in rows),)
 
     def name(self, number: int) -> str:
         """What errors call a sentence; the first one has the number 0."""

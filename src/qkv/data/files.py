@@ -91,43 +91,44 @@ def each_line(path: Path) -> Iterator[tuple[str, int]]:
                 raise _not_utf8(path, error, number) from None
 
 
-def conll_columns(line: str) -> list[str]:
-    """A word and what stands beside it; none where a sentence or document ends."""
-    # Words may hold other white space than these two.
-    found = re.split("\t" if "\t" in line else " +", line.strip(" \t\r\n"))
-    return [] if found == [""] or found[0] == "-DOCSTART-" else found
+def each_sentence(path: Path, lines: Iterable[str]) -> Iterator[list[list[str]]]:
+    """Sentences of a CoNLL file: of each word the columns, a blank line between sentences.
+
+    Raises InputError, naming the line, where the number of columns changes, or the first or last is empty.
+    """
+    rows: list[list[str]] = []
+    columns = 0
+    for number, line in enumerate(lines, start=1):
+        line = line.removesuffix("\n").removesuffix("\r")
+        # Words may hold other white space than these two.
+        found = re.split("\t" if "\t" in line else " +", line.strip(" \t"))
+        if found == [""] or found[0] == "-DOCSTART-":
+            if rows:
+                yield rows
+                rows = []
+            continue
+        columns = columns or len(found)
+        if len(found) != columns:
+            raise InputError(f"{path}: columns in line {number}: {len(found)}, in those before it: {columns}")
+        if not found[0].strip() or not found[-1].strip():
+            raise InputError(f"{path}: line {number} has an empty column: {line!r}")
+        rows.append(found)
+    if rows:
+        yield rows
 
 
 def read_conll(path: Path) -> tuple[list[list[str]], list[list[str]]]:
-    """Sentences as words and their tags: the first and the last column, a blank line between sentences.
+    """Sentences as words and their tags: the first and the last column.
 
-    Raises InputError, naming the line, where the number of columns changes.
+    Raises InputError as `each_sentence` does, and where there are no tags.
     """
-    words: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
-    columns = 0
-    for number, line in enumerate(read_lines(path), start=1):
-        found = conll_columns(line)
-        if not found:
-            if words[-1]:
-                words.append([])
-                tags.append([])
-            continue
-        if len(found) < 2:
-            raise InputError(f"{path}: line {number} has a word, but no tag: {line!r}")
-        columns = columns or len(found)
-        if len(found) != columns:
-            raise InputError(f"{path}: line {number} has {len(found)} columns, those before it {columns}")
-        if not found[0].strip() or not found[-1].strip():
-            raise InputError(f"{path}: line {number} has an empty column: {line!r}")
-        words[-1].append(found[0])
-        tags[-1].append(found[-1])
-    if not words[-1]:
-        words.pop()
-        tags.pop()
-    if not words:
+    sentences = list(each_sentence(path, read_lines(path)))
+    if not sentences:
         raise InputError(f"{path} has no sentences")
-    return words, tags
+    if len(sentences[0][0]) < 2:
+        raise InputError(f"{path} has words, but no tags: {sentences[0][0][0]!r}")
+    words = [[row[0] for row in rows] for rows in sentences]
+    return words, [[row[-1] for row in rows] for rows in sentences]
 
 
 # ---------------------------------------------------------------- texts too large for memory

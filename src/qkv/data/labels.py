@@ -25,7 +25,7 @@ def guess_task(table: Table, data: DataConfig) -> Task:
     if data.tokens in present and data.text not in present:
         return "tagging"
     if data.label not in present:
-        paired = data.text_pair in present and data.label == DataConfig.label
+        paired = data.text_pair in present - {""} and data.label == DataConfig.label
         return "contrastive" if paired else "classification"
     values = table.columns.get(data.label, [])
     if any(isinstance(value, list) for value in values):

@@ -45,6 +45,9 @@ from qkv.images import ImageProcessor, Region, readable_image
 Kind = Literal["text", "pairs", "images"] | Task
 """Running text, sources with targets, labelled images, or what one of BERT's tasks needs."""
 
+PAIRABLE: tuple[Kind, ...] = ("classification", "multi_label", "regression", "contrastive")
+"""Kinds whose texts may have second ones."""
+
 AnyText = TypeVar("AnyText", str, TextFile)
 
 IN_MEMORY_BYTES = 256 << 20
@@ -353,13 +356,14 @@ def _read_task(path: Path, data: DataConfig, labels: tuple[str, ...]) -> tuple[S
             return Samples("contrastive", lines), ()
         formats = ", ".join((*TABLES, CONLL) if data.task == "tagging" else TABLES)
         raise InputError(f"data.task {data.task} needs a table ({formats}); {path} is none")
-    table = read_table(path, [data.text, data.text_pair, data.label, data.tokens, data.tags])
+    second = [data.text_pair] if data.text_pair else []
+    table = read_table(path, [data.text, *second, data.label, data.tokens, data.tags])
     task = guess_task(table, data) if data.task == "auto" else data.task
     if task == "tagging":
         words, indices, labels = read_tagged(table, data, labels)
         return Samples(task, words=words, tags=indices), labels
     texts = table.texts(data.text, "data.text")
-    paired = data.text_pair in table.present or data.text_pair not in ("", DataConfig.text_pair)
+    paired = second and (data.text_pair in table.present or data.text_pair != DataConfig.text_pair)
     pairs = table.texts(data.text_pair, "data.text_pair") if paired else []
     if task == "contrastive":
         return Samples(task, texts, pairs), ()

@@ -220,7 +220,7 @@ class Tags(Exhibit[Encoder]):
     def ask(self, pipeline: Encoder) -> list[Answer]:
         """A tag for each word; an empty one where the model reads no word that begins there."""
         sentences = self.samples.words
-        found = pipeline.tag([" ".join(words) for words in sentences], truncate=True)
+        found = pipeline.tag([tuple(words) for words in sentences], truncate=True)
         answers = []
         for words, tags, said in zip(sentences, self.tags, found, strict=True):
             by_place = {word.start: word.tag for word in said}
