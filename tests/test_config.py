@@ -51,9 +51,21 @@ def changed(base: Any, **choices: st.SearchStrategy) -> st.SearchStrategy:
 
 
 MODELS = st.one_of(
-    changed(GPTConfig(), dropout=FRACTION, norm_eps=POSITIVE, norm_first=st.booleans(), depth=COUNT),
+    changed(
+        GPTConfig(),
+        dropout=FRACTION,
+        word_dropout=FRACTION,
+        norm_eps=POSITIVE,
+        norm_first=st.booleans(),
+        depth=COUNT,
+    ),
     changed(BertConfig(), labels=st.lists(TEXT).map(tuple), head=st.sampled_from(["tagging", "masked_lm"])),
-    changed(TransformerConfig(), context=COUNT, activation=st.sampled_from(["relu", "silu"])),
+    changed(
+        TransformerConfig(),
+        context=COUNT,
+        word_dropout=FRACTION,
+        activation=st.sampled_from(["relu", "silu"]),
+    ),
     changed(ViTConfig(), labels=st.lists(TEXT).map(tuple), channels=COUNT, drop_path=FRACTION),
     changed(ViTConfig(), stem=st.sampled_from(["patches", "convolutions"])),
 )
@@ -214,6 +226,7 @@ REFUSED: dict[str, float] = {
     "eval_steps": 0, "save_steps": 0, "learning_rate": 0.0, "adam_epsilon": 0.0, "max_grad_norm": 0.0,
     "warmup_steps": -1, "weight_decay": -0.1, "seed": 2**31, "adam_beta1": -0.1, "adam_beta2": -0.1,
     "label_smoothing_factor": -0.1, "valid_fraction": 0.0, "drop_path": -0.1, "crop_area": 0.0,
+    "word_dropout": -0.1,
     "crop_padding": -1, "randaugment": -1, "magnitude": 10.1, "erasing": 1.1, "mixup": -0.1, "cutmix": -0.1,
     "rank": -1, "alpha": 0, "r_drop": -0.1, "layer_decay": 0.0, "ema_decay": -0.1,
     "average_checkpoints": 0, "save_total_limit": 0, "early_stopping_patience": -1, "shard_ranks": 0,
@@ -222,6 +235,7 @@ REFUSED: dict[str, float] = {
 BELOW_ONE = [
     "dropout",
     "attention_dropout",
+    "word_dropout",
     "drop_path",
     "adam_beta1",
     "adam_beta2",
@@ -248,6 +262,7 @@ def test_numbers_out_of_range_are_named(section: type):
     ("make", "message"),
     [
         (lambda: ModelConfig(dim=10, heads=4), "model.dim 10 is not divisible by model.heads 4"),
+        (lambda: ViTConfig(word_dropout=0.1), "model.word_dropout is for text: leave it out"),
         (lambda: ViTConfig(image_size=30), "model.image_size 30 is not divisible by model.patch_size 16"),
         (
             lambda: ViTConfig(image_size=24, patch_size=6, dim=12, stem="convolutions"),

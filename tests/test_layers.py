@@ -20,7 +20,16 @@ from torch.autograd import gradcheck
 from qkv.attention import Pattern
 from qkv.config import GPTConfig, ModelConfig, TransformerConfig
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, Block, DropPath, check_lengths, init_normal, init_xavier, sinusoidal
+from qkv.layers import (
+    ACTIVATIONS,
+    Block,
+    DropPath,
+    TokenEmbedding,
+    check_lengths,
+    init_normal,
+    init_xavier,
+    sinusoidal,
+)
 from qkv.models import GPT, Transformer
 from qkv.ragged import Layout, Ragged, pack
 
@@ -191,6 +200,20 @@ def test_dropout_sits_on_every_sublayer_and_only_in_training():
     block.eval()
     out = block(x, pattern, memory=memory, memory_pattern=pattern)
     assert (out == x).float().mean() < 0.02
+
+
+# ---------------------------------------------------------------- word dropout
+
+
+def test_word_dropout_takes_whole_tokens_in_training_only():
+    embedding = TokenEmbedding(50, D, 0.25)
+    plain = nn.Embedding(50, D, _weight=embedding.weight.detach())
+    tokens = torch.arange(4000) % 50
+    found, expected = embedding(tokens), plain(tokens)
+    gone = (found == 0).all(1)
+    assert torch.equal(found[~gone], expected[~gone])
+    assert gone.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(embedding.eval()(tokens), expected)
 
 
 # ---------------------------------------------------------------- drop path

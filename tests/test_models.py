@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from qkv.attention import Pattern
-from qkv.config import BertConfig, GPTConfig, TransformerConfig, ViTConfig
+from qkv.config import DROPOUTS, BertConfig, GPTConfig, TransformerConfig, ViTConfig
 from qkv.errors import InputError
 from qkv.kv_cache import Branches, Cache
 from qkv.layers import Block
@@ -127,15 +127,19 @@ def test_autocast_is_near_float32_and_leaves_float32_gradients(name: str):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("rate", DROPOUTS)
 @pytest.mark.parametrize(
     "name", ["gpt-pre-norm", "transformer-post-norm", "bert-pretraining", "vit-pre-norm"]
 )
-def test_dropout_is_for_training_only(name: str):
-    model = tiny(replace(CONFIGS[name], dropout=0.5, attention_dropout=0.5, drop_path=0.5))
-    batch = samples(model, [(5, 9)])
-    assert_all_close(answers(model, batch)[0], answers(model, batch)[0])
+def test_dropout_is_for_training_only(name: str, rate: str):
+    if name.startswith("vit") and rate == "word_dropout":
+        pytest.skip("images have no words")
+    model = tiny(replace(CONFIGS[name], **{rate: 0.5}))
+    batch = samples(model, [(5, 9)] * 20)
+    assert_all_close(flat(answers(model, batch)), flat(answers(model, batch)))
     model.train()
-    assert not torch.equal(answers(model, batch)[0][0], answers(model, batch)[0][0])
+    first, second = flat(answers(model, batch)), flat(answers(model, batch))
+    assert not all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # ---------------------------------------------------------------- causality and order

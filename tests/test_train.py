@@ -430,9 +430,10 @@ def test_settings_that_a_checkpoint_decides_are_refused_but_dropout_is_taken(tmp
     config = run_config(tmp_path, "bert", max_steps=2)
     train(new_job(config), tmp_path / "run", Nobody())
     again = dataclasses.replace(config, init=str(tmp_path / "run"))
-    rates = {"dropout": 0.37, "drop_path": 0.2}
+    rates = {"dropout": 0.37, "word_dropout": 0.1, "drop_path": 0.2}
     job = new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, **rates)))
-    assert (job.config.model.dropout, job.config.model.drop_path) == (0.37, 0.2)
+    assert {name: getattr(job.config.model, name) for name in rates} == rates
+    assert job.checkpoint.model.tokens.dropout == 0.1
     assert [m.p for m in job.checkpoint.model.modules() if isinstance(m, torch.nn.Dropout)] == [0.37] * 2
     with pytest.raises(InputError, match=r"model.depth is 5, but .* has 1"):
         new_job(dataclasses.replace(again, model=dataclasses.replace(config.model, depth=5)))

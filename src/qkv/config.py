@@ -78,6 +78,8 @@ class ModelConfig:
     """After embeddings and after every sub-layer, before it joins the residual stream."""
     attention_dropout: float = 0.0
     """On attention probabilities."""
+    word_dropout: float = 0.0
+    """Share of tokens whose embedding is 0 in training (Iyyer et al. 2015, 3.2; Sennrich and Zhang 2019)."""
     drop_path: float = 0.0
     """Share of sequences that skip a sub-layer in training (stochastic depth): 0 in the first block, rising
     linearly to this in the last."""
@@ -90,7 +92,7 @@ class ModelConfig:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
 
 
-DROPOUTS = ("dropout", "attention_dropout", "drop_path")
+DROPOUTS = ("dropout", "attention_dropout", "word_dropout", "drop_path")
 """All of a model that a run may choose anew for a checkpoint that it begins from."""
 
 
@@ -208,6 +210,8 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.word_dropout:
+            raise InputError("model.word_dropout is for text: leave it out")
         _check("model.", self, *_COUNT, "patch_size", "channels")
         _check("model.", self, *_NOT_NEGATIVE, "image_size")
         if self.image_size % self.patch_size:

@@ -212,6 +212,24 @@ class Stack(nn.ModuleList):
         return [cross for block in self if (cross := cast(Block, block).cross) is not None]
 
 
+class TokenEmbedding(nn.Embedding):
+    """A vector for each token; in training those of a random share are 0 (Iyyer et al. 2015, 3.2).
+
+    They are not scaled up for it: where a token is missing, its neighbours have to do.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, dropout: float) -> None:
+        super().__init__(vocab_size, dim)
+        self.dropout = dropout
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (T,) -> (T, D)."""
+        x = super().forward(ids)
+        if not self.training or self.dropout == 0.0:
+            return x
+        return x * (torch.rand(*ids.shape, 1, device=x.device) >= self.dropout)
+
+
 class Output(nn.Module):
     """Logits by the matrix that also embeds tokens (Vaswani et al. 2017, 3.4; Press and Wolf 2017)."""
 

@@ -10,6 +10,7 @@ from itertools import chain
 import numpy as np
 
 from qkv.config import (
+    DROPOUTS,
     AugmentConfig,
     BertConfig,
     DataConfig,
@@ -135,7 +136,7 @@ def _has_dropout(config: RunConfig) -> bool:
     """Whether two passes of training differ."""
     model = config.model
     adapters = config.lora.dropout if config.lora.rank else 0.0
-    return any((model.dropout, model.attention_dropout, model.drop_path, adapters))
+    return any((*(getattr(model, name) for name in DROPOUTS), adapters))
 
 
 def build(

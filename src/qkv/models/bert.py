@@ -14,7 +14,7 @@ from qkv.attention import Pattern, Tappable
 from qkv.config import Activation, BertConfig, BertHead
 from qkv.dropout import Dropout
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, Output, Stack, check_lengths, init_normal
+from qkv.layers import ACTIVATIONS, Output, Stack, TokenEmbedding, check_lengths, init_normal
 from qkv.ragged import Ragged
 
 PRESETS: dict[str, BertConfig] = {
@@ -73,7 +73,7 @@ class Bert(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.tokens = TokenEmbedding(config.vocab_size, config.dim, config.word_dropout)
         self.segments = nn.Embedding(config.segments, config.dim)
         self.positions = nn.Embedding(config.context, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)

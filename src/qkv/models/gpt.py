@@ -14,7 +14,7 @@ from qkv.attention import Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
 from qkv.kv_cache import Branches, Cache
-from qkv.layers import Output, Stack, check_lengths, init_normal, rotation
+from qkv.layers import Output, Stack, TokenEmbedding, check_lengths, init_normal, rotation
 from qkv.ragged import Ragged, rows_of
 
 PRESETS: dict[str, GPTConfig] = {
@@ -40,7 +40,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.tokens = TokenEmbedding(config.vocab_size, config.dim, config.word_dropout)
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.context, config.dim) if learned else None
         self.dropout = Dropout(config.dropout)

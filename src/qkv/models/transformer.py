@@ -16,7 +16,7 @@ from qkv.attention import KeyValue, Past, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
 from qkv.kv_cache import Branches, Cache
-from qkv.layers import Output, Stack, check_lengths, init_xavier, rotation, sinusoidal
+from qkv.layers import Output, Stack, TokenEmbedding, check_lengths, init_xavier, rotation, sinusoidal
 from qkv.ragged import Ragged, rows_of
 
 PRESETS: dict[str, TransformerConfig] = {
@@ -50,7 +50,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.tokens = TokenEmbedding(config.vocab_size, config.dim, config.word_dropout)
         self.register_buffer("position_table", self.sinusoids(), persistent=False)
         self.dropout = Dropout(config.dropout)
         self.encoder = Stack(config, qk_norm=config.qk_norm)
