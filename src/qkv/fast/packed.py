@@ -58,8 +58,8 @@ class PackedEmbedding(nn.Module):
         """weight (V, D)."""
         super().__init__()
         self.weight = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
-        self.given = weight.dtype
+        self.dtype = weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., D), of the type that they had."""
-        return F.embedding(ids, self.weight).to(self.given)
+        return F.embedding(ids, self.weight).to(self.dtype)
