@@ -356,11 +356,15 @@ def fresh_library() -> Iterator[None]:
     library.cache_clear()
 
 
-@pytest.fixture(params=["haswell", "skylake-avx512"])
+OLDER = {"haswell": "avx2", "skylake-avx512": "avx512_bw", "cooperlake": "avx512_bf16"}
+"""What compilers call CPUs, and what torch calls the last of their instructions that matter."""
+
+
+@pytest.fixture(params=sorted(OLDER))
 def older_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, fresh_library: None) -> None:
     """Code for a CPU with fewer instructions than this one may have."""
-    if request.param == "skylake-avx512" and not torch.cpu.get_capabilities()["avx512_bw"]:
-        pytest.skip("this CPU has no AVX-512")
+    if not torch.cpu.get_capabilities().get(OLDER[request.param]):
+        pytest.skip(f"this CPU has no {OLDER[request.param]}")
     flags = [f"-march={request.param}" if flag == "-march=native" else flag for flag in FLAGS]
     monkeypatch.setattr("qkv.fast.native.FLAGS", flags)
 
@@ -709,6 +713,17 @@ def test_code_that_does_not_compile_says_why(tmp_path, monkeypatch, fresh_librar
     with pytest.raises(UnavailableError, match=r"cannot compile cpp/blocks.cpp: .*x.* was not declared"):
         library()
     assert not list((tmp_path / "native").glob("*"))
+
+
+@native_code
+def test_a_system_that_keeps_registers_back_leaves_torchs_operators(tmp_path, monkeypatch, fresh_library):
+    monkeypatch.setenv("QKV_CACHE", str(tmp_path / "cache"))
+    sources = tmp_path / "cpp"
+    sources.mkdir()
+    (sources / "blocks.cpp").write_text('extern "C" int qkv_allowed() { return 0; }')
+    monkeypatch.setattr("qkv.fast.native.SOURCES", sources)
+    with pytest.raises(UnavailableError, match="this process may not use AMX"):
+        library()
 
 
 def test_loading_a_model_imports_none_of_this():

@@ -70,6 +70,8 @@ def library() -> ctypes.CDLL:
             found = ctypes.CDLL(str(path))
         except OSError as error:  # a folder from which nothing may be executed
             raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
+    if not found.qkv_allowed():
+        raise UnavailableError("this process may not use AMX, which the CPU has")
     found.qkv_packed_bytes.restype = found.qkv_scales.restype = c_int64
     return found
 

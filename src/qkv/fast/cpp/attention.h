@@ -149,7 +149,7 @@ void attend_rows(const float *query, int rows, int query_stride, Keys keys, int 
 // What it is computed in where the products with weights are in a precision: never in int8, and in bfloat16 only by
 // an instruction for it.
 template <int P>
-constexpr int ATTENTION = P == FP32 || PARTS<BF16> > 1 ? FP32 : BF16;
+constexpr int ATTENTION = P == FP32 || (PARTS<BF16> > 1 && !TILED<BF16>) ? FP32 : BF16;
 
 // Many queries: keys and values are packed as matrices and multiplied, HEIGHT queries at a time.
 struct Attention {
@@ -159,23 +159,25 @@ struct Attention {
 
     template <int P>
     void lay(Arena &arena, int longest, int E) {
-        int padded = panels_of(longest) * WIDTH;
-        keys = arena.take<char>((size_t)padded * E * bytes_of(P));
-        values = arena.take<char>((size_t)padded * panels_of(E) * WIDTH * bytes_of(P));
-        scores = arena.take<float>(HEIGHT * padded);
-        query = {arena.take<char>(HEIGHT * E * bytes_of(P)), nullptr, nullptr, E * bytes_of(P), 1};
-        share = {arena.take<char>(HEIGHT * padded * bytes_of(P)), nullptr, nullptr, padded * bytes_of(P), 1};
+        constexpr int HIGH = HEIGHT<P>;
+        int padded = panels_of(longest) * WIDTH, wide = steps_of<P>(E), deep = steps_of<P>(padded);
+        keys = arena.take<char>(panels_of(longest) * panel_bytes(wide));
+        values = arena.take<char>(panels_of(E) * panel_bytes(deep));
+        scores = arena.take<float>(HIGH * padded);
+        query = {arena.take<char>(HIGH * wide * 4), nullptr, nullptr, wide, 1};
+        share = {arena.take<char>(HIGH * deep * 4), nullptr, nullptr, deep, 1};
     }
 
     template <int P>
     void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
-        int padded = panels_of(from.count) * WIDTH, steps = E / ELEMENTS<P>;
+        constexpr int HIGH = HEIGHT<P>;
+        int padded = panels_of(from.count) * WIDTH, wide = steps_of<P>(E), deep = steps_of<P>(padded);
         pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
         alignas(64) float scaled[256];
-        for (int i = 0; i < rows; i += HEIGHT) {
-            int height = std::min(HEIGHT, rows - i);
+        for (int i = 0; i < rows; i += HIGH) {
+            int height = std::min(HIGH, rows - i);
             int last = causal ? from.count - rows + i + height : from.count;  // keys that the last of them sees
             for (int m = 0; m < height; m++) {
                 const float *one = q + (int64_t)(i + m) * query_stride;
@@ -184,7 +186,7 @@ struct Attention {
             }
             for (int p = 0; p * WIDTH < last; p++) {
                 int vectors = vectors_of(last - p * WIDTH);
-                product<P>(query, 0, height, keys + (int64_t)p * steps * WIDTH * 4, nullptr, E, vectors, scores + p * WIDTH, padded);
+                product<P>(query, 0, height, keys + p * panel_bytes(wide), nullptr, wide, vectors, scores + p * WIDTH, padded);
             }
             int inner = (last + LANES - 1) / LANES * LANES;
             for (int m = 0; m < height; m++) {
@@ -194,11 +196,9 @@ struct Attention {
                 std::fill(row + seen, row + inner, 0.0f);
                 convert<P>(row, inner, share, m);
             }
-            inner = (last + ELEMENTS<P> - 1) / ELEMENTS<P> * ELEMENTS<P>;  // values beyond are not packed
             for (int p = 0; p * WIDTH < E; p++) {
                 int vectors = vectors_of(E - p * WIDTH);
-                const char *panel = values + (int64_t)p * (padded / ELEMENTS<P>) * WIDTH * 4;
-                product<P>(share, 0, height, panel, nullptr, inner, vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
+                product<P>(share, 0, height, values + p * panel_bytes(deep), nullptr, steps_of<P>(last), vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
             }
         }
     }
@@ -206,33 +206,33 @@ struct Attention {
 private:
     template <int P>
     void pack_keys(Keys from, int E) {  // (panels, E / n, WIDTH, n)
-        int steps = E / ELEMENTS<P>;
+        int steps = steps_of<P>(E);
         alignas(64) float key[256];
         alignas(64) int32_t packed[256];
         for (int j = 0; j < from.count; j++) {
             const char *row = from.key + (int64_t)j * from.stride * from.size();
             for (int e = 0; e < E; e += LANES) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
-            convert<P>(key, E, {(char *)packed, nullptr, nullptr, 0, 1}, 0);
+            convert<P>(key, E, {(char *)packed, nullptr, nullptr, steps, 1}, 0);
             scatter(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH);
         }
     }
 
     template <int P>
     void pack_values(Keys from, int E) {  // (panels, keys / n, WIDTH, n)
-        int padded = panels_of(from.count) * WIDTH;
+        int steps = steps_of<P>(panels_of(from.count) * WIDTH);
         auto value = [&](int j, int e) {
             const char *row = from.value + (int64_t)j * from.stride * from.size();
             return j >= from.count ? set(0.0f) : from.half ? number<true>(row, e) : number<false>(row, e);
         };
-        for (int j = 0; j < from.count; j += ELEMENTS<P>)
+        for (int j = 0; j < steps_of<P>(from.count) * ELEMENTS<P>; j += ELEMENTS<P>)
             for (int e = 0; e < E; e += LANES) {
                 auto both = (U)value(j, e);
                 if constexpr (P != FP32) {
                     auto one = __builtin_convertvector(to_bf16((V)both), U), next = __builtin_convertvector(to_bf16(value(j + 1, e)), U);
                     both = one | next << 16;
                 }
-                int64_t line = (int64_t)(e / WIDTH) * padded / ELEMENTS<P> + j / ELEMENTS<P>;
-                write(values + (line * WIDTH + e % WIDTH) * 4, both);
+                char *line = values + e / WIDTH * panel_bytes(steps) + panel_bytes(j / ELEMENTS<P>);
+                write(line + e % WIDTH * 4, both);
             }
     }
 };

@@ -54,7 +54,7 @@ public:
         arena.lay([&] {
             wide = arena.take<float>((size_t)rows * wide_width);
             answer = arena.take<float>((size_t)rows * stack.dim);
-            inputs = arena.take<char>((size_t)rows * in * bytes_of(stack.precision));
+            with(stack.precision, [&](auto P) { inputs = arena.take<char>(whole_tiles(rows) * steps_of<P>(in) * 4); });
             input_scale = arena.take<float>((size_t)rows * groups);
             input_start = arena.take<int32_t>((size_t)rows * groups);
             scores = arena.take<float>((size_t)threads * stack.heads * score_width);
@@ -106,7 +106,7 @@ private:
     // Where rows of this width are laid to be multiplied.
     template <int P>
     Rows input(int width) const {
-        return {inputs, input_scale, input_start, width * bytes_of(P), groups_of(P, width)};
+        return {inputs, input_scale, input_start, steps_of<P>(width), groups_of(P, width)};
     }
 
     // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
@@ -244,6 +244,7 @@ private:
 };
 
 void run(Computation &computation, int precision, Team team) {
+    Tiles tiles;
     with(precision, [&](auto P) { computation.run<P>(team); });
 }
 
@@ -252,11 +253,12 @@ void run(Computation &computation, int precision, Team team) {
 // x (T, in) times W by all threads: take(thread, row, column, a vector, how many of its numbers there are).
 template <class Take>
 void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
-    int groups = groups_of(precision, w.in), stride = w.in * bytes_of(precision);
-    Rows rows{nullptr, nullptr, nullptr, stride, groups};
+    int groups = groups_of(precision, w.in), steps = 0;
+    with(precision, [&](auto P) { steps = steps_of<P>(w.in); });
+    Rows rows{nullptr, nullptr, nullptr, steps, groups};
     Arena &arena = own_arena;
     arena.lay([&] {
-        rows.data = arena.take<char>((size_t)T * stride);
+        rows.data = arena.take<char>(whole_tiles(T) * steps * 4);
         rows.scale = arena.take<float>((size_t)T * groups);
         rows.start = arena.take<int32_t>((size_t)T * groups);
     });
@@ -271,6 +273,7 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
     };
 #pragma omp parallel num_threads(threads)
     {
+        Tiles tiles;
         Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
         with(precision, [&](auto P) { part(P, team); });
     }
@@ -324,33 +327,46 @@ private:
     }
 };
 
+template <int P>
+void pack(const float *weight, int out, int in, char *packed, float *scales, int threads) {
+    int groups = groups_of(P, in), steps = steps_of<P>(in);
+#pragma omp parallel for num_threads(threads)
+    for (int p = 0; p < panels_of(out); p++) {
+        std::vector<int32_t> line(steps), start(groups);
+        std::vector<float> scale(groups);
+        Rows one{(char *)line.data(), scale.data(), start.data(), steps, groups};
+        for (int j = 0; j < WIDTH; j++) {
+            int column = p * WIDTH + j;
+            if (column < out) convert<P>(weight + (int64_t)column * in, in, one, 0);
+            else std::fill(line.begin(), line.end(), 0);
+            if (P == INT8 && !TILED<P>)
+                for (int32_t &four : line) four ^= 0x80808080;  // + 128: VPDPBUSD takes them unsigned
+            scatter(line.data(), steps, (int32_t *)(packed + p * panel_bytes(steps)) + j);
+            if (P == INT8) scatter(scale.data(), groups, scales + (int64_t)p * groups * WIDTH + j);
+        }
+    }
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- the doors
 
 extern "C" {
 
+// Whether the system lets this process use what the code was compiled for; to be asked before all else.
+int qkv_allowed() { return tiles_allowed(); }
+
 // Bytes of a packed matrix, and the number of its scales.
-int64_t qkv_packed_bytes(int precision, int out, int in) { return (int64_t)panels_of(out) * WIDTH * in * bytes_of(precision); }
+int64_t qkv_packed_bytes(int precision, int out, int in) {
+    int steps = 0;
+    with(precision, [&](auto P) { steps = steps_of<P>(in); });
+    return panels_of(out) * panel_bytes(steps);
+}
 int64_t qkv_scales(int precision, int out, int in) { return precision == INT8 ? (int64_t)panels_of(out) * groups_of(precision, in) * WIDTH : 0; }
 
 // Weights (out, in) in the order of the products. `in` is a multiple of 16.
 void qkv_pack(int precision, const float *weight, int out, int in, char *packed, float *scales, int threads) {
-    int groups = groups_of(precision, in), steps = in * bytes_of(precision) / 4;
-#pragma omp parallel for num_threads(threads)
-    for (int p = 0; p < panels_of(out); p++) {
-        std::vector<int32_t> line(steps), start(groups);
-        std::vector<float> scale(groups);
-        Rows one{(char *)line.data(), scale.data(), start.data(), 0, groups};
-        for (int j = 0; j < WIDTH; j++) {
-            int column = p * WIDTH + j;
-            if (column < out) with(precision, [&](auto P) { convert<P>(weight + (int64_t)column * in, in, one, 0); });
-            else std::fill(line.begin(), line.end(), 0);
-            for (int32_t &four : line) four ^= precision == INT8 ? 0x80808080 : 0;  // + 128: VPDPBUSD takes them unsigned
-            scatter(line.data(), steps, (int32_t *)packed + (int64_t)p * steps * WIDTH + j);
-            if (precision == INT8) scatter(scale.data(), groups, scales + (int64_t)p * groups * WIDTH + j);
-        }
-    }
+    with(precision, [&](auto P) { pack<P>(weight, out, in, packed, scales, threads); });
 }
 
 // x (T, in) -> out (T, matrix.out).

@@ -19,6 +19,12 @@
 #error "needs AVX-512 with BW, or AVX2 with FMA"
 #endif
 
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && LANES == 16
+#define AMX 1
+#else
+#define AMX 0
+#endif
+
 namespace {
 
 template <class Number, int COUNT>
@@ -46,16 +52,21 @@ V swapped(V x) {  // number i in the place of number i ^ S
 V set(float x) { return _mm512_set1_ps(x); }
 I set(int32_t x) { return (I)_mm512_set1_epi32(x); }
 V larger(V a, V b) { return _mm512_max_ps(a, b); }
+I larger(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+V near_inverse(V x) { return _mm512_rcp14_ps(x); }
 I nearest(V x) { return (I)_mm512_cvtps_epi32(x); }
 float sum(V x) { return _mm512_reduce_add_ps(x); }
 int32_t sum(I x) { return _mm512_reduce_add_epi32((__m512i)x); }
 float largest(V x) { return _mm512_reduce_max_ps(x); }
+int32_t largest(I x) { return _mm512_reduce_max_epi32((__m512i)x); }
 bool any_above(V x, float limit) { return _mm512_cmp_ps_mask(x, set(limit), _CMP_GT_OQ); }
 I sums_of_pairs(I a, I b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); }  // of products of 16 bits
 #else
 V set(float x) { return _mm256_set1_ps(x); }
 I set(int32_t x) { return (I)_mm256_set1_epi32(x); }
 V larger(V a, V b) { return _mm256_max_ps(a, b); }
+I larger(I a, I b) { return (I)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+V near_inverse(V x) { return _mm256_rcp_ps(x); }
 I nearest(V x) { return (I)_mm256_cvtps_epi32(x); }
 bool any_above(V x, float limit) { return _mm256_movemask_ps(_mm256_cmp_ps(x, set(limit), _CMP_GT_OQ)); }
 I sums_of_pairs(I a, I b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
@@ -68,7 +79,8 @@ auto joined(X x, Join join) {  // all numbers of a vector into one, by halves
 }
 float sum(V x) { return joined(x, [](V a, V b) { return a + b; }); }
 int32_t sum(I x) { return joined(x, [](I a, I b) { return a + b; }); }
-float largest(V x) { return joined(x, larger); }
+float largest(V x) { return joined(x, [](V a, V b) { return larger(a, b); }); }
+int32_t largest(I x) { return joined(x, [](I a, I b) { return larger(a, b); }); }
 #endif
 
 // ---------------------------------------------------------------- memory
@@ -113,11 +125,15 @@ Half to_bf16(V x) {  // to the nearest, of two the even one
 
 // ---------------------------------------------------------------- functions
 
-template <int S = LANES / 2>
-[[gnu::always_inline]] inline V sums(V *x) {  // the sum of each of as many vectors as one has numbers
+I numbers() {  // 0, 1, ...
     I number;
     for (int i = 0; i < LANES; i++) number[i] = i;
-    auto second = (number & S) != 0;
+    return number;
+}
+
+template <int S = LANES / 2>
+[[gnu::always_inline]] inline V sums(V *x) {  // the sum of each of as many vectors as one has numbers
+    auto second = (numbers() & S) != 0;
 #pragma GCC unroll 8
     for (int i = 0; i < S; i++) x[i] = (second ? x[i + S] : x[i]) + swapped<S>(second ? x[i] : x[i + S]);
     if constexpr (S > 1) return sums<S / 2>(x);
@@ -125,6 +141,11 @@ template <int S = LANES / 2>
 }
 
 V absolute(V x) { return (V)((U)x & 0x7FFFFFFF); }
+
+V inverse(V x) {  // 1 / x for x >= 1, by one of Newton's steps; NaN for infinity
+    V near = near_inverse(x);
+    return near * (2.0f - x * near);
+}
 
 V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest; 0 where that is less than 1e-38
     auto none = x < -87.3f;  // not NaN, which stays
@@ -138,7 +159,8 @@ V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest; 0 where that 
 
 V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
     V z = absolute(x) * 0.70710678f;
-    V t = 1.0f / (z * 0.3275911f + 1.0f);
+    z = z < 16.0f ? z : set(16.0f);  // where the rest is 0
+    V t = inverse(z * 0.3275911f + 1.0f);
     V p = set(1.061405429f);
     for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;
     V rest = p * t * exp(-z * z);  // 1 - erf(z)
@@ -153,13 +175,14 @@ V activate(V x, int activation) {
         case RELU: return larger(set(0.0f), x);  // NaN stays NaN
         case RELU2: x = larger(set(0.0f), x); return x * x;
         case GELU: return gelu(x);
-        case SILU: return x / (1.0f + exp(-x));
-        default: return x / (1.0f + exp(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));  // GELU_TANH
+        case SILU: return x * inverse(1.0f + exp(-x));
+        default: return x * inverse(1.0f + exp(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));  // GELU_TANH
     }
 }
 
 void softmax(float *x, int count) {  // what follows, up to a whole vector, is written over
-    for (int j = count; j % LANES; j++) x[j] = -INFINITY;
+    int whole = count / LANES * LANES;
+    if (whole < count) store(x + whole, numbers() < count - whole ? load(x + whole) : set(-INFINITY));
     V most = set(-INFINITY), total = set(0.0f);
     for (int j = 0; j < count; j += LANES) most = larger(most, load(x + j));
     float highest = largest(most);

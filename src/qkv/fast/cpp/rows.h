@@ -1,0 +1,122 @@
+// Rows and columns in a precision, as products take them: four bytes (one float32, two bfloat16, four int8) are a step.
+//
+// int8 is dynamic: groups of 128 inputs of a token, and of a column, have a scale each.
+
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "vectors.h"
+
+namespace {
+
+enum Precision { FP32, BF16, INT8 };
+
+template <int P>
+constexpr bool TILED = AMX && P != FP32;  // multiplied by AMX, in tiles of 16 rows of 64 bytes
+
+template <int P>
+constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;  // of a step
+
+constexpr int WIDTH = LANES == 16 ? 64 : 16;     // columns of a panel: four vectors, or two
+template <int P>
+constexpr int HEIGHT = TILED<P> ? 32 : 6;        // rows at once: two tiles, or 24 accumulators of 32 registers, or 12 of 16
+template <int P>
+constexpr int FEW = TILED<P> ? 128 : 66;         // at most so many rows take a panel in slices
+template <int P>
+constexpr int LINE = TILED<P> ? 16 : 1;          // steps of a row are a multiple of it
+constexpr int GROUP = 128;                       // inputs that share a scale in int8
+constexpr int STEPS = GROUP / 4;                 // of a group in int8
+template <int P>
+constexpr int SLICE = TILED<P> && P == BF16 ? 64 : 32;  // steps of a slice: 16, 8 or 2 KB, which the nearest cache holds
+
+int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
+int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
+int panels_of(int out) { return (out + WIDTH - 1) / WIDTH; }
+int vectors_of(int out) { return (std::min(WIDTH, out) + LANES - 1) / LANES; }
+int64_t panel_bytes(int steps) { return (int64_t)steps * WIDTH * 4; }
+int64_t whole_tiles(int rows) { return (rows + 15) / 16 * 16; }  // AMX reads rows that are not there, to no effect
+
+template <int P>
+int steps_of(int in) {  // what is beyond `in` is 0
+    constexpr int numbers = LINE<P> * ELEMENTS<P>;
+    return (in + numbers - 1) / numbers * LINE<P>;
+}
+
+struct Rows {  // activations in a precision, ready to be multiplied
+    char *data;
+    float *scale;    // (rows, groups) in int8
+    int32_t *start;  // (rows, groups) in int8 without AMX: -128 times the sum of the group, as weights are stored + 128
+    int steps, groups;
+
+    char *row(int i) const { return data + (int64_t)i * steps * 4; }
+};
+
+void quantise(const float *x, int width, const Rows &rows, int row) {
+    for (int g = 0; g < rows.groups; g++) {
+        const float *in = x + g * GROUP;
+        int size = std::min(GROUP, width - g * GROUP);
+        I most = set(0);  // as integers numbers have the same order, and NaN comes last
+        for (int i = 0; i < size; i += LANES) most = larger(most, (I)absolute(load(in + i)));
+        int32_t bits = largest(most);
+        float scale = read<float>(&bits) / 127;
+        scale += scale * 0;  // NaN for infinity, too
+        float rate = scale > 0 ? 1 / scale : 0;
+        I total = set(0);
+        for (int i = 0; i < size; i += LANES) {
+            I q = nearest(load(in + i) * rate);
+            total += q;
+            write(rows.row(row) + g * GROUP + i, __builtin_convertvector(q, Bytes));
+        }
+        rows.scale[row * rows.groups + g] = scale;
+        if (!TILED<INT8>) rows.start[row * rows.groups + g] = -128 * sum(total);
+    }
+}
+
+template <int P>
+void convert(const float *x, int width, const Rows &rows, int row) {
+    char *to = rows.row(row);
+    if constexpr (P == INT8) {
+        quantise(x, width, rows, row);
+    } else if constexpr (P == FP32) {
+        for (int i = 0; i < width; i += LANES) write(to + i * 4, load(x + i));
+    } else {
+        for (int i = 0; i < width; i += LANES) write(to + i * 2, to_bf16(load(x + i)));
+    }
+    int bytes = width * bytes_of(P), beyond = steps_of<P>(width) * 4 - bytes;
+    if (beyond) std::memset(to + bytes, 0, beyond);
+}
+
+template <class X>
+void scatter(const X *line, int steps, X *column) {  // one column of a panel
+    for (int s = 0; s < steps; s++) column[s * WIDTH] = line[s];
+}
+
+struct Slice {  // of a panel: steps `first` to `last`
+    int first, last;
+    const char *ahead;  // what is fetched meanwhile: from here,
+    int pace;           // and so many bytes further with each step, or each tile of AMX
+};
+
+// ---------------------------------------------------------------- numbers that the compiler knows
+
+// work(0), work(1), ...: in a loop it would keep arrays of vectors in memory.
+template <class Work, int... I>
+[[gnu::always_inline]] inline void each_of(Work work, std::integer_sequence<int, I...>) {
+    (work(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class Work>
+[[gnu::always_inline]] inline void each(Work work) {
+    each_of(work, std::make_integer_sequence<int, COUNT>{});
+}
+
+// work(P) with a precision.
+template <class Work>
+void with(int precision, Work work) {
+    if (precision == INT8) work(std::integral_constant<int, INT8>{});
+    else if (precision == BF16) work(std::integral_constant<int, BF16>{});
+    else work(std::integral_constant<int, FP32>{});
+}
+
+}  // namespace

@@ -1,0 +1,181 @@
+// The matrix product by AMX, whose eight registers are tiles of 16 rows of 64 bytes: 16 steps of as many rows, or of 16
+// columns step after step, or 16 x 16 sums.
+
+#pragma once
+
+#include "rows.h"
+
+#if AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+#if AMX
+
+constexpr int TILE = 16;
+
+bool tiles_allowed() {  // Linux gives a process the registers when it asks for them
+    constexpr int ASK = 0x1023, TILE_DATA = 18;
+    return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+}
+
+class Tiles {  // the registers of this thread, while one of these lives
+    struct alignas(64) Shape {
+        uint8_t palette = 1, rest[15] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+
+public:
+    Tiles() {
+        Shape shape;
+        asm volatile("ldtilecfg %0" ::"m"(shape));
+    }
+    Tiles(const Tiles &) = delete;
+    ~Tiles() { asm volatile("tilerelease"); }
+};
+
+template <int T>
+void load_tile(const void *from, int64_t stride) { asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory"); }
+template <int T>
+void store_tile(void *to, int64_t stride) { asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory"); }
+template <int T>
+void clear_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+
+template <int P, int SUMS, int ROWS, int COLUMNS>
+void add_tiles() {  // SUMS += ROWS times COLUMNS
+    if constexpr (P == INT8) asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(COLUMNS), "i"(ROWS), "i"(SUMS));
+    else asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(COLUMNS), "i"(ROWS), "i"(SUMS));
+}
+
+class Ahead {  // what is fetched while a slice is multiplied
+    const char *next;
+    int pace;
+
+public:
+    Ahead(const Slice &slice) : next(slice.ahead), pace(slice.pace) {}
+    void fetch() {
+        for (const char *end = next + pace; next < end; next += 64) __builtin_prefetch(next);
+    }
+};
+
+struct Sums {  // of int8, on their way to `out`
+    const float *theirs, *own;  // scales of the rows, `groups` numbers apart, and of the columns
+    float *out;
+    int groups, out_stride;
+    __mmask16 before;  // all ones where `out` has sums already
+
+    // sums (16, 16), of which there are `height`.
+    void give(const int32_t *sums, int height) const {
+        V columns = load(own);
+        auto row = [&](int m) {
+            float *to = out + (int64_t)m * out_stride;
+            V scales = theirs[(int64_t)m * groups] * columns;
+            store(to, __builtin_convertvector(read<I>(sums + m * TILE), V) * scales + (V)_mm512_maskz_loadu_ps(before, to));
+        };
+        if (height >= TILE) each<TILE>(row);  // without a loop, whose end would stop what follows from beginning
+        else for (int m = 0; m < height; m++) row(m);
+    }
+};
+
+// One or two tiles of rows, from `row` on, times some vectors of columns of a slice. The first slice sets out, and others
+// go on from there: `out` can then be read to the end of a tile. Sums leave while the next ones are made.
+template <int HIGH>
+[[gnu::flatten]] void multiply_tiles_int8(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
+    int64_t stride = rows.steps * 4;
+    Ahead ahead(slice);
+    alignas(64) int32_t sums[HIGH * TILE * TILE];
+    Sums made{};
+    auto give = [&] {
+        if (!made.out) return;
+        each<HIGH>([&](auto r) {
+            Sums part = made;
+            part.theirs += r * TILE * rows.groups, part.out += r * TILE * out_stride;
+            part.give(sums + r * TILE * TILE, height - r * TILE);
+        });
+    };
+    for (int from = slice.first; from < slice.last; from += STEPS) {
+        int g = from / STEPS;
+        bool deep = slice.last - from > TILE;  // two tiles
+        const char *x = rows.row(row) + from * 4, *columns = panel + (int64_t)from * WIDTH * 4;
+        each<HIGH>([&](auto r) {
+            load_tile<r>(x + r * TILE * stride, stride);
+            if (deep) load_tile<2 + r>(x + r * TILE * stride + 64, stride);
+        });
+        for (int n = 0; n < vectors; n++) {
+            load_tile<4>(columns + n * LANES * 4, WIDTH * 4);
+            ahead.fetch();
+            each<HIGH>([&](auto r) {
+                clear_tile<6 + r>();
+                add_tiles<INT8, 6 + r, r, 4>();
+            });
+            if (deep) {
+                load_tile<5>(columns + (TILE * WIDTH + n * LANES) * 4, WIDTH * 4);
+                ahead.fetch();
+                each<HIGH>([&](auto r) { add_tiles<INT8, 6 + r, 2 + r, 5>(); });
+            }
+            give();
+            each<HIGH>([&](auto r) { store_tile<6 + r>(sums + r * TILE * TILE, TILE * 4); });
+            made = {rows.scale + (int64_t)row * rows.groups + g, scale + g * WIDTH + n * LANES, out + n * LANES, rows.groups, out_stride, (__mmask16)(g ? -1 : 0)};
+        }
+    }
+    give();
+}
+
+template <int HIGH>
+[[gnu::flatten]] void multiply_tiles_bf16(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
+    constexpr int WIDE = 4 / HIGH;  // tiles of columns at once
+    int64_t stride = rows.steps * 4;
+    Ahead ahead(slice);
+    for (int n = 0; n < vectors; n += WIDE) {
+        each<HIGH>([&](auto r) {
+            each<WIDE>([&](auto c) {
+                if (slice.first) load_tile<r * WIDE + c>(out + r * TILE * out_stride + (n + c) * LANES, out_stride * 4);
+                else clear_tile<r * WIDE + c>();
+            });
+        });
+        for (int s = slice.first; s < slice.last; s += TILE) {
+            const char *columns = panel + ((int64_t)s * WIDTH + n * LANES) * 4;
+            each<HIGH>([&](auto r) { load_tile<4 + r>(rows.row(row + r * TILE) + s * 4, stride); });
+            each<WIDE>([&](auto c) {
+                if (n + c >= vectors) return;
+                load_tile<6 + c % 2>(columns + c * LANES * 4, WIDTH * 4);
+                ahead.fetch();
+                each<HIGH>([&](auto r) { add_tiles<BF16, r * WIDE + c, 4 + r, 6 + c % 2>(); });
+            });
+        }
+        each<HIGH>([&](auto r) {
+            each<WIDE>([&](auto c) {
+                if (n + c >= vectors) return;
+                float *to = out + r * TILE * out_stride + (n + c) * LANES;
+                if (height >= (r + 1) * TILE) return store_tile<r * WIDE + c>(to, out_stride * 4);
+                alignas(64) float sums[TILE * TILE];
+                store_tile<r * WIDE + c>(sums, TILE * 4);
+                for (int m = 0; m < height - r * TILE; m++) store(to + m * out_stride, load(sums + m * TILE));
+            });
+        });
+    }
+}
+
+template <int P>
+void multiply_tiles(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
+    auto with_tiles = [&](auto high) {
+        if constexpr (P == INT8) multiply_tiles_int8<high>(rows, row, height, panel, scale, vectors, slice, out, out_stride);
+        else multiply_tiles_bf16<high>(rows, row, height, panel, vectors, slice, out, out_stride);
+    };
+    if (height > TILE) with_tiles(std::integral_constant<int, 2>{});
+    else with_tiles(std::integral_constant<int, 1>{});
+}
+
+#else
+
+bool tiles_allowed() { return true; }
+struct Tiles {};
+template <int P>
+void multiply_tiles(const Rows &, int, int, const char *, const float *, int, const Slice &, float *, int) {}
+
+#endif
+
+}  // namespace
