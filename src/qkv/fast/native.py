@@ -38,6 +38,8 @@ from qkv.layers import Block
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
+WITHOUT_AMX = "-DAMX=0"
+"""For a system that does not give its registers to this process."""
 FEATURES = ("avx2", "fma3")
 """Of a CPU, as torch calls them."""
 ORDER: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int8": 2}
@@ -56,24 +58,28 @@ def library() -> ctypes.CDLL:
     Raises UnavailableError for a CPU that it is not written for, and where there is no compiler or the folder
     cannot be written, or nothing in it be executed.
     """
-    capabilities = torch.cpu.get_capabilities()
-    if missing := [name for name in FEATURES if not capabilities.get(name)]:
+    if missing := [name for name in FEATURES if not torch.cpu.get_capabilities().get(name)]:
         raise UnavailableError(f"this CPU lacks {', '.join(missing)}")
-    compiler = _compiler()
-    key = repr((version(), FLAGS, compiler, sorted(capabilities.items())))
-    path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        found = ctypes.CDLL(str(path))
-    except OSError:  # not compiled yet, or on another system
-        _build(compiler, path)
-        try:
-            found = ctypes.CDLL(str(path))
-        except OSError as error:  # a folder from which nothing may be executed
-            raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
+    found = _loaded(FLAGS)
     if not found.qkv_allowed():
-        raise UnavailableError("this process may not use AMX, which the CPU has")
+        found = _loaded((*FLAGS, WITHOUT_AMX))
     found.qkv_packed_bytes.restype = found.qkv_scales.restype = c_int64
     return found
+
+
+def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
+    """The code as it is compiled with these flags."""
+    compiler = _compiler()
+    key = repr((version(), *flags, compiler, sorted(torch.cpu.get_capabilities().items())))
+    path = cache_folder() / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # not compiled yet, or on another system
+        _build([*compiler, *flags], path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # a folder from which nothing may be executed
+        raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
 
 
 def _build(compiler: list[str], path: Path) -> None:
@@ -119,7 +125,7 @@ def _compiler() -> list[str]:
 def _compile(compiler: list[str], out: Path) -> None:
     try:
         subprocess.run(
-            [*compiler, *FLAGS, str(SOURCES / "blocks.cpp"), "-o", str(out)],
+            [*compiler, str(SOURCES / "blocks.cpp"), "-o", str(out)],
             check=True,
             capture_output=True,
             text=True,

@@ -149,7 +149,7 @@ void attend_rows(const float *query, int rows, int query_stride, Keys keys, int 
 // What it is computed in where the products with weights are in a precision: never in int8, and in bfloat16 only by
 // an instruction for it.
 template <int P>
-constexpr int ATTENTION = P == FP32 || (PARTS<BF16> > 1 && !TILED<BF16>) ? FP32 : BF16;
+constexpr int ATTENTION = P == FP32 || PARTS<BF16> > 1 ? FP32 : BF16;
 
 // Many queries: keys and values are packed as matrices and multiplied, HEIGHT queries at a time.
 struct Attention {
@@ -160,7 +160,7 @@ struct Attention {
     template <int P>
     void lay(Arena &arena, int longest, int E) {
         constexpr int HIGH = HEIGHT<P>;
-        int padded = panels_of(longest) * WIDTH, wide = steps_of<P>(E), deep = steps_of<P>(padded);
+        int padded = panels_of(longest) * WIDTH, wide = steps_of(P, E), deep = steps_of(P, padded);
         keys = arena.take<char>(panels_of(longest) * panel_bytes(wide));
         values = arena.take<char>(panels_of(E) * panel_bytes(deep));
         scores = arena.take<float>(HIGH * padded);
@@ -171,7 +171,7 @@ struct Attention {
     template <int P>
     void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
         constexpr int HIGH = HEIGHT<P>;
-        int padded = panels_of(from.count) * WIDTH, wide = steps_of<P>(E), deep = steps_of<P>(padded);
+        int padded = panels_of(from.count) * WIDTH, wide = steps_of(P, E), deep = steps_of(P, padded);
         pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
@@ -198,15 +198,15 @@ struct Attention {
             }
             for (int p = 0; p * WIDTH < E; p++) {
                 int vectors = vectors_of(E - p * WIDTH);
-                product<P>(share, 0, height, values + p * panel_bytes(deep), nullptr, steps_of<P>(last), vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
+                product<P>(share, 0, height, values + p * panel_bytes(deep), nullptr, steps_of(P, last), vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
             }
         }
     }
 
 private:
     template <int P>
-    void pack_keys(Keys from, int E) {  // (panels, E / n, WIDTH, n)
-        int steps = steps_of<P>(E);
+    void pack_keys(Keys from, int E) {  // (panels, steps of E, WIDTH, n)
+        int steps = steps_of(P, E);
         alignas(64) float key[256];
         alignas(64) int32_t packed[256];
         for (int j = 0; j < from.count; j++) {
@@ -218,13 +218,13 @@ private:
     }
 
     template <int P>
-    void pack_values(Keys from, int E) {  // (panels, keys / n, WIDTH, n)
-        int steps = steps_of<P>(panels_of(from.count) * WIDTH);
+    void pack_values(Keys from, int E) {  // (panels, steps of keys, WIDTH, n)
+        int steps = steps_of(P, panels_of(from.count) * WIDTH);
         auto value = [&](int j, int e) {
             const char *row = from.value + (int64_t)j * from.stride * from.size();
             return j >= from.count ? set(0.0f) : from.half ? number<true>(row, e) : number<false>(row, e);
         };
-        for (int j = 0; j < steps_of<P>(from.count) * ELEMENTS<P>; j += ELEMENTS<P>)
+        for (int j = 0; j < steps_of(P, from.count) * ELEMENTS<P>; j += ELEMENTS<P>)
             for (int e = 0; e < E; e += LANES) {
                 auto both = (U)value(j, e);
                 if constexpr (P != FP32) {

@@ -54,7 +54,7 @@ public:
         arena.lay([&] {
             wide = arena.take<float>((size_t)rows * wide_width);
             answer = arena.take<float>((size_t)rows * stack.dim);
-            with(stack.precision, [&](auto P) { inputs = arena.take<char>(whole_tiles(rows) * steps_of<P>(in) * 4); });
+            inputs = arena.take<char>(whole_tiles(rows) * steps_of(stack.precision, in) * 4);
             input_scale = arena.take<float>((size_t)rows * groups);
             input_start = arena.take<int32_t>((size_t)rows * groups);
             scores = arena.take<float>((size_t)threads * stack.heads * score_width);
@@ -106,7 +106,7 @@ private:
     // Where rows of this width are laid to be multiplied.
     template <int P>
     Rows input(int width) const {
-        return {inputs, input_scale, input_start, steps_of<P>(width), groups_of(P, width)};
+        return {inputs, input_scale, input_start, steps_of(P, width), groups_of(P, width)};
     }
 
     // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
@@ -244,8 +244,10 @@ private:
 };
 
 void run(Computation &computation, int precision, Team team) {
-    Tiles tiles;
-    with(precision, [&](auto P) { computation.run<P>(team); });
+    with(precision, [&](auto P) {
+        Tiles tiles(TILED<P>);
+        computation.run<P>(team);
+    });
 }
 
 // ---------------------------------------------------------------- a linear map alone
@@ -253,8 +255,7 @@ void run(Computation &computation, int precision, Team team) {
 // x (T, in) times W by all threads: take(thread, row, column, a vector, how many of its numbers there are).
 template <class Take>
 void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
-    int groups = groups_of(precision, w.in), steps = 0;
-    with(precision, [&](auto P) { steps = steps_of<P>(w.in); });
+    int groups = groups_of(precision, w.in), steps = steps_of(precision, w.in);
     Rows rows{nullptr, nullptr, nullptr, steps, groups};
     Arena &arena = own_arena;
     arena.lay([&] {
@@ -273,9 +274,11 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
     };
 #pragma omp parallel num_threads(threads)
     {
-        Tiles tiles;
         Team team{omp_get_thread_num(), omp_get_num_threads(), &barrier};
-        with(precision, [&](auto P) { part(P, team); });
+        with(precision, [&](auto P) {
+            Tiles tiles(TILED<P>);
+            part(P, team);
+        });
     }
 }
 
@@ -329,7 +332,7 @@ private:
 
 template <int P>
 void pack(const float *weight, int out, int in, char *packed, float *scales, int threads) {
-    int groups = groups_of(P, in), steps = steps_of<P>(in);
+    int groups = groups_of(P, in), steps = steps_of(P, in);
 #pragma omp parallel for num_threads(threads)
     for (int p = 0; p < panels_of(out); p++) {
         std::vector<int32_t> line(steps), start(groups);
@@ -357,11 +360,7 @@ extern "C" {
 int qkv_allowed() { return tiles_allowed(); }
 
 // Bytes of a packed matrix, and the number of its scales.
-int64_t qkv_packed_bytes(int precision, int out, int in) {
-    int steps = 0;
-    with(precision, [&](auto P) { steps = steps_of<P>(in); });
-    return panels_of(out) * panel_bytes(steps);
-}
+int64_t qkv_packed_bytes(int precision, int out, int in) { return panels_of(out) * panel_bytes(steps_of(precision, in)); }
 int64_t qkv_scales(int precision, int out, int in) { return precision == INT8 ? (int64_t)panels_of(out) * groups_of(precision, in) * WIDTH : 0; }
 
 // Weights (out, in) in the order of the products. `in` is a multiple of 16.

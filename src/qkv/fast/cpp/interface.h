@@ -7,7 +7,7 @@
 #include <cstdint>
 
 struct Matrix {           // packed by qkv_pack; the bias may be null
-    const char *weight;   // (panels, in / n, WIDTH, n) with n elements in four bytes
+    const char *weight;   // (panels, steps, WIDTH, n) with n elements in four bytes, a step
     const float *scale;   // (panels, groups, WIDTH) in int8
     const float *bias;    // (out)
     int32_t in, out;

@@ -94,19 +94,19 @@ template <int P, int M, int N, bool WHOLE>
 template <int P>
 void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int steps, int vectors, float *out, int out_stride) {
     Slice whole{0, steps, nullptr, 0};
-    if constexpr (TILED<P>) return multiply_tiles<P>(rows, row, height, panel, scale, vectors, whole, out, out_stride);
-    each<HEIGHT<P>>([&](auto m) {
+    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, scale, vectors, whole, out, out_stride);
+    else each<HEIGHT<P>>([&](auto m) {
         if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
             if (vectors == n + 1) tile<P, m + 1, n + 1, true>(rows, row, panel, scale, whole, out, out_stride);
         });
     });
 }
 
-// Times all columns of a slice, which the last panel may lack: fewer sizes of tiles to be compiled.
+// Times those of a slice; without AMX all that a panel can have, which is fewer sizes of tiles to be compiled.
 template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, const Slice &slice, float *out, int out_stride) {
-    if constexpr (TILED<P>) return multiply_tiles<P>(rows, row, height, panel, scale, WIDTH / LANES, slice, out, out_stride);
-    each<HEIGHT<P>>([&](auto m) {
+void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
+    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, scale, vectors, slice, out, out_stride);
+    else each<HEIGHT<P>>([&](auto m) {
         if (height == m + 1) tile<P, m + 1, WIDTH / LANES, false>(rows, row, panel, scale, slice, out, out_stride);
     });
 }
@@ -118,7 +118,7 @@ void product(const Rows &rows, int row, int height, const char *panel, const flo
 template <int P, class Take>
 void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
     constexpr int HIGH = HEIGHT<P>;
-    int panels = panels_of(w.out), groups = groups_of(P, w.in), steps = steps_of<P>(w.in);
+    int panels = panels_of(w.out), groups = groups_of(P, w.in), steps = steps_of(P, w.in);
     alignas(64) float out[FEW<P> * WIDTH];
     for (int p = panels * team.rank / team.size; p < panels * (team.rank + 1) / team.size; p++) {
         const char *panel = w.weight + p * panel_bytes(steps);
@@ -132,7 +132,8 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                     take(row + m, column, load(out + m * WIDTH + n * LANES) + bias, left);
             }
         };
-        if (!TILED<P> && (count <= HIGH || count > FEW<P>)) {
+        bool whole = !TILED<P> && (count <= HIGH || count > FEW<P>);
+        if (whole) {
             for (int row = 0; row < count; row += HIGH) {
                 int height = std::min(HIGH, count - row);
                 product<P>(rows, row, height, panel, scale, steps, vectors, out, WIDTH);
@@ -145,8 +146,8 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                     last = std::min(steps, first + SLICE<P>);
                     for (int t = 0; t < turns; t++) {  // all rows have their turn, and each fetches a part of the next slice
                         const char *ahead = panel + (int64_t)(last + (last - first) * t / turns) * WIDTH * 4;
-                        Slice slice{first, last, ahead, WIDTH * 4 * (TILED<P> ? 4 : 1) / turns};
-                        product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, scale, slice, out + t * HIGH * WIDTH, WIDTH);
+                        Slice slice{first, last, ahead, WIDTH * 4 * (TILED<P> ? TILE * LANES / WIDTH : 1) / turns};
+                        product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, scale, vectors, slice, out + t * HIGH * WIDTH, WIDTH);
                     }
                 }
                 give(row, height);

@@ -15,33 +15,31 @@ enum Precision { FP32, BF16, INT8 };
 
 template <int P>
 constexpr bool TILED = AMX && P != FP32;  // multiplied by AMX, in tiles of 16 rows of 64 bytes
+constexpr int TILE = 16;                  // rows of a tile, and steps
 
 template <int P>
 constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;  // of a step
 
-constexpr int WIDTH = LANES == 16 ? 64 : 16;     // columns of a panel: four vectors, or two
+constexpr int WIDTH = LANES == 16 ? 64 : 16;  // columns of a panel: four vectors, or two
 template <int P>
-constexpr int HEIGHT = TILED<P> ? 32 : 6;        // rows at once: two tiles, or 24 accumulators of 32 registers, or 12 of 16
+constexpr int HEIGHT = TILED<P> ? 2 * TILE : 6;  // rows at once: two tiles, or 24 accumulators of 32 registers, or 12 of 16
 template <int P>
-constexpr int FEW = TILED<P> ? 128 : 66;         // at most so many rows take a panel in slices
+constexpr int FEW = TILED<P> ? 128 : 66;  // rows that take a panel in slices: by AMX so many at a time, else no more than these
+constexpr int GROUP = 128;                // inputs that share a scale in int8
+constexpr int STEPS = GROUP / 4;          // of a group in int8
 template <int P>
-constexpr int LINE = TILED<P> ? 16 : 1;          // steps of a row are a multiple of it
-constexpr int GROUP = 128;                       // inputs that share a scale in int8
-constexpr int STEPS = GROUP / 4;                 // of a group in int8
-template <int P>
-constexpr int SLICE = TILED<P> && P == BF16 ? 64 : 32;  // steps of a slice: 16, 8 or 2 KB, which the nearest cache holds
+constexpr int SLICE = TILED<P> ? 64 : 32;  // steps of a slice: 16 KB, 8 or 2, which the nearest cache holds
 
 int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
 int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
 int panels_of(int out) { return (out + WIDTH - 1) / WIDTH; }
 int vectors_of(int out) { return (std::min(WIDTH, out) + LANES - 1) / LANES; }
 int64_t panel_bytes(int steps) { return (int64_t)steps * WIDTH * 4; }
-int64_t whole_tiles(int rows) { return (rows + 15) / 16 * 16; }  // AMX reads rows that are not there, to no effect
+int64_t whole_tiles(int rows) { return (rows + TILE - 1) / TILE * TILE; }  // AMX reads rows that are not there, to no effect
 
-template <int P>
-int steps_of(int in) {  // what is beyond `in` is 0
-    constexpr int numbers = LINE<P> * ELEMENTS<P>;
-    return (in + numbers - 1) / numbers * LINE<P>;
+int steps_of(int precision, int in) {  // for AMX whole tiles, which are filled up with zeros
+    int line = AMX && precision != FP32 ? TILE : 1, count = line * 4 / bytes_of(precision);
+    return (in + count - 1) / count * line;
 }
 
 struct Rows {  // activations in a precision, ready to be multiplied
@@ -84,7 +82,7 @@ void convert(const float *x, int width, const Rows &rows, int row) {
     } else {
         for (int i = 0; i < width; i += LANES) write(to + i * 2, to_bf16(load(x + i)));
     }
-    int bytes = width * bytes_of(P), beyond = steps_of<P>(width) * 4 - bytes;
+    int bytes = width * bytes_of(P), beyond = steps_of(P, width) * 4 - bytes;
     if (beyond) std::memset(to + bytes, 0, beyond);
 }
 

@@ -14,27 +14,28 @@ namespace {
 
 #if AMX
 
-constexpr int TILE = 16;
-
 bool tiles_allowed() {  // Linux gives a process the registers when it asks for them
     constexpr int ASK = 0x1023, TILE_DATA = 18;
     return syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
 }
 
-class Tiles {  // the registers of this thread, while one of these lives
+class Tiles {  // the registers of this thread, while one of these lives, if they are used
     struct alignas(64) Shape {
         uint8_t palette = 1, rest[15] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
     };
+    const bool used;
 
 public:
-    Tiles() {
+    Tiles(bool used) : used(used) {
         Shape shape;
-        asm volatile("ldtilecfg %0" ::"m"(shape));
+        if (used) asm volatile("ldtilecfg %0" ::"m"(shape));
     }
     Tiles(const Tiles &) = delete;
-    ~Tiles() { asm volatile("tilerelease"); }
+    ~Tiles() {
+        if (used) asm volatile("tilerelease");
+    }
 };
 
 template <int T>
@@ -65,7 +66,7 @@ struct Sums {  // of int8, on their way to `out`
     const float *theirs, *own;  // scales of the rows, `groups` numbers apart, and of the columns
     float *out;
     int groups, out_stride;
-    __mmask16 before;  // all ones where `out` has sums already
+    __mmask16 already;  // all ones where `out` has sums
 
     // sums (16, 16), of which there are `height`.
     void give(const int32_t *sums, int height) const {
@@ -73,7 +74,7 @@ struct Sums {  // of int8, on their way to `out`
         auto row = [&](int m) {
             float *to = out + (int64_t)m * out_stride;
             V scales = theirs[(int64_t)m * groups] * columns;
-            store(to, __builtin_convertvector(read<I>(sums + m * TILE), V) * scales + (V)_mm512_maskz_loadu_ps(before, to));
+            store(to, __builtin_convertvector(read<I>(sums + m * TILE), V) * scales + (V)_mm512_maskz_loadu_ps(already, to));
         };
         if (height >= TILE) each<TILE>(row);  // without a loop, whose end would stop what follows from beginning
         else for (int m = 0; m < height; m++) row(m);
@@ -172,7 +173,9 @@ void multiply_tiles(const Rows &rows, int row, int height, const char *panel, co
 #else
 
 bool tiles_allowed() { return true; }
-struct Tiles {};
+struct Tiles {
+    Tiles(bool) {}
+};
 template <int P>
 void multiply_tiles(const Rows &, int, int, const char *, const float *, int, const Slice &, float *, int) {}
 

@@ -19,9 +19,9 @@
 #error "needs AVX-512 with BW, or AVX2 with FMA"
 #endif
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && LANES == 16
+#if !defined(AMX) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__)
 #define AMX 1
-#else
+#elif !defined(AMX)
 #define AMX 0
 #endif
 
@@ -125,7 +125,7 @@ Half to_bf16(V x) {  // to the nearest, of two the even one
 
 // ---------------------------------------------------------------- functions
 
-I numbers() {  // 0, 1, ...
+I indices() {  // 0, 1, ...
     I number;
     for (int i = 0; i < LANES; i++) number[i] = i;
     return number;
@@ -133,7 +133,7 @@ I numbers() {  // 0, 1, ...
 
 template <int S = LANES / 2>
 [[gnu::always_inline]] inline V sums(V *x) {  // the sum of each of as many vectors as one has numbers
-    auto second = (numbers() & S) != 0;
+    auto second = (indices() & S) != 0;
 #pragma GCC unroll 8
     for (int i = 0; i < S; i++) x[i] = (second ? x[i + S] : x[i]) + swapped<S>(second ? x[i] : x[i + S]);
     if constexpr (S > 1) return sums<S / 2>(x);
@@ -142,14 +142,14 @@ template <int S = LANES / 2>
 
 V absolute(V x) { return (V)((U)x & 0x7FFFFFFF); }
 
-V inverse(V x) {  // 1 / x for x >= 1, by one of Newton's steps; NaN for infinity
+V inverse(V x) {  // 1 / x for x from 1 to 2^126, by one of Newton's steps
     V near = near_inverse(x);
     return near * (2.0f - x * near);
 }
 
-V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest; 0 where that is less than 1e-38
+V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest; between 1e-38, below which it is 0, and 1e38
     auto none = x < -87.3f;  // not NaN, which stays
-    x = x > 88.3f ? set(88.3f) : x;
+    x = x > 87.3f ? set(87.3f) : x;
     I whole = nearest(x * 1.44269504f);
     V n = __builtin_convertvector(whole, V), r = x - n * 0.693359375f + n * 2.12194440e-4f;
     V p = set(1.9875691500e-4f);
@@ -159,7 +159,6 @@ V exp(V x) {  // Cephes' expf: 2^n times a polynomial of the rest; 0 where that 
 
 V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
     V z = absolute(x) * 0.70710678f;
-    z = z < 16.0f ? z : set(16.0f);  // where the rest is 0
     V t = inverse(z * 0.3275911f + 1.0f);
     V p = set(1.061405429f);
     for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = p * t + c;
@@ -182,7 +181,7 @@ V activate(V x, int activation) {
 
 void softmax(float *x, int count) {  // what follows, up to a whole vector, is written over
     int whole = count / LANES * LANES;
-    if (whole < count) store(x + whole, numbers() < count - whole ? load(x + whole) : set(-INFINITY));
+    if (whole < count) store(x + whole, indices() < count - whole ? load(x + whole) : set(-INFINITY));
     V most = set(-INFINITY), total = set(0.0f);
     for (int j = 0; j < count; j += LANES) most = larger(most, load(x + j));
     float highest = largest(most);
