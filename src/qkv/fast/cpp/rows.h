@@ -28,7 +28,7 @@ constexpr int FEW = TILED<P> ? 128 : 66;  // rows that take a panel in slices: b
 constexpr int GROUP = 128;                // inputs that share a scale in int8
 constexpr int STEPS = GROUP / 4;          // of a group in int8
 template <int P>
-constexpr int SLICE = TILED<P> ? 64 : 32;  // steps of a slice: 16 KB, 8 or 2, which the nearest cache holds
+constexpr int SLICE = TILED<P> && P == BF16 ? 2 * STEPS : STEPS;  // steps of a slice: 16 KB, 8 or 2, for the nearest cache
 
 int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
 int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }

@@ -62,69 +62,53 @@ public:
     }
 };
 
-struct Sums {  // of int8, on their way to `out`
-    const float *theirs, *own;  // scales of the rows, `groups` numbers apart, and of the columns
-    float *out;
-    int groups, out_stride;
-    __mmask16 already;  // all ones where `out` has sums
-
-    // sums (16, 16), of which there are `height`.
-    void give(const int32_t *sums, int height) const {
-        V columns = load(own);
-        auto row = [&](int m) {
-            float *to = out + (int64_t)m * out_stride;
-            V scales = theirs[(int64_t)m * groups] * columns;
-            store(to, __builtin_convertvector(read<I>(sums + m * TILE), V) * scales + (V)_mm512_maskz_loadu_ps(already, to));
-        };
-        if (height >= TILE) each<TILE>(row);  // without a loop, whose end would stop what follows from beginning
-        else for (int m = 0; m < height; m++) row(m);
-    }
-};
-
-// One or two tiles of rows, from `row` on, times some vectors of columns of a slice. The first slice sets out, and others
-// go on from there: `out` can then be read to the end of a tile. Sums leave while the next ones are made.
+// One or two tiles of rows, from `row` on, times some vectors of columns of a slice, which is a group. The first slice sets
+// out, and others go on from there.
 template <int HIGH>
 [[gnu::flatten]] void multiply_tiles_int8(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
     int64_t stride = rows.steps * 4;
-    Ahead ahead(slice);
+    int g = slice.first / STEPS;
+    bool deep = slice.last - slice.first > TILE;  // two tiles
+    const char *x = rows.row(row) + slice.first * 4, *columns = panel + panel_bytes(slice.first);
+    const float *theirs = rows.scale + (int64_t)row * rows.groups + g, *own = scale + g * WIDTH;
+    __mmask16 already = g ? -1 : 0;  // whether `out` has sums
     alignas(64) int32_t sums[HIGH * TILE * TILE];
-    Sums made{};
-    auto give = [&] {
-        if (!made.out) return;
+    auto give = [&](int n) {  // sums to the vector n of columns
+        V columns = load(own + n * LANES);
+        auto one = [&](int m) {
+            float *to = out + (int64_t)m * out_stride + n * LANES;
+            V scales = theirs[(int64_t)m * rows.groups] * columns;
+            store(to, __builtin_convertvector(read<I>(sums + m * TILE), V) * scales + (V)_mm512_maskz_loadu_ps(already, to));
+        };
         each<HIGH>([&](auto r) {
-            Sums part = made;
-            part.theirs += r * TILE * rows.groups, part.out += r * TILE * out_stride;
-            part.give(sums + r * TILE * TILE, height - r * TILE);
+            if (height >= (r + 1) * TILE) each<TILE>([&](auto m) { one(r * TILE + m); });  // no loop, whose end is guessed wrong
+            else for (int m = r * TILE; m < height; m++) one(m);
         });
     };
-    for (int from = slice.first; from < slice.last; from += STEPS) {
-        int g = from / STEPS;
-        bool deep = slice.last - from > TILE;  // two tiles
-        const char *x = rows.row(row) + from * 4, *columns = panel + (int64_t)from * WIDTH * 4;
+    Ahead ahead(slice);
+    each<HIGH>([&](auto r) {
+        load_tile<r>(x + r * TILE * stride, stride);
+        if (deep) load_tile<2 + r>(x + r * TILE * stride + 64, stride);
+    });
+    for (int n = 0; n < vectors; n++) {
+        load_tile<4>(columns + n * LANES * 4, WIDTH * 4);
+        ahead.fetch();
         each<HIGH>([&](auto r) {
-            load_tile<r>(x + r * TILE * stride, stride);
-            if (deep) load_tile<2 + r>(x + r * TILE * stride + 64, stride);
+            clear_tile<6 + r>();
+            add_tiles<INT8, 6 + r, r, 4>();
         });
-        for (int n = 0; n < vectors; n++) {
-            load_tile<4>(columns + n * LANES * 4, WIDTH * 4);
+        if (deep) {
+            load_tile<5>(columns + panel_bytes(TILE) + n * LANES * 4, WIDTH * 4);
             ahead.fetch();
-            each<HIGH>([&](auto r) {
-                clear_tile<6 + r>();
-                add_tiles<INT8, 6 + r, r, 4>();
-            });
-            if (deep) {
-                load_tile<5>(columns + (TILE * WIDTH + n * LANES) * 4, WIDTH * 4);
-                ahead.fetch();
-                each<HIGH>([&](auto r) { add_tiles<INT8, 6 + r, 2 + r, 5>(); });
-            }
-            give();
-            each<HIGH>([&](auto r) { store_tile<6 + r>(sums + r * TILE * TILE, TILE * 4); });
-            made = {rows.scale + (int64_t)row * rows.groups + g, scale + g * WIDTH + n * LANES, out + n * LANES, rows.groups, out_stride, (__mmask16)(g ? -1 : 0)};
+            each<HIGH>([&](auto r) { add_tiles<INT8, 6 + r, 2 + r, 5>(); });
         }
+        if (n) give(n - 1);  // while these are multiplied
+        each<HIGH>([&](auto r) { store_tile<6 + r>(sums + r * TILE * TILE, TILE * 4); });
     }
-    give();
+    give(vectors - 1);
 }
 
+// The same of any slice; if it is not the first, `out` can be read to the end of a tile.
 template <int HIGH>
 [[gnu::flatten]] void multiply_tiles_bf16(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
     constexpr int WIDE = 4 / HIGH;  // tiles of columns at once
