@@ -101,10 +101,15 @@ emulated = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=emulated)])
+@pytest.mark.parametrize(
+    ("precision", "scratch"), [("fp32", 0.04), pytest.param("bf16", 0.07, marks=emulated)]
+)
 @pytest.mark.parametrize("family", MODELS)
-def test_memory_is_that_of_a_real_step(family, precision):
-    """Within 10 % as promised, and in fact closer: kernels' own scratch memory is all that is not seen."""
+def test_memory_is_that_of_a_real_step(family, precision, scratch):
+    """Within 10 % as promised, and in fact closer: kernels' own scratch memory is all that is not seen.
+
+    Those of AMX take most of it, to lay matrices out in tiles.
+    """
     given = config(family, precision=precision)
 
     def run():
@@ -113,7 +118,7 @@ def test_memory_is_that_of_a_real_step(family, precision):
         run_step(trainer)
         return trainer
 
-    assert measured(given).memory.total == pytest.approx(peak_of(run), rel=0.04)
+    assert measured(given).memory.total == pytest.approx(peak_of(run), rel=scratch)
 
 
 @pytest.mark.parametrize(
