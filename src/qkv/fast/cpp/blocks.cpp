@@ -89,7 +89,7 @@ public:
                 norm = &layer.cross;
             }
             prepare<P>(team, layer.mlp, norm);
-            project<P>(team, layer.up, [activation = stack.activation](V value) { return activate(value, activation); });
+            with_activation(stack.activation, [&](auto A) { project<P>(team, layer.up, [](V value) { return activate<decltype(A)::value>(value); }); });
             join<P>(team, layer.down, wide, stack.mlp_dim);
             norm = &layer.mlp;
         }

@@ -117,4 +117,12 @@ void with(int precision, Work work) {
     else work(std::integral_constant<int, FP32>{});
 }
 
+// work(A) with an activation.
+template <class Work>
+void with_activation(int activation, Work work) {
+    each<SILU + 1>([&](auto A) {
+        if (activation == A) work(A);
+    });
+}
+
 }  // namespace

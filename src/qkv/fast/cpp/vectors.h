@@ -169,14 +169,13 @@ V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
 
 enum Activation { RELU, RELU2, GELU, GELU_TANH, SILU };
 
-V activate(V x, int activation) {
-    switch (activation) {
-        case RELU: return larger(set(0.0f), x);  // NaN stays NaN
-        case RELU2: x = larger(set(0.0f), x); return x * x;
-        case GELU: return gelu(x);
-        case SILU: return x * inverse(1.0f + exp(-x));
-        default: return x * inverse(1.0f + exp(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));  // GELU_TANH
-    }
+template <int A>
+V activate(V x) {
+    if constexpr (A == RELU) return larger(set(0.0f), x);  // NaN stays NaN
+    else if constexpr (A == RELU2) return activate<RELU>(x) * activate<RELU>(x);
+    else if constexpr (A == GELU) return gelu(x);
+    else if constexpr (A == GELU_TANH) return x * inverse(1.0f + exp(x * (x * x * 0.044715f + 1.0f) * (-2 * 0.79788456f)));
+    else return x * inverse(1.0f + exp(-x));
 }
 
 void softmax(float *x, int count) {  // what follows, up to a whole vector, is written over
