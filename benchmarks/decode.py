@@ -126,7 +126,8 @@ def llama_cpp(model: Path, prompts: list[list[int]], kind: str) -> Work:
     file, threads = _gguf(model, kind), torch.get_num_threads()
     theirs.llama_backend_init()
     how = theirs.llama_model_default_params()
-    how.use_extra_bufts = not torch.cpu.get_capabilities().get("amx_int8")  # 0.3.36 dies of its AMX in int8
+    if kind == "Q8_0" and torch.cpu.get_capabilities().get("amx_int8"):
+        how.use_extra_bufts = False  # 0.3.36 dies of its AMX
     net = theirs.llama_model_load_from_file(str(file).encode(), how)
     settings = theirs.llama_context_default_params()
     settings.n_ctx = len(prompts) * (PROMPT + NEW)

@@ -82,12 +82,12 @@ def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
         raise UnavailableError(f"cannot load {path}: {reason(error)}") from None
 
 
-def _build(compiler: list[str], path: Path) -> None:
+def _build(command: list[str], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as own:  # other processes may be compiling it too
             made = Path(own) / path.name
-            _compile(compiler, made)
+            _compile(command, made)
             sync(made)
             made.replace(path)
     except OSError as error:
@@ -122,21 +122,21 @@ def _compiler() -> list[str]:
         raise UnavailableError(f"CXX is {said!r}: {error}") from None
 
 
-def _compile(compiler: list[str], out: Path) -> None:
+def _compile(command: list[str], out: Path) -> None:
     try:
         subprocess.run(
-            [*compiler, str(SOURCES / "blocks.cpp"), "-o", str(out)],
+            [*command, str(SOURCES / "blocks.cpp"), "-o", str(out)],
             check=True,
             capture_output=True,
             text=True,
         )
     except FileNotFoundError:
-        raise UnavailableError(f"there is no C++ compiler {compiler[0]!r}; install one, or set CXX") from None
+        raise UnavailableError(f"there is no C++ compiler {command[0]!r}; install one, or set CXX") from None
     except OSError as error:
-        raise UnavailableError(f"{compiler[0]} is no C++ compiler: {reason(error)}; set CXX") from None
+        raise UnavailableError(f"{command[0]} is no C++ compiler: {reason(error)}; set CXX") from None
     except subprocess.CalledProcessError as error:
         said = next((line for line in error.stderr.splitlines() if "error" in line), "no reason given")
-        raise UnavailableError(f"{compiler[0]} cannot compile {SOURCES.name}/blocks.cpp: {said}") from None
+        raise UnavailableError(f"{command[0]} cannot compile {SOURCES.name}/blocks.cpp: {said}") from None
 
 
 class CMatrix(Structure):

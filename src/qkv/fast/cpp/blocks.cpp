@@ -17,6 +17,14 @@ constexpr int CHUNK = 128;  // tokens that a thread takes through the layers at 
 
 thread_local Arena own_arena;
 
+// work(A) with an activation that the compiler knows.
+template <class Work>
+void with_activation(int activation, Work work) {
+    each<ACTIVATIONS>([&](auto A) {
+        if (activation == A) work(A);
+    });
+}
+
 // ---------------------------------------------------------------- a block
 
 void normalise(const Norm &norm, const float *x, float *out, int width) {

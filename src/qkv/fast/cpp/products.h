@@ -54,7 +54,7 @@ template <int P>
 // M rows from `row` on times N vectors of columns of a slice, or of a WHOLE panel. The first slice sets out, rows
 // `out_stride` numbers apart, and others go on from there, so that slices give what the whole panel gives.
 template <int P, int M, int N, bool WHOLE>
-[[gnu::flatten]] void tile(const Rows &rows, int row, const char *panel, const float *scale, const Slice &slice, float *out, int out_stride) {
+[[gnu::flatten]] void block(const Rows &rows, int row, const char *panel, const float *scale, const Slice &slice, float *out, int out_stride) {
     const char *x = rows.row(row), *ahead = slice.ahead;
     int64_t stride = rows.steps * 4;
     for (int from = slice.first, to; from < slice.last; from = to) {
@@ -97,17 +97,17 @@ void product(const Rows &rows, int row, int height, const char *panel, const flo
     if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, scale, vectors, whole, out, out_stride);
     else each<HEIGHT<P>>([&](auto m) {
         if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
-            if (vectors == n + 1) tile<P, m + 1, n + 1, true>(rows, row, panel, scale, whole, out, out_stride);
+            if (vectors == n + 1) block<P, m + 1, n + 1, true>(rows, row, panel, scale, whole, out, out_stride);
         });
     });
 }
 
-// Times those of a slice; without AMX all that a panel can have, which is fewer sizes of tiles to be compiled.
+// The same of a slice. Without AMX it takes all columns that a panel can have: fewer sizes of blocks to be compiled.
 template <int P>
 void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
     if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, scale, vectors, slice, out, out_stride);
     else each<HEIGHT<P>>([&](auto m) {
-        if (height == m + 1) tile<P, m + 1, WIDTH / LANES, false>(rows, row, panel, scale, slice, out, out_stride);
+        if (height == m + 1) block<P, m + 1, WIDTH / LANES, false>(rows, row, panel, scale, slice, out, out_stride);
     });
 }
 
@@ -132,26 +132,23 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                     take(row + m, column, load(out + m * WIDTH + n * LANES) + bias, left);
             }
         };
-        bool whole = !TILED<P> && (count <= HIGH || count > FEW<P>);
-        if (whole) {
-            for (int row = 0; row < count; row += HIGH) {
-                int height = std::min(HIGH, count - row);
-                product<P>(rows, row, height, panel, scale, steps, vectors, out, WIDTH);
-                give(row, height);
-            }
-        } else {
-            for (int row = 0; row < count; row += FEW<P>) {
-                int height = std::min(FEW<P>, count - row), turns = (height + HIGH - 1) / HIGH;
-                for (int first = 0, last; first < steps; first = last) {
-                    last = std::min(steps, first + SLICE<P>);
-                    for (int t = 0; t < turns; t++) {  // all rows have their turn, and each fetches a part of the next slice
-                        const char *ahead = panel + (int64_t)(last + (last - first) * t / turns) * WIDTH * 4;
-                        Slice slice{first, last, ahead, WIDTH * 4 * (TILED<P> ? TILE * LANES / WIDTH : 1) / turns};
-                        product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, scale, vectors, slice, out + t * HIGH * WIDTH, WIDTH);
-                    }
+        bool whole = count <= HIGH || count > FEW<P>;
+        if constexpr (!TILED<P>) for (int row = 0; whole && row < count; row += HIGH) {
+            int height = std::min(HIGH, count - row);
+            product<P>(rows, row, height, panel, scale, steps, vectors, out, WIDTH);
+            give(row, height);
+        }
+        for (int row = 0; (TILED<P> || !whole) && row < count; row += FEW<P>) {
+            constexpr int AT_ONCE = TILED<P> ? TILE * TILE * 4 : WIDTH * 4;  // bytes of a tile, or of a step
+            int height = std::min(FEW<P>, count - row), turns = (height + HIGH - 1) / HIGH;
+            for (int first = 0, last; first < steps; first = last) {
+                last = std::min(steps, first + SLICE<P>);
+                for (int t = 0; t < turns; t++) {  // all rows have their turn, and each fetches a part of the next slice
+                    Slice slice{first, last, panel + panel_bytes(last) + panel_bytes(last - first) * t / turns, AT_ONCE / turns};
+                    product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, scale, vectors, slice, out + t * HIGH * WIDTH, WIDTH);
                 }
-                give(row, height);
             }
+            give(row, height);
         }
     }
 }

@@ -13,24 +13,25 @@ namespace {
 
 enum Precision { FP32, BF16, INT8 };
 
+constexpr bool tiled(int precision) { return AMX && precision != FP32; }  // multiplied by AMX, in tiles of 16 rows of 64 bytes
 template <int P>
-constexpr bool TILED = AMX && P != FP32;  // multiplied by AMX, in tiles of 16 rows of 64 bytes
-constexpr int TILE = 16;                  // rows of a tile, and steps
+constexpr bool TILED = tiled(P);
+constexpr int TILE = 16;  // rows of a tile, and steps
 
+constexpr int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
 template <int P>
-constexpr int ELEMENTS = P == FP32 ? 1 : P == BF16 ? 2 : 4;  // of a step
+constexpr int ELEMENTS = 4 / bytes_of(P);  // of a step
 
 constexpr int WIDTH = LANES == 16 ? 64 : 16;  // columns of a panel: four vectors, or two
 template <int P>
 constexpr int HEIGHT = TILED<P> ? 2 * TILE : 6;  // rows at once: two tiles, or 24 accumulators of 32 registers, or 12 of 16
 template <int P>
-constexpr int FEW = TILED<P> ? 128 : 66;  // rows that take a panel in slices: by AMX so many at a time, else no more than these
-constexpr int GROUP = 128;                // inputs that share a scale in int8
-constexpr int STEPS = GROUP / 4;          // of a group in int8
+constexpr int FEW = TILED<P> ? 128 : 11 * HEIGHT<P>;  // rows that take a panel in slices: by AMX so many at a time, else no more
+constexpr int GROUP = 128;                            // inputs that share a scale in int8
+constexpr int STEPS = GROUP / 4;                      // of a group in int8
 template <int P>
 constexpr int SLICE = TILED<P> && P == BF16 ? 2 * STEPS : STEPS;  // steps of a slice: 16 KB, 8 or 2, for the nearest cache
 
-int bytes_of(int precision) { return precision == FP32 ? 4 : precision == BF16 ? 2 : 1; }
 int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
 int panels_of(int out) { return (out + WIDTH - 1) / WIDTH; }
 int vectors_of(int out) { return (std::min(WIDTH, out) + LANES - 1) / LANES; }
@@ -38,7 +39,7 @@ int64_t panel_bytes(int steps) { return (int64_t)steps * WIDTH * 4; }
 int64_t whole_tiles(int rows) { return (rows + TILE - 1) / TILE * TILE; }  // AMX reads rows that are not there, to no effect
 
 int steps_of(int precision, int in) {  // for AMX whole tiles, which are filled up with zeros
-    int line = AMX && precision != FP32 ? TILE : 1, count = line * 4 / bytes_of(precision);
+    int line = tiled(precision) ? TILE : 1, count = line * 4 / bytes_of(precision);
     return (in + count - 1) / count * line;
 }
 
@@ -115,14 +116,6 @@ void with(int precision, Work work) {
     if (precision == INT8) work(std::integral_constant<int, INT8>{});
     else if (precision == BF16) work(std::integral_constant<int, BF16>{});
     else work(std::integral_constant<int, FP32>{});
-}
-
-// work(A) with an activation.
-template <class Work>
-void with_activation(int activation, Work work) {
-    each<SILU + 1>([&](auto A) {
-        if (activation == A) work(A);
-    });
 }
 
 }  // namespace

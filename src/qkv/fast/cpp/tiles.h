@@ -161,7 +161,7 @@ struct Tiles {
     Tiles(bool) {}
 };
 template <int P>
-void multiply_tiles(const Rows &, int, int, const char *, const float *, int, const Slice &, float *, int) {}
+void multiply_tiles(const Rows &, int, int, const char *, const float *, int, const Slice &, float *, int);
 
 #endif
 

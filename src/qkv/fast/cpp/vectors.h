@@ -167,7 +167,7 @@ V gelu(V x) {  // x/2 (1 + erf(x/sqrt(2))), erf by Abramowitz and Stegun 7.1.26
     return x < 0.0f ? half * rest : x - half * rest;
 }
 
-enum Activation { RELU, RELU2, GELU, GELU_TANH, SILU };
+enum Activation { RELU, RELU2, GELU, GELU_TANH, SILU, ACTIVATIONS };
 
 template <int A>
 V activate(V x) {
