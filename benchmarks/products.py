@@ -3,8 +3,8 @@
 usage: python benchmarks/products.py [ARCHITECTURE ...]   (as GCC's -march calls them; default: native)
 
 haswell is AVX2 alone, skylake-avx512 has no VNNI and no BF16, cooperlake has both and no AMX: what this CPU
-would do without. Billions of operations a second for so many rows times a matrix of 2,048 x 1,024, the fastest
-of a second's trials.
+would do without. Billions of operations a second for so many rows times a matrix of 2,048 x 1,024, the
+fastest of a second's trials.
 """
 
 from __future__ import annotations
