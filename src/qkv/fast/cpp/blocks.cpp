@@ -97,7 +97,9 @@ public:
                 norm = &layer.cross;
             }
             prepare<P>(team, layer.mlp, norm);
-            with_activation(stack.activation, [&](auto A) { project<P>(team, layer.up, [](V value) { return activate<decltype(A)::value>(value); }); });
+            with_activation(stack.activation, [&](auto A) {
+                project<P>(team, layer.up, [](V value) { return activate<decltype(A)::value>(value); });
+            });
             join<P>(team, layer.down, wide, stack.mlp_dim);
             norm = &layer.mlp;
         }

@@ -132,13 +132,16 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                     take(row + m, column, load(out + m * WIDTH + n * LANES) + bias, left);
             }
         };
-        bool whole = count <= HIGH || count > FEW<P>;
-        if constexpr (!TILED<P>) for (int row = 0; whole && row < count; row += HIGH) {
-            int height = std::min(HIGH, count - row);
-            product<P>(rows, row, height, panel, scale, steps, vectors, out, WIDTH);
-            give(row, height);
+        if constexpr (!TILED<P>) {
+            bool whole = count <= HIGH || count > FEW<P>;
+            for (int row = 0; whole && row < count; row += HIGH) {
+                int height = std::min(HIGH, count - row);
+                product<P>(rows, row, height, panel, scale, steps, vectors, out, WIDTH);
+                give(row, height);
+            }
+            if (whole) continue;
         }
-        for (int row = 0; (TILED<P> || !whole) && row < count; row += FEW<P>) {
+        for (int row = 0; row < count; row += FEW<P>) {
             constexpr int AT_ONCE = TILED<P> ? TILE * TILE * 4 : WIDTH * 4;  // bytes of a tile, or of a step
             int height = std::min(FEW<P>, count - row), turns = (height + HIGH - 1) / HIGH;
             for (int first = 0, last; first < steps; first = last) {
