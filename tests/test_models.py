@@ -423,6 +423,16 @@ GRADIENT_CONFIGS = {
     "bert-masked-lm": BertConfig(**SMALL_TEXT, norm_eps=1e-5, head="masked_lm"),
     "bert-pretraining": BertConfig(**SMALL_TEXT, norm_eps=1e-5),
     "vit": ViTConfig(**SMALL, norm_eps=1e-5, image_size=4, patch_size=2, channels=1, labels=("a", "b")),
+    "vit-rotary": ViTConfig(
+        **{**SMALL, "heads": 1},
+        norm_eps=1e-5,
+        image_size=4,
+        patch_size=2,
+        channels=1,
+        labels=("a", "b"),
+        position="rotary",
+        qk_norm=True,
+    ),
     "vit-convolutions": ViTConfig(
         **SMALL,
         norm_eps=1e-5,
@@ -557,9 +567,26 @@ def test_vit_reads_other_image_sizes_as_transformers_does(height: int, width: in
         peer.position_embeddings.copy_(model.positions)
         seen = torch.zeros(1, 1 + height * width // 16, 12, dtype=torch.float64)
         expected = peer.interpolate_pos_encoding(seen, height, width)[0]
-    torch.testing.assert_close(model.positions_for(height // 4, width // 4), expected)
+        expected[0] += model.class_token
+        expected[1:] += model.patches.projection.bias  # all there is of a blank patch
+        torch.testing.assert_close(model.embed(torch.zeros(1, 2, height, width).double())[0], expected)
     image = torch.randn(2, 2, height, width, dtype=torch.float64)
     assert model(image).hidden.lengths == (1 + height * width // 16,) * 2
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (5, 3), (1, 4)])
+def test_vit_turns_patches_as_dinov3_does_and_class_tokens_not_at_all(rows: int, columns: int):
+    model = build(replace(CONFIGS["vit-rotary"], dim=48))
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=48, num_attention_heads=3, patch_size=4, image_size=8, rope_theta=100.0
+    )
+    peer = transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTRopePositionEmbedding(config).eval()
+    images = torch.randn(2, 2, 4 * rows, 4 * columns)
+    for turn, theirs, none in zip(model.rotation(images), peer(images), (1.0, 0.0), strict=True):
+        first, second = turn.view(2, 1 + rows * columns, 16)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first[1:], theirs)
+        assert (first[0] == none).all()
 
 
 def test_vit_cuts_patches_as_a_strided_convolution_does():

@@ -76,9 +76,16 @@ def encoder(head: str = "pretraining", labels: tuple[str, ...] = (), **rest: obj
     return pipeline(Checkpoint(tiny(config, torch.float32), made, **rest), "cpu")  # type: ignore[arg-type, return-value]
 
 
-def classifier() -> ImageClassifier:
+def classifier(**rest: object) -> ImageClassifier:
     config = ViTConfig(
-        dim=32, depth=2, heads=2, mlp_dim=48, image_size=16, patch_size=4, labels=("ant", "bee", "cat")
+        dim=32,
+        depth=2,
+        heads=2,
+        mlp_dim=48,
+        image_size=16,
+        patch_size=4,
+        labels=("ant", "bee", "cat"),
+        **rest,  # type: ignore[arg-type]
     )
     made = ImageProcessor(size=16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
     return pipeline(Checkpoint(tiny(config, torch.float32), images=made), "cpu")  # type: ignore[return-value]

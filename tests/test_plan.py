@@ -61,6 +61,9 @@ MODELS = {
     "bert": BertConfig(**SIZES, context=64, vocab_size=500),
     "transformer": TransformerConfig(**SIZES, context=64, vocab_size=500),
     "vit": ViTConfig(**SIZES, image_size=32, patch_size=4, labels=("a", "b", "c")),
+    "rotary": ViTConfig(
+        **SIZES, image_size=32, patch_size=4, labels=("a", "b", "c"), position="rotary", qk_norm=True
+    ),
     "stem": ViTConfig(**SIZES, image_size=32, patch_size=4, labels=("a", "b", "c"), stem="convolutions"),
 }
 RATES = Roofline("given", {torch.float32: 1e12, torch.bfloat16: 4e12}, 1e11)

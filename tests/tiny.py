@@ -40,6 +40,7 @@ CONFIGS: dict[str, AnyModelConfig] = {
     "vit-pre-norm": _VIT,
     "vit-post-norm": replace(_VIT, norm_first=False),
     "vit-convolutions": replace(_VIT, stem="convolutions"),
+    "vit-rotary": replace(_VIT, position="rotary", qk_norm=True, heads=3),
 }
 CAUSAL = [name for name in CONFIGS if name.startswith("gpt")]
 DECODERS = [name for name in CONFIGS if name.startswith(("gpt", "transformer"))]

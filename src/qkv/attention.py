@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -316,9 +316,33 @@ def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
 
     Su et al. 2021, equation 34. rotation: cosines and sines, each (T, 1, E).
     """
-    cosine, sine = rotation
-    left, right = x.chunk(2, dim=-1)
-    return (x * cosine + torch.cat([-right, left], dim=-1) * sine).to(x.dtype)
+    cosine, sine = (turn.to(x.dtype) for turn in rotation)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Turn.apply(x, cosine, sine)  # type: ignore[no-any-return]
+    return _turned(x, cosine, sine)
+
+
+class _Turn(torch.autograd.Function):
+    """Gradients are turned back, in half the passes over memory that autograd makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _turned(x, cosine, sine)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _turned(gradients[0], cosine, -sine), None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    y = x * cosine
+    (left, right), (into_left, into_right) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+    sine = sine.chunk(2, dim=-1)[0]  # (T, 1, E / 2): both halves are alike
+    into_left.addcmul_(right, sine, value=-1)
+    into_right.addcmul_(left, sine)
+    return y
 
 
 class Past(Protocol):

@@ -96,10 +96,12 @@ DROPOUTS = ("dropout", "attention_dropout", "word_dropout", "drop_path")
 """All of a model that a run may choose anew for a checkpoint that it begins from."""
 
 
-def _check_rotary(config: GPTConfig | TransformerConfig) -> None:
-    width = config.dim // config.heads
-    if config.position == "rotary" and width % 2:
-        raise InputError(f"model.dim / model.heads is {width}; rotary positions need an even number")
+def _check_rotary(config: GPTConfig | TransformerConfig | ViTConfig) -> None:
+    width, axes = config.dim // config.heads, 2 if config.family == "vit" else 1
+    if config.position == "rotary" and width % (2 * axes):
+        raise InputError(
+            f"model.dim / model.heads is {width}; rotary positions need a multiple of {2 * axes}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,11 @@ class ViTConfig(ModelConfig):
     norm_first: bool = True
     norm_eps: float = 1e-12
     dropout: float = 0.0
+    position: Literal["learned", "rotary"] = "learned"
+    """Learned vectors added to patches, or rotated queries and keys (Su et al. 2021), half of the pairs by
+    row, half by column."""
+    qk_norm: bool = False
+    """Layer normalisation of each head's queries and keys (Dehghani et al. 2023, 2); with rotary position."""
     labels: tuple[str, ...] = ()
     """Names of the classes in the order of the head's outputs; empty: no head."""
 
@@ -214,6 +221,7 @@ class ViTConfig(ModelConfig):
             raise InputError("model.word_dropout is for text: leave it out")
         _check("model.", self, *_COUNT, "patch_size", "channels")
         _check("model.", self, *_NOT_NEGATIVE, "image_size")
+        _check_rotary(self)
         if self.image_size % self.patch_size:
             raise InputError(
                 f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"

@@ -62,6 +62,24 @@ def rotary(positions: Tensor, head_dim: int) -> KeyValue:
     return angles.cos(), angles.sin()
 
 
+def rotary_grid(rows: int, columns: int, head_dim: int, device: torch.device) -> KeyValue:
+    """`rotary` for the cells of a grid, row by row: (rows * columns, 1, E) each.
+
+    One half of the pairs turns by a cell's row, the other by its column (Heo et al. 2024, 3.2). Where a cell
+    is counts from -1 to 1, edge to edge, so that an image of another size is turned alike, with the rates of
+    Siméoni et al. 2025 (DINOv3), 2 pi / 100^(4 i / E) for i below E / 4.
+    """
+    pairs = torch.arange(0, head_dim, 4, device=device, dtype=torch.float32)  # (E / 4,)
+    rates = 2 * math.pi * 100.0 ** (-pairs / head_dim)
+    down, right = (
+        ((torch.arange(count, device=device) + 0.5) * 2 / count - 1)[:, None] * rates  # (count, E / 4)
+        for count in (rows, columns)
+    )
+    both = torch.cat([down.repeat_interleave(columns, 0), right.repeat(rows, 1)], dim=1)  # (P, E / 2)
+    angles = both.repeat(1, 2)[:, None]  # (P, 1, E)
+    return angles.cos(), angles.sin()
+
+
 class FeedForward(nn.Module):
     """The position-wise network of Vaswani et al. 2017, equation 2, with any activation."""
 

@@ -39,6 +39,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "bert-similarity": lambda: (encoder("none", pooling=Pooling()), TWO, None),
     "bert-first-token": lambda: (encoder("none", pooling=Pooling("cls")), TWO, None),
     "vit": lambda: (classifier(), image(0), None),
+    "vit-rotary": lambda: (classifier(position="rotary", qk_norm=True), image(0), None),
 }
 ALONE = [name for name in CASES if name not in ("bert-similarity", "bert-first-token")]
 """Cases in which one text is read, or two as one."""

@@ -33,6 +33,7 @@ MODELS = {
     "persimmon": replace(tiny.CONFIGS["gpt-qk-norm"], depth=1),
     "bert": replace(tiny.CONFIGS["bert-pretraining"], depth=1),
     "vit": replace(tiny.CONFIGS["vit-convolutions"], depth=1),
+    "rotary-vit": replace(tiny.CONFIGS["vit-rotary"], depth=1),
     "marian": replace(tiny.CONFIGS["transformer-post-norm"], depth=1),
     "rotary-marian": replace(tiny.CONFIGS["transformer-rotary"], depth=1),
 }

@@ -54,6 +54,7 @@ SAVABLE = [
     "transformer-rotary",
     "bert-pretraining",
     "vit-convolutions",
+    "vit-rotary",
 ]
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.04, "int8": 0.08}

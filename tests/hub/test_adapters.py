@@ -30,6 +30,7 @@ NAMES = [
     "bert-tagging",
     "vit-classification",
     "vit-convolutions-classification",
+    "rotary-vit-classification",
     "marian",
     "rotary-marian-qk-norm",
 ]

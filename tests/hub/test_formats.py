@@ -20,7 +20,7 @@ from qkv.errors import InputError
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian, RotaryMarian
-from qkv.hub.vit import VIT, ConvolutionalViT
+from qkv.hub.vit import VIT, ConvolutionalViT, RotaryViT
 from qkv.models import PRESETS, build
 
 from . import theirs
@@ -74,6 +74,18 @@ FRESH: dict[str, AnyModelConfig] = {
     "bert": BertConfig(vocab_size=37, context=20, dim=12, depth=2, heads=3, mlp_dim=20, activation="relu"),
     "vit": ViTConfig(
         image_size=8, patch_size=4, channels=2, dim=12, depth=2, heads=3, mlp_dim=20, labels=("x", "y")
+    ),
+    "vit-rotary": ViTConfig(
+        image_size=8,
+        patch_size=2,
+        channels=2,
+        dim=24,
+        depth=2,
+        heads=3,
+        mlp_dim=20,
+        position="rotary",
+        qk_norm=True,
+        labels=("x", "y"),
     ),
     "vit-convolutions": ViTConfig(
         image_size=8,
@@ -141,7 +153,7 @@ def test_transformers_translates_a_padded_batch_with_rotary_positions(options: d
     assert [out[: len(one)] for out, one in zip(together, alone, strict=True)] == alone
 
 
-@pytest.mark.parametrize("name", ["vit-convolutions", "transformer-rotary"])
+@pytest.mark.parametrize("name", ["vit-convolutions", "vit-rotary", "transformer-rotary"])
 def test_the_code_in_a_folder_needs_transformers_alone_and_is_run_by_it_alone(
     name: str, tmp_path: Path
 ) -> None:
@@ -182,7 +194,7 @@ def test_every_preset_survives_its_config_json(preset: str) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ConvolutionalViT(), Marian(), RotaryMarian()],
+    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ConvolutionalViT(), RotaryViT(), Marian(), RotaryMarian()],
     ids=lambda f: f.model_type,
 )
 def test_a_table_names_every_tensor_once(format) -> None:
@@ -193,6 +205,9 @@ def test_a_table_names_every_tensor_once(format) -> None:
         "bert": BertConfig(depth=3, dim=12, mlp_dim=12),
         "vit": ViTConfig(depth=3, dim=12, mlp_dim=12, labels=("a",)),
         "vit_convolutional_stem": ViTConfig(depth=3, dim=48, mlp_dim=12, stem="convolutions", labels=("a",)),
+        "rotary_vit": ViTConfig(
+            depth=3, dim=48, mlp_dim=12, position="rotary", qk_norm=True, labels=("a",)
+        ),
         "marian": TransformerConfig(depth=3, dim=8, mlp_dim=12),
         "rotary_marian": TransformerConfig(depth=3, dim=16, mlp_dim=12, position="rotary", qk_norm=True),
     }

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from qkv.hub.code import modeling_rotary_marian as rotary
+from qkv.hub.code import modeling_rotary_vit as rotary_vit
 from qkv.hub.code import modeling_vit_convolutional_stem as stem
 from qkv.models import GPT, Bert, Model, Transformer
 from qkv.ragged import Ragged, pack
@@ -50,6 +51,10 @@ _MARIAN = {
 stem.ViTConvolutionalStemConfig.register_for_auto_class()
 stem.ViTConvolutionalStemModel.register_for_auto_class()
 stem.ViTConvolutionalStemForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+rotary_vit.RotaryViTConfig.register_for_auto_class()
+rotary_vit.RotaryViTModel.register_for_auto_class()
+rotary_vit.RotaryViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 rotary.RotaryMarianConfig.register_for_auto_class()
 rotary.RotaryMarianMTModel.register_for_auto_class("AutoModelForSeq2SeqLM")
@@ -94,6 +99,10 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "vit-convolutions-classification": lambda: stem.ViTConvolutionalStemForImageClassification(
         stem.ViTConvolutionalStemConfig(**_VIT, id2label=_LABELS, hidden_act="relu")
     ),
+    "rotary-vit": lambda: rotary_vit.RotaryViTModel(rotary_vit.RotaryViTConfig(**_VIT)),
+    "rotary-vit-classification": lambda: rotary_vit.RotaryViTForImageClassification(
+        rotary_vit.RotaryViTConfig(**_VIT, id2label=_LABELS, qk_norm=True)
+    ),
     "marian": lambda: transformers.MarianMTModel(transformers.MarianConfig(**_MARIAN)),
     "rotary-marian": lambda: rotary.RotaryMarianMTModel(rotary.RotaryMarianConfig(**_MARIAN)),
     "rotary-marian-qk-norm": lambda: rotary.RotaryMarianMTModel(
@@ -127,7 +136,7 @@ def pictures() -> Tensor:
 @torch.no_grad()
 def their_answers(model: transformers.PreTrainedModel) -> dict[str, Tensor]:
     """What transformers says, each sequence on its own, laid end to end."""
-    if model.config.model_type.startswith("vit"):
+    if isinstance(model.config, transformers.ViTConfig):
         return _named(model(pictures()), {**_HIDDEN, "logits": "logits"})
     answers: list[dict[str, Tensor]] = []
     for ids, segments, target in zip(IDS, SEGMENTS, TARGETS, strict=True):

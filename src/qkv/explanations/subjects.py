@@ -302,7 +302,7 @@ class ViTSubject(Subject):
 
     def __init__(self, model: ViT, sequence: Units, image: Tensor, name: Callable[[int], str]) -> None:
         """image (channels, height, width), normalised."""
-        self.model = model
+        self.model, self.image = model, image
         with torch.no_grad():
             embedded, baseline = model.embed(torch.stack([image, torch.zeros_like(image)]))  # (1 + P, D)
         stacks: dict[Stack, tuple[str, str]] = {"encoder": ("image", "image")}
@@ -316,5 +316,6 @@ class ViTSubject(Subject):
 
     def states(self, x: Tensor) -> Iterator[Tensor]:
         """As of `Subject`."""
-        for state in self.model.blocks.states(*_flat(x, (x.shape[1],))):
+        turned = self.model.rotation(self.image.expand(len(x), -1, -1, -1))
+        for state in self.model.blocks.states(*_flat(x, (x.shape[1],)), rotation=turned):
             yield state.view_as(x)

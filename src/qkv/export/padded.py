@@ -103,7 +103,8 @@ class PaddedViT(Padded):
         """(N, C, side, side) -> (N, classes), or (N, tokens, D) without a classifier."""
         x = self.model.embed(pixel_values)  # (N, L, D)
         everything = torch.ones(x.shape[0], 1, 1, x.shape[1], dtype=torch.bool)
-        hidden = self.model.run(x.flatten(0, 1), Masked.by(everything)).view_as(x)
+        turned = self.model.rotation(pixel_values)
+        hidden = self.model.run(x.flatten(0, 1), Masked.by(everything), turned).view_as(x)
         return (hidden if self.model.classifier is None else self.model.head(hidden[:, 0]),)
 
 

@@ -40,7 +40,7 @@ from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian, RotaryMarian
 from qkv.hub.sentence import CONTRASTIVE, Pooling
 from qkv.hub.table import Format
-from qkv.hub.vit import VIT, ConvolutionalViT
+from qkv.hub.vit import VIT, ConvolutionalViT, RotaryViT
 from qkv.images import ImageProcessor
 from qkv.lora import HEAD
 from qkv.lora import adapt as add_adapters
@@ -56,6 +56,7 @@ _ALL: tuple[Format[Any], ...] = (
     BERT(),
     VIT(),
     ConvolutionalViT(),
+    RotaryViT(),
     Marian(),
     RotaryMarian(),
 )
@@ -347,6 +348,8 @@ def _format_of(config: AnyModelConfig) -> Format[Any]:
         return _FORMATS["bert"]
     if isinstance(config, TransformerConfig):
         return _FORMATS["marian" if config.position == "sinusoidal" else "rotary_marian"]
+    if config.position == "rotary":
+        return _FORMATS["rotary_vit"]
     return _FORMATS["vit" if config.stem == "patches" else "vit_convolutional_stem"]
 
 

@@ -1,10 +1,10 @@
-"""ViT on disk: `vit`, or `vit_convolutional_stem` with a convolutional stem; bare or with a classifier."""
+"""ViT on disk: `vit`, `rotary_vit` or `vit_convolutional_stem`; bare or with a classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from qkv.config import ViTConfig, from_dict
 from qkv.hub.table import Fields, Format, Row, Table, label_settings, labels_of, module
@@ -35,7 +35,8 @@ class VIT(Format[ViTConfig]):
     model_type = "vit"
     classes: ClassVar[str] = "ViT"
     """transformers' classes are called so, and then Model or ForImageClassification."""
-    stem: ClassVar[Literal["patches", "convolutions"]] = "patches"
+    make: ClassVar[Mapping[str, str]] = {}
+    """Fields of ours that every model of this format has so."""
     fields = Fields(
         names={
             "image_size": ("image_size",),
@@ -88,20 +89,27 @@ class VIT(Format[ViTConfig]):
         """Classes only where the architecture declares a classifier."""
         has_head = f"{self.classes}ForImageClassification" in (theirs.get("architectures") or [])
         labels = labels_of(theirs) if has_head else ()
-        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True, "stem": self.stem})
+        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True, **self.make})
 
     def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """The architecture, and the classes."""
+        """The architecture, the classes, and where transformers finds the code, if the folder has any."""
         kind = "Model" if self.bare(config) else "ForImageClassification"
-        return {"architectures": [self.classes + kind], **label_settings(config.labels)}
+        found = self.auto_map({auto: self.classes + kind for auto, kind in _AUTO.items()}) if self.code else {}
+        return {"architectures": [self.classes + kind], **label_settings(config.labels), **found}
 
     def bare(self, config: ViTConfig) -> bool:
         """Without classes there is no head."""
         return not config.labels
 
     def obstacle(self, config: ViTConfig) -> str | None:
-        """It must be pre-norm."""
-        return None if config.norm_first else "transformers' vit is pre-norm: model.norm_first must be true"
+        """It must be pre-norm, with one thing at a time that is not as in the paper."""
+        if not config.norm_first:
+            return "transformers' vit is pre-norm: model.norm_first must be true"
+        if config.position == "rotary" and config.stem == "convolutions":
+            return "rotary positions are for patches: set model.stem patches or model.position learned"
+        if config.qk_norm and config.position != "rotary":
+            return "transformers' vit has no model.qk_norm: set model.position rotary"
+        return None
 
 
 class ConvolutionalViT(VIT):
@@ -109,11 +117,26 @@ class ConvolutionalViT(VIT):
 
     model_type = "vit_convolutional_stem"
     classes = "ViTConvolutionalStem"
-    stem = "convolutions"
+    make: ClassVar[Mapping[str, str]] = {"stem": "convolutions"}
     code = "modeling_vit_convolutional_stem.py"
     table = replace(VIT.table, rows=(*_CONVOLUTIONS, *(row for row in VIT.table.rows if row not in _PATCHES)))
 
-    def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """Also where transformers finds the code."""
-        classes = {auto: self.classes + kind for auto, kind in _AUTO.items()}
-        return {**super().rest(config, tokenizer), **self.auto_map(classes)}
+class RotaryViT(VIT):
+    """The same with rotary positions, and with or without norms of queries and keys.
+
+    transformers has no such model either.
+    """
+
+    model_type = "rotary_vit"
+    classes = "RotaryViT"
+    make: ClassVar[Mapping[str, str]] = {"position": "rotary"}
+    code = "modeling_rotary_vit.py"
+    fields = replace(VIT.fields, names={**VIT.fields.names, "qk_norm": ("qk_norm",)})
+    table = replace(
+        VIT.table,
+        rows=(
+            *(row for row in VIT.table.rows if row.ours != "positions"),
+            *module("blocks.{}.attention.query_norm", "encoder.layer.{}.attention.q_norm"),
+            *module("blocks.{}.attention.key_norm", "encoder.layer.{}.attention.k_norm"),
+        ),
+    )

@@ -6,17 +6,18 @@ K classes; between convolutions h, w height and width, c channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qkv.attention import Pattern, Tappable
+from qkv.attention import KeyValue, Pattern, Tappable
 from qkv.config import ViTConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, Stack, init_normal
+from qkv.layers import ACTIVATIONS, Stack, init_normal, rotary_grid
 from qkv.ragged import Layout, Ragged
 
 _SIZES: dict[str, tuple[ViTConfig, tuple[int, ...]]] = {
@@ -101,14 +102,16 @@ class ViT(nn.Module):
         patches = (config.image_size // config.patch_size) ** 2
         self.patches = PatchEmbedding(config) if config.stem == "patches" else ConvolutionalStem(config)
         self.class_token = nn.Parameter(torch.empty(config.dim))
-        self.positions = nn.Parameter(torch.empty(1 + patches, config.dim))
+        learned = config.position == "learned"
+        self.positions = nn.Parameter(torch.empty(1 + patches, config.dim)) if learned else None
         self.dropout = Dropout(config.dropout)
-        self.blocks = Stack(config)
+        self.blocks = Stack(config, qk_norm=config.qk_norm)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm_first else nn.Identity()
         self.config = config
         init_normal(self)
         nn.init.trunc_normal_(self.class_token, std=0.02)
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        if self.positions is not None:
+            nn.init.trunc_normal_(self.positions, std=0.02)
         self.reset_head(config.labels)
 
     def reset_head(self, labels: tuple[str, ...]) -> None:
@@ -128,10 +131,13 @@ class ViT(nn.Module):
         """images (N, C, height, width) -> hidden: 1 + P tokens (., D) for each image."""
         x = self.embed(images)  # (N, 1 + P, D)
         layout = Layout((x.shape[1],) * len(x), x.device)
-        return Ragged(self.run(x.flatten(0, 1), Pattern(layout, layout)), layout)
+        return Ragged(self.run(x.flatten(0, 1), Pattern(layout, layout), self.rotation(images)), layout)
 
     def embed(self, images: Tensor) -> Tensor:
-        """images (N, C, height, width) -> class token and patches at their positions (N, 1 + P, D)."""
+        """images (N, C, height, width) -> class token and patches at their positions (N, 1 + P, D).
+
+        Rotary positions are not in them.
+        """
         N, C, height, width = images.shape
         p, D = self.config.patch_size, self.config.dim
         channels = self.config.channels
@@ -140,23 +146,27 @@ class ViT(nn.Module):
                 f"images of {C} channels and {height}x{width} pixels; "
                 f"this model reads {channels} channels and sides that are multiples of {p}"
             )
-        rows, columns = height // p, width // p
         x = self.patches(images.to(self.class_token.dtype))  # (N, P, D)
         x = torch.cat([self.class_token.expand(N, 1, D), x], dim=1)  # (N, 1 + P, D)
-        return self.dropout(x + self.positions_for(rows, columns))  # type: ignore[no-any-return]
+        if self.positions is not None:
+            x = x + _on_grid(self.positions, height // p, width // p)
+        return self.dropout(x)  # type: ignore[no-any-return]
 
-    def run(self, x: Tensor, pattern: Pattern) -> Tensor:
+    def rotation(self, images: Tensor) -> KeyValue | None:
+        """What turns queries and keys of all tokens of images (N, C, height, width), (T, 1, E) each.
+
+        Class tokens, which are nowhere, are not turned. None: positions are learned.
+        """
+        if self.config.position == "learned":
+            return None
+        N, p, E = len(images), self.config.patch_size, self.config.dim // self.config.heads
+        cosines, sines = rotary_grid(images.shape[2] // p, images.shape[3] // p, E, images.device)  # (P, 1, E)
+        none = cosines.new_zeros(1, 1, E)
+        return torch.cat([none + 1, cosines]).repeat(N, 1, 1), torch.cat([none, sines]).repeat(N, 1, 1)
+
+    def run(self, x: Tensor, pattern: Pattern, rotation: KeyValue | None) -> Tensor:
         """x (T, D), embedded tokens that attend as the pattern says -> hidden (T, D)."""
-        return self.norm(self.blocks(x, pattern))  # type: ignore[no-any-return]
-
-    def positions_for(self, rows: int, columns: int) -> Tensor:
-        """Position vectors (1 + P, D): the trained ones, interpolated in 2-D for another grid (3.2)."""
-        side = self.config.image_size // self.config.patch_size
-        if rows == columns == side:
-            return self.positions
-        grid = self.positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-        return torch.cat([self.positions[:1], grid[0].flatten(1).T])
+        return self.norm(self.blocks(x, pattern, rotation=rotation))  # type: ignore[no-any-return]
 
     def head(self, first: Tensor) -> Tensor:
         """class tokens' states (N, D) -> logits (N, K) (equation 4). Raises InputError without a head."""
@@ -167,3 +177,16 @@ class ViT(nn.Module):
     def attentions(self) -> dict[str, list[Tappable]]:
         """The layers' attention, first layer first."""
         return {"encoder": self.blocks.attentions()}
+
+
+def _on_grid(positions: Tensor, rows: int, columns: int) -> Tensor:
+    """Trained vectors of the class token and a square's patches, interpolated for another grid (3.2).
+
+    (1 + side * side, D) -> (1 + rows * columns, D).
+    """
+    side = math.isqrt(len(positions) - 1)
+    if rows == columns == side:
+        return positions
+    grid = positions[1:].view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid[0].flatten(1).T])
