@@ -393,6 +393,22 @@ def test_rotation_turns_pairs_by_their_angles():
     torch.testing.assert_close(maps[0][0].double(), scores.softmax(-1), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_rotation_are_autograds(dtype: torch.dtype):
+    turn = rotary(torch.arange(5), 4)
+    x, up = draw(5, 3, 4).to(dtype), draw(5, 3, 4).to(dtype)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(rotate(x, turn), x, up)
+    first, second = x.chunk(2, dim=-1)
+    cosine, sine = (part.to(dtype).double() for part in turn)
+    (expected,) = torch.autograd.grad(x * cosine + torch.cat([-second, first], -1) * sine, x, up.double())
+    torch.testing.assert_close(found, expected)
+    double = [part.double() for part in (x.detach(), *turn)]
+    double[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *turn: rotate(x, turn), double)
+    assert torch.autograd.gradgradcheck(lambda x, *turn: rotate(x, turn), double)
+
+
 def test_rotated_scores_depend_on_distance_alone():
     query, key = draw(2, 1, H, 4)
     patterns = []

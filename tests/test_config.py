@@ -279,7 +279,10 @@ def test_numbers_out_of_range_are_named(section: type):
         ),
         (lambda: TransformerConfig(vocab_size=5, eos_id=5), "model.eos_id is 5; it must be an id below"),
         (lambda: GPTConfig(dim=12, heads=4, position="rotary"), "model.dim / model.heads is 3; rotary"),
-        (lambda: ViTConfig(dim=12, heads=2, position="rotary"), "is 6; rotary positions need a multiple of 4"),
+        (
+            lambda: ViTConfig(dim=12, heads=2, position="rotary"),
+            "is 6; rotary positions need a multiple of 4",
+        ),
         (
             lambda: RunConfig(model=GPTConfig(), augment=AugmentConfig(flip=True)),
             "augment varies images, but a gpt reads text: leave it out",

@@ -99,6 +99,7 @@ def test_shares_are_above_0_and_at_most_1(share: float):
     [
         ("gpt", GPTConfig(**SIZES, context=8), [64, 64]),
         ("vit", ViTConfig(**SIZES, image_size=8, patch_size=2), [16, 64]),
+        ("vit", ViTConfig(**SIZES, image_size=8, patch_size=2, position="rotary"), [16, 64]),
     ],
 )
 def test_steps_report_the_tokens_that_they_read(family: str, model, tokens: list[int], tmp_path):

@@ -551,7 +551,8 @@ def test_recomputing_blocks_changes_no_bit_of_a_run_with_dropout_and_drop_path(t
 @pytest.mark.parametrize("family", ["gpt", "vit"])
 def test_compiled_blocks_learn_are_scored_and_reported_as_others(family, tmp_path):
     config = run_config(tmp_path, family, max_steps=4, eval_steps=4, logging_steps=1)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    model = dataclasses.replace(config.model, dropout=0.0, position="rotary")
+    config = dataclasses.replace(config, model=model)
     compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, torch_compile=True))
     records = []
     for settings, name in ((config, "plain"), (compiled, "compiled")):

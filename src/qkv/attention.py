@@ -314,12 +314,13 @@ def varlen_kernel_takes(query: Tensor, pattern: Pattern, dropout: float) -> bool
 def rotate(x: Tensor, rotation: KeyValue) -> Tensor:
     """Rotary positions: turn each pair (x_i, x_{i+E/2}) of x (T, H, E) by its angle.
 
-    Su et al. 2021, equation 34. rotation: cosines and sines, each (T, 1, E).
+    Su et al. 2021, equation 34. rotation: cosines and sines, each (T, 1, E), which are rounded as x is.
     """
     cosine, sine = (turn.to(x.dtype) for turn in rotation)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Turn.apply(x, cosine, sine)  # type: ignore[no-any-return]
-    return _turned(x, cosine, sine)
+        return _Turn.apply(x, cosine, sine)  # type: ignore[no-any-return, no-untyped-call]
+    left, right = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-right, left], dim=-1) * sine
 
 
 class _Turn(torch.autograd.Function):
@@ -328,21 +329,17 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         ctx.save_for_backward(cosine, sine)
-        return _turned(x, cosine, sine)
+        y = x * cosine
+        (left, right), (into_left, into_right) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+        half = sine.chunk(2, dim=-1)[0]  # (T, 1, E / 2): both are alike
+        into_left.addcmul_(right, half, value=-1)
+        into_right.addcmul_(left, half)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cosine, sine = ctx.saved_tensors
-        return _turned(gradients[0], cosine, -sine), None, None
-
-
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    y = x * cosine
-    (left, right), (into_left, into_right) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
-    sine = sine.chunk(2, dim=-1)[0]  # (T, 1, E / 2): both halves are alike
-    into_left.addcmul_(right, sine, value=-1)
-    into_right.addcmul_(left, sine)
-    return y
+        return _Turn.apply(gradients[0], cosine, -sine), None, None  # type: ignore[no-untyped-call]
 
 
 class Past(Protocol):

@@ -96,11 +96,11 @@ DROPOUTS = ("dropout", "attention_dropout", "word_dropout", "drop_path")
 """All of a model that a run may choose anew for a checkpoint that it begins from."""
 
 
-def _check_rotary(config: GPTConfig | TransformerConfig | ViTConfig) -> None:
-    width, axes = config.dim // config.heads, 2 if config.family == "vit" else 1
-    if config.position == "rotary" and width % (2 * axes):
+def _check_rotary(config: GPTConfig | TransformerConfig | ViTConfig, multiple: int) -> None:
+    width = config.dim // config.heads
+    if config.position == "rotary" and width % multiple:
         raise InputError(
-            f"model.dim / model.heads is {width}; rotary positions need a multiple of {2 * axes}"
+            f"model.dim / model.heads is {width}; rotary positions need a multiple of {multiple}"
         )
 
 
@@ -138,7 +138,7 @@ class TransformerConfig(ModelConfig):
             f"an id below model.vocab_size {self.vocab_size}",
         )
         _check("model.", self, *inside, "pad_id", "eos_id")
-        _check_rotary(self)
+        _check_rotary(self, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ class GPTConfig(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("model.", self, *_COUNT, "vocab_size", "context")
-        _check_rotary(self)
+        _check_rotary(self, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +208,8 @@ class ViTConfig(ModelConfig):
     norm_eps: float = 1e-12
     dropout: float = 0.0
     position: Literal["learned", "rotary"] = "learned"
-    """Learned vectors added to patches, or rotated queries and keys (Su et al. 2021), half of the pairs by
-    row, half by column."""
+    """Learned vectors added to patches, or rotated queries and keys, half of the pairs by row, half by column
+    (Heo et al. 2024); those are for the stem `patches`."""
     qk_norm: bool = False
     """Layer normalisation of each head's queries and keys (Dehghani et al. 2023, 2); with rotary position."""
     labels: tuple[str, ...] = ()
@@ -221,7 +221,7 @@ class ViTConfig(ModelConfig):
             raise InputError("model.word_dropout is for text: leave it out")
         _check("model.", self, *_COUNT, "patch_size", "channels")
         _check("model.", self, *_NOT_NEGATIVE, "image_size")
-        _check_rotary(self)
+        _check_rotary(self, 4)
         if self.image_size % self.patch_size:
             raise InputError(
                 f"model.image_size {self.image_size} is not divisible by model.patch_size {self.patch_size}"

@@ -62,8 +62,8 @@ def rotary(positions: Tensor, head_dim: int) -> KeyValue:
     return angles.cos(), angles.sin()
 
 
-def rotary_grid(rows: int, columns: int, head_dim: int, device: torch.device) -> KeyValue:
-    """`rotary` for the cells of a grid, row by row: (rows * columns, 1, E) each.
+def grid_angles(rows: int, columns: int, head_dim: int, device: torch.device) -> Tensor:
+    """By what the pairs of a head turn at the cells of a grid, row by row: (rows * columns, E / 2).
 
     One half of the pairs turns by a cell's row, the other by its column (Heo et al. 2024, 3.2). Where a cell
     is counts from -1 to 1, edge to edge, so that an image of another size is turned alike, with the rates of
@@ -75,9 +75,7 @@ def rotary_grid(rows: int, columns: int, head_dim: int, device: torch.device) ->
         ((torch.arange(count, device=device) + 0.5) * 2 / count - 1)[:, None] * rates  # (count, E / 4)
         for count in (rows, columns)
     )
-    both = torch.cat([down.repeat_interleave(columns, 0), right.repeat(rows, 1)], dim=1)  # (P, E / 2)
-    angles = both.repeat(1, 2)[:, None]  # (P, 1, E)
-    return angles.cos(), angles.sin()
+    return torch.cat([down.repeat_interleave(columns, 0), right.repeat(rows, 1)], dim=1)
 
 
 class FeedForward(nn.Module):

@@ -271,7 +271,8 @@ def measure_step(
         state = _bytes(
             tree_leaves([[stepper.state for stepper in trainer.optimizers], trainer.average.state])
         )
-    peak, update = meter.peak, [work for work in meter.work if work.phase == "update"]
+    done = 1 + max(i for i, work in enumerate(meter.work) if work.phase == "backward")
+    peak, update = meter.peak, meter.work[done:]
     seconds = roofline.seconds(update)
     return Step(
         memory=Memory(weights, peak.copies, peak.gradients, state, peak.rest - weights - state),

@@ -108,7 +108,7 @@ def test_interfaces_are_optimums(folder):
     text = {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids}
     assert inputs("bert", "model.onnx") == text
     pixels = {"pixel_values": ("tensor(float)", [N, 2, 8, 8])}
-    assert inputs("vit", "model.onnx") == pixels
+    assert inputs("vit", "model.onnx") == inputs("rotary-vit", "model.onnx") == pixels
     past = {
         f"past_key_values.{i}.{k}": ("tensor(float)", [N, 2, P, 6]) for i in (0, 1) for k in ("key", "value")
     }

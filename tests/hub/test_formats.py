@@ -116,6 +116,15 @@ def test_models_built_here_open_in_transformers(name: str, tmp_path: Path) -> No
         assert reopened.config.id2label == {0: "x", 1: "y"}
 
 
+def test_transformers_reads_images_of_another_size_with_rotary_positions(tmp_path: Path) -> None:
+    model = build(FRESH["vit-rotary"]).eval()
+    hub.save(tmp_path, hub.Checkpoint(model))
+    images = torch.randn(3, 2, 10, 4)
+    with torch.no_grad():
+        found, expected = theirs.reopen(tmp_path)(images).logits, model(images).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["transformer", "transformer-rotary", "transformer-qk-norm"])
 def test_transformers_translates_with_what_we_save(name: str, tmp_path: Path) -> None:
     model = build(FRESH[name]).eval()
@@ -205,9 +214,7 @@ def test_a_table_names_every_tensor_once(format) -> None:
         "bert": BertConfig(depth=3, dim=12, mlp_dim=12),
         "vit": ViTConfig(depth=3, dim=12, mlp_dim=12, labels=("a",)),
         "vit_convolutional_stem": ViTConfig(depth=3, dim=48, mlp_dim=12, stem="convolutions", labels=("a",)),
-        "rotary_vit": ViTConfig(
-            depth=3, dim=48, mlp_dim=12, position="rotary", qk_norm=True, labels=("a",)
-        ),
+        "rotary_vit": ViTConfig(depth=3, dim=48, mlp_dim=12, position="rotary", qk_norm=True, labels=("a",)),
         "marian": TransformerConfig(depth=3, dim=8, mlp_dim=12),
         "rotary_marian": TransformerConfig(depth=3, dim=16, mlp_dim=12, position="rotary", qk_norm=True),
     }

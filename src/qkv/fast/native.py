@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shlex
 import subprocess
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache as once
@@ -45,6 +46,15 @@ FEATURES = ("avx2", "fma3")
 ORDER: dict[Precision, int] = {"fp32": 0, "bf16": 1, "int8": 2}
 """Numbers of the enumerations in cpp/."""
 ACTIVATIONS: dict[Activation, int] = {"relu": 0, "relu2": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+
+FLOORS: dict[Activation, float] = {
+    "relu": 0.0,
+    "relu2": 0.0,
+    "gelu": -0.171,
+    "gelu_tanh": -0.171,
+    "silu": -0.279,
+}
+"""What no answer of an activation is below."""
 
 
 class UnavailableError(Exception):
@@ -100,11 +110,12 @@ def check(config: ModelConfig) -> None:
     for kind, width, most in (
         ("", config.dim, 8192),
         (" of its heads", head_dim, 256),
-        (" of its inner layer", config.mlp_dim, None),
+        (" of its inner layer", config.mlp_dim, 65536),
     ):
-        if width % 16 or (most is not None and width > most):
-            bound = "" if most is None else f" up to {most}"
-            raise UnavailableError(f"the model's width{kind} is {width}; it needs a multiple of 16{bound}")
+        if width % 16 or width > most:
+            raise UnavailableError(
+                f"the model's width{kind} is {width}; it needs a multiple of 16 up to {most}"
+            )
     library()
 
 
@@ -142,8 +153,10 @@ def _compile(command: list[str], out: Path) -> None:
 class CMatrix(Structure):
     """`Matrix` of cpp/interface.h."""
 
-    _fields_ = [(name, c_void_p) for name in ("weight", "scale", "bias")] + [
-        (name, c_int32) for name in ("inputs", "outputs")
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "scale", "start", "ease", "bias")),
+        ("floor", c_float),
+        *((name, c_int32) for name in ("inputs", "outputs")),
     ]
 
 
@@ -195,27 +208,81 @@ def _floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
+RARE = 0.5
+"""Of the mean reach of inputs, what is taken for those of which a sample showed less: they may have more."""
+
+AT_ONCE = 4096
+"""Rows of a matrix that are packed at a time, whole panels: a vocabulary would be in memory twice."""
+
+
+def _ease(weight: Tensor, largest: Tensor | None) -> Tensor:
+    """By what inputs are multiplied, and their columns of weight (outputs, inputs) divided: (inputs,).
+
+    The product stays the same. Inputs and columns become alike in their largest magnitudes (Xiao et al. 2023,
+    equation 4 with alpha 1/2).
+    """
+    own = torch.maximum(weight.amax(0), -weight.amin(0))  # (inputs,)
+    if largest is None:
+        return torch.ones_like(own, dtype=torch.float32)
+    own, largest = (x.float().nan_to_num(0, 0) for x in (own, largest))
+    return (own.clamp(min=1e-9) / largest.clamp(min=RARE * largest.mean() + 1e-9)).sqrt()
+
+
 class NativeLinear(nn.Module):
     """x W^T + bias with packed weights."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, precision: Precision) -> None:
-        """weight (outputs, inputs), the inputs a multiple of 16; bias (outputs,)."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        precision: Precision,
+        largest: Tensor | None = None,
+        floor: float = -math.inf,
+    ) -> None:
+        """weight (outputs, inputs), the inputs a multiple of 16; bias (outputs,).
+
+        Only int8 asks for the rest. largest: magnitudes that the inputs reach (inputs,). floor: what no input
+        is below; then numbers that do not occur take none of the 256.
+        """
         super().__init__()
         self.outputs, self.inputs = weight.shape
         self.order = ORDER[precision]
-        code, size = library(), (self.order, self.outputs, self.inputs)
-        weight = weight.detach().float().contiguous()
-        self.packed = weight.new_empty(code.qkv_packed_bytes(*size), dtype=torch.uint8)
-        self.scale = weight.new_empty(code.qkv_scales(*size))
-        self.bias = None if bias is None else bias.detach().float().contiguous()
-        source, packed, scale = (c_void_p(x.data_ptr()) for x in (weight, self.packed, self.scale))
-        threads = torch.get_num_threads()
-        code.qkv_pack(self.order, source, self.outputs, self.inputs, packed, scale, threads)
+        int8 = precision == "int8"
+        weight = weight.detach()
+        self.bias = None if bias is None else bias.detach().float().clone()
+        self.floor = floor if int8 and self.bias is not None else -math.inf
+        self.ease = _ease(weight, largest) if int8 else None
+        code = library()
+        self.packed = torch.empty(
+            code.qkv_packed_bytes(self.order, self.outputs, self.inputs), dtype=torch.uint8, device="cpu"
+        )
+        scales = code.qkv_scales(self.order, self.outputs)
+        self.scale = torch.empty(scales, dtype=torch.float32, device="cpu")
+        self.start = torch.empty_like(self.scale, dtype=torch.int32)
+        for first in range(0, self.outputs, AT_ONCE):
+            rows = weight[first : first + AT_ONCE].float().contiguous()
+            if self.ease is not None:
+                rows = rows / self.ease
+                if self.bias is not None and self.floor > -math.inf:
+                    scale = rows.abs().amax(1, keepdim=True) / 127
+                    rounded = (rows / scale).round().nan_to_num() * scale * self.ease
+                    self.bias[first : first + AT_ONCE] += self.floor * rounded.sum(1)
+            done = code.qkv_packed_bytes(self.order, first, self.inputs), code.qkv_scales(self.order, first)
+            code.qkv_pack(
+                self.order,
+                c_void_p(rows.data_ptr()),
+                *rows.shape,
+                c_float(self.floor),
+                c_void_p(self.packed[done[0] :].data_ptr()),
+                *(c_void_p(x[done[1] :].data_ptr()) for x in (self.scale, self.start)),
+                torch.get_num_threads(),
+            )
 
     def matrix(self) -> CMatrix:
         """Where it is; valid while this module lives."""
-        bias = None if self.bias is None else self.bias.data_ptr()
-        return CMatrix(self.packed.data_ptr(), self.scale.data_ptr(), bias, self.inputs, self.outputs)
+        tensors = (self.packed, self.scale, self.start, self.ease, self.bias)
+        places = (None if x is None else x.data_ptr() for x in tensors)
+        return CMatrix(*places, self.floor, self.inputs, self.outputs)
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError for vectors of another width: the compiled code would read beyond them."""
@@ -236,10 +303,10 @@ class NativeLinear(nn.Module):
 class NativeOutput(nn.Module):
     """`layers.Output` with a packed copy of the embeddings."""
 
-    def __init__(self, embeddings: Tensor, precision: Precision) -> None:
-        """embeddings (V, D)."""
+    def __init__(self, embeddings: Tensor, precision: Precision, largest: Tensor | None = None) -> None:
+        """embeddings (V, D); largest (D,): as of `NativeLinear`."""
         super().__init__()
-        self.linear = NativeLinear(embeddings, None, precision)
+        self.linear = NativeLinear(embeddings, None, precision, largest)
 
     def forward(self, hidden: Tensor, embeddings: Tensor, bias: Tensor | None = None) -> Tensor:
         """hidden (..., D), bias (V,) -> logits (..., V); `embeddings` are those that were packed."""
@@ -275,6 +342,10 @@ class NativeOutput(nn.Module):
 # ---------------------------------------------------------------- blocks
 
 
+Largest = Mapping[nn.Module, Tensor]
+"""Magnitudes that the inputs of a block's modules reach; `qkv` of cross-attention reads the memory."""
+
+
 @dataclass
 class NativeAttention:
     """What `record` taps of a layer."""
@@ -286,7 +357,9 @@ class NativeAttention:
 class NativeStack(nn.Module):
     """`layers.Stack` with packed weights; x is overwritten."""
 
-    def __init__(self, blocks: Iterable[Block], config: ModelConfig, precision: Precision) -> None:
+    def __init__(
+        self, blocks: Iterable[tuple[Block, Largest]], config: ModelConfig, precision: Precision
+    ) -> None:
         """The blocks can come one by one: none is kept."""
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
@@ -295,12 +368,9 @@ class NativeStack(nn.Module):
         self.matrices, self.memory_maps = nn.ModuleList(), nn.ModuleList()
         self.norms: list[tuple[Tensor, Tensor]] = []  # as packed weights, where `.to` does not find them
 
-        def matrix(weight: Tensor, bias: Tensor) -> CMatrix:
-            self.matrices.append(NativeLinear(weight, bias, precision))
+        def matrix(weight: Tensor, bias: Tensor, largest: Tensor | None, floor: float = -math.inf) -> CMatrix:
+            self.matrices.append(NativeLinear(weight, bias, precision, largest, floor))
             return cast(NativeLinear, self.matrices[-1]).matrix()
-
-        def linear(layer: nn.Linear) -> CMatrix:
-            return matrix(layer.weight, layer.bias)
 
         def norm(layer: nn.LayerNorm | None) -> CNorm:
             if layer is None:
@@ -309,23 +379,29 @@ class NativeStack(nn.Module):
             self.norms.append((weight, bias))
             return CNorm(weight.data_ptr(), bias.data_ptr(), layer.eps)
 
-        def packed(block: Block) -> CLayer:
+        def packed(one: tuple[Block, Largest]) -> CLayer:
+            block, largest = one
             own, cross, D = block.attention, block.cross, config.dim
+
+            def linear(layer: nn.Linear, floor: float = -math.inf) -> CMatrix:
+                return matrix(layer.weight, layer.bias, largest.get(layer), floor)
+
             layer = CLayer(
                 qkv=linear(own.qkv),
                 out=linear(own.out),
                 up=linear(block.mlp.up),
-                down=linear(block.mlp.down),
+                down=linear(block.mlp.down, FLOORS[config.activation]),
                 attention=norm(block.attention_norm),
                 mlp=norm(block.mlp_norm),
                 query=norm(own.query_norm),
                 key=norm(own.key_norm),
             )
             if cross is not None:
-                layer.cross_query = matrix(cross.qkv.weight[:D], cross.qkv.bias[:D])
+                layer.cross_query = matrix(cross.qkv.weight[:D], cross.qkv.bias[:D], largest.get(cross))
                 layer.cross_out = linear(cross.out)
                 layer.cross = norm(block.cross_norm)
-                self.memory_maps.append(NativeLinear(cross.qkv.weight[D:], cross.qkv.bias[D:], precision))
+                weight, bias = cross.qkv.weight[D:], cross.qkv.bias[D:]
+                self.memory_maps.append(NativeLinear(weight, bias, precision, largest.get(cross.qkv)))
             return layer
 
         layers = list(map(packed, blocks))  # a loop would hold on to a block while the next one comes

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from qkv.attention import Attention, Pattern
 from qkv.config import GPTConfig, InferencePrecision, ModelConfig, TransformerConfig
 from qkv.errors import InputError
-from qkv.fast import native
+from qkv.fast import native, sample
 from qkv.fast.graphs import GraphedStack
 from qkv.fast.native import NativeLinear, NativeOutput, NativeStack, UnavailableError
 from qkv.fast.packed import PackedEmbedding, PackedLinear, PackedOutput
+from qkv.fast.sample import SampledOutput, SampledStack
 from qkv.files import measured
 from qkv.layers import Block, FeedForward, Output, Stack
 from qkv.models import Model
@@ -53,11 +54,11 @@ def optimize(
 
     precision: of the products with the weights of the blocks, of the output and of an image's patches. fp32:
     as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a
-    scale for every 128 inputs of a token and of an output; nothing is calibrated. In both, embeddings of
-    tokens are kept in bf16. auto: fp32 or bf16; on a GPU bf16 if it multiplies that. Of several roads it is
-    the one that a trial on this machine found fastest, which is remembered in the cache folder. Where there
-    is no compiled code a warning says why, and int8 becomes bf16, and both fp32 on a CPU that does not
-    multiply bf16. Weights go once they are packed, so the model only answers from then on: it can neither be
+    scale for every token and every output; which inputs are large is seen on random tokens or noise, so no
+    data are needed. In both, embeddings of tokens are kept in bf16. auto: fp32 or bf16; on a GPU bf16 if it
+    multiplies that. Of several roads it is the one that a trial on this machine found fastest, which is
+    remembered in the cache folder. Where there is no compiled code a warning says why, and int8 becomes bf16,
+    and both fp32 on a CPU that does not multiply bf16. Weights go once they are packed, so the model only answers from then on: it can neither be
     trained nor saved. unread: what a model on the CPU still waits for; each block's is read when the block is
     packed, so that all weights are never in memory as they were trained. Raises InputError if they are packed
     already, for int8 on a GPU, and for a precision that there is not.
@@ -83,6 +84,14 @@ def optimize(
     keep_few_kernels()
     config = cast(ModelConfig, model.config)
     road = _fastest(_roads(config, precision), config)
+    pack = _pack_int8 if road.precision == "int8" else _pack
+    pack(model, config, road, unread)
+    keep_freed_memory()  # every batch takes and frees the same large blocks
+    return road
+
+
+def _pack(model: Model, config: ModelConfig, road: Road, unread: Unread) -> None:
+    """Replace the modules for a road in fp32 or bf16."""
     if not isinstance(model, ViT):
         unread.into(model.tokens, "tokens.")
         for name in _named(model, Output):
@@ -94,8 +103,37 @@ def optimize(
     unread.into(model)
     for name in _named(model, PatchEmbedding, ConvolutionalStem):
         _replace(model, f"{name}.projection", partial(_linear, road=road))
-    keep_freed_memory()  # every batch takes and frees the same large blocks
-    return road
+
+
+def _pack_int8(model: Model, config: ModelConfig, road: Road, unread: Unread) -> None:
+    """Replace the modules for the road in int8, while a sample goes through the model."""
+    stacks, outputs = _named(model, Stack), _named(model, Output)
+    projections = [f"{name}.projection" for name in _named(model, PatchEmbedding, ConvolutionalStem)]
+    if not isinstance(model, ViT):
+        unread.into(model.tokens, "tokens.")
+        _replace(model, "tokens", lambda tokens: PackedEmbedding(tokens.weight))
+    try:
+        for name in stacks:
+            blocks = _taken(cast(Stack, model.get_submodule(name)), unread, name)
+            _replace(model, name, lambda _, blocks=blocks: SampledStack(blocks, config))  # type: ignore[misc]
+        for name in outputs:
+            _replace(model, name, lambda _: SampledOutput())
+        unread.into(model, but=stacks)
+        with sample.watched(map(model.get_submodule, (*outputs, *projections))) as largest:
+            sample.run(model)
+        seen = {name: largest[model.get_submodule(name)] for name in (*outputs, *projections)}
+        for name in stacks:
+            _replace(model, name, lambda stack: stack.packed)
+        for name in outputs:
+            embeddings = cast(Tensor, model.get_submodule("tokens").weight)
+            made = partial(_output, embeddings=embeddings, road=road, largest=seen[name])
+            _replace(model, name, made)
+        for name in projections:
+            _replace(model, name, partial(_linear, road=road, largest=seen[name]))
+    except BaseException:
+        for name in (*stacks, *outputs):
+            _replace(model, name, lambda _: Halfway())
+        raise
 
 
 def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"]) -> list[Road]:
@@ -156,7 +194,7 @@ def _replace(model: nn.Module, name: str, made_of: Callable[[Any], nn.Module]) -
 def _stack(stack: Stack, name: str, config: ModelConfig, road: Road, unread: Unread) -> nn.Module:
     """What takes the place of a stack of that name, whose tensors may still be unread."""
     if road.engine == "native":
-        return NativeStack(_taken(stack, unread, name), config, road.precision)
+        return NativeStack(((block, {}) for block in _taken(stack, unread, name)), config, road.precision)
     if road.precision == "bf16":
         for i, block in enumerate(stack):
             unread.into(block, f"{name}.{i}.")
@@ -175,18 +213,18 @@ def _taken(stack: Stack, unread: Unread, name: str) -> Iterator[Block]:
         yield cast(Block, stack.pop(0))
 
 
-def _linear(linear: nn.Linear, road: Road) -> nn.Module:
+def _linear(linear: nn.Linear, road: Road, largest: Tensor | None = None) -> nn.Module:
     """The same one where the road has none of such a width, or none of its own."""
     if road.engine == "native" and linear.in_features % 16 == 0:
-        return NativeLinear(linear.weight, linear.bias, road.precision)
+        return NativeLinear(linear.weight, linear.bias, road.precision, largest)
     if road.engine == "torch" and road.precision == "bf16":
         return PackedLinear(linear.weight, linear.bias)
     return linear
 
 
-def _output(output: Output, embeddings: Tensor, road: Road) -> nn.Module:
+def _output(output: nn.Module, embeddings: Tensor, road: Road, largest: Tensor | None = None) -> nn.Module:
     if road.engine == "native":
-        return NativeOutput(embeddings, road.precision)
+        return NativeOutput(embeddings, road.precision, largest)
     return PackedOutput(embeddings) if road.precision == "bf16" else output
 
 

@@ -1,7 +1,7 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
 `load` reads a folder or a Hub id, strictly; `opened` lets the caller say when which tensors are read; `save`
-writes a folder whole. The formats are `gpt2`, `openai-gpt`, `persimmon`, `bert`, `vit`,
+writes a folder whole. The formats are `gpt2`, `openai-gpt`, `persimmon`, `bert`, `vit`, `rotary_vit`,
 `vit_convolutional_stem`, `marian` and `rotary_marian`, one table each in the files beside this one, and
 peft's adapters of them. A format that transformers lacks has its code in `code/`, which `save` puts into the
 folder for transformers to run; `load` never runs any.

@@ -354,7 +354,9 @@ class Format(ABC, Generic[C]):
         return None
 
     def auto_map(self, classes: Mapping[str, str]) -> dict[str, Any]:
-        """Where transformers finds the classes in `code`, by the automatic ones that look for them."""
+        """Where transformers finds the classes in `code`, if any, by the automatic ones that look for it."""
+        if not self.code:
+            return {}
         file = self.code.removesuffix(".py")
         return {"auto_map": {auto: f"{file}.{name}" for auto, name in classes.items()}}
 

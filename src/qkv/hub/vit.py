@@ -94,7 +94,7 @@ class VIT(Format[ViTConfig]):
     def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """The architecture, the classes, and where transformers finds the code, if the folder has any."""
         kind = "Model" if self.bare(config) else "ForImageClassification"
-        found = self.auto_map({auto: self.classes + kind for auto, kind in _AUTO.items()}) if self.code else {}
+        found = self.auto_map({auto: self.classes + end for auto, end in _AUTO.items()})
         return {"architectures": [self.classes + kind], **label_settings(config.labels), **found}
 
     def bare(self, config: ViTConfig) -> bool:
@@ -102,7 +102,7 @@ class VIT(Format[ViTConfig]):
         return not config.labels
 
     def obstacle(self, config: ViTConfig) -> str | None:
-        """It must be pre-norm, with one thing at a time that is not as in the paper."""
+        """It must be pre-norm; rotary positions need patches, and norms of queries and keys need those."""
         if not config.norm_first:
             return "transformers' vit is pre-norm: model.norm_first must be true"
         if config.position == "rotary" and config.stem == "convolutions":
@@ -120,6 +120,7 @@ class ConvolutionalViT(VIT):
     make: ClassVar[Mapping[str, str]] = {"stem": "convolutions"}
     code = "modeling_vit_convolutional_stem.py"
     table = replace(VIT.table, rows=(*_CONVOLUTIONS, *(row for row in VIT.table.rows if row not in _PATCHES)))
+
 
 class RotaryViT(VIT):
     """The same with rotary positions, and with or without norms of queries and keys.

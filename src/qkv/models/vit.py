@@ -17,7 +17,7 @@ from qkv.attention import KeyValue, Pattern, Tappable
 from qkv.config import ViTConfig
 from qkv.dropout import Dropout
 from qkv.errors import InputError
-from qkv.layers import ACTIVATIONS, Stack, init_normal, rotary_grid
+from qkv.layers import ACTIVATIONS, Stack, grid_angles, init_normal
 from qkv.ragged import Layout, Ragged
 
 _SIZES: dict[str, tuple[ViTConfig, tuple[int, ...]]] = {
@@ -159,10 +159,11 @@ class ViT(nn.Module):
         """
         if self.config.position == "learned":
             return None
-        N, p, E = len(images), self.config.patch_size, self.config.dim // self.config.heads
-        cosines, sines = rotary_grid(images.shape[2] // p, images.shape[3] // p, E, images.device)  # (P, 1, E)
-        none = cosines.new_zeros(1, 1, E)
-        return torch.cat([none + 1, cosines]).repeat(N, 1, 1), torch.cat([none, sines]).repeat(N, 1, 1)
+        N, _, height, width = images.shape
+        p, E = self.config.patch_size, self.config.dim // self.config.heads
+        angles = F.pad(grid_angles(height // p, width // p, E, images.device), (0, 0, 1, 0))  # (1 + P, E / 2)
+        turns = angles.repeat(N, 2)[:, None]  # (T, 1, E)
+        return turns.cos(), turns.sin()
 
     def run(self, x: Tensor, pattern: Pattern, rotation: KeyValue | None) -> Tensor:
         """x (T, D), embedded tokens that attend as the pattern says -> hidden (T, D)."""

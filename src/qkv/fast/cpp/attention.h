@@ -164,8 +164,8 @@ struct Attention {
         keys = arena.take<char>(panels_of(longest) * panel_bytes(wide));
         values = arena.take<char>(panels_of(E) * panel_bytes(deep));
         scores = arena.take<float>(HIGH * padded);
-        query = {arena.take<char>(HIGH * wide * 4), nullptr, nullptr, wide, 1};
-        share = {arena.take<char>(HIGH * deep * 4), nullptr, nullptr, deep, 1};
+        query = {arena.take<char>(HIGH * wide * 4), wide};
+        share = {arena.take<char>(HIGH * deep * 4), deep};
     }
 
     template <int P>
@@ -186,7 +186,7 @@ struct Attention {
             }
             for (int p = 0; p * WIDTH < last; p++) {
                 int vectors = vectors_of(last - p * WIDTH);
-                product<P>(query, 0, height, keys + p * panel_bytes(wide), nullptr, wide, vectors, scores + p * WIDTH, padded);
+                product<P>(query, 0, height, keys + p * panel_bytes(wide), wide, vectors, scores + p * WIDTH, padded);
             }
             int inner = (last + LANES - 1) / LANES * LANES;
             for (int m = 0; m < height; m++) {
@@ -198,7 +198,7 @@ struct Attention {
             }
             for (int p = 0; p * WIDTH < E; p++) {
                 int vectors = vectors_of(E - p * WIDTH);
-                product<P>(share, 0, height, values + p * panel_bytes(deep), nullptr, steps_of(P, last), vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
+                product<P>(share, 0, height, values + p * panel_bytes(deep), steps_of(P, last), vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
             }
         }
     }
@@ -212,7 +212,7 @@ private:
         for (int j = 0; j < from.count; j++) {
             const char *row = from.key + (int64_t)j * from.stride * from.size();
             for (int e = 0; e < E; e += LANES) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
-            convert<P>(key, E, {(char *)packed, nullptr, nullptr, steps, 1}, 0);
+            convert<P>(key, E, {(char *)packed, steps}, 0);
             scatter(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH);
         }
     }

@@ -44,7 +44,7 @@ class Computation {  // some sequences of a batch on their way through the layer
     int64_t first_row;     // of their tokens among all
     float *x, *wide, *answer, *scores, *input_scale;
     char *inputs;
-    int32_t *input_start, *seen;
+    int32_t *seen;
     int score_width;
     std::vector<Attention> attentions;  // one for each thread
 
@@ -53,7 +53,7 @@ public:
         : stack(stack), batch(batch), from(from), to(to), rows(rows), first_row(first_row), attentions(threads) {
         x = batch.x + first_row * stack.dim;
         int wide_width = std::max(3 * stack.dim, stack.mlp_dim), in = std::max(stack.dim, stack.mlp_dim);
-        int groups = groups_of(stack.precision, in), longest = 1;
+        int longest = 1;
         for (int i = from; i < to; i++) {
             longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
             if (batch.memory_keys) longest = std::max(longest, batch.memory_lengths[i]);
@@ -63,8 +63,7 @@ public:
             wide = arena.take<float>((size_t)rows * wide_width);
             answer = arena.take<float>((size_t)rows * stack.dim);
             inputs = arena.take<char>(whole_tiles(rows) * steps_of(stack.precision, in) * 4);
-            input_scale = arena.take<float>((size_t)rows * groups);
-            input_start = arena.take<int32_t>((size_t)rows * groups);
+            input_scale = arena.take<float>(rows);
             scores = arena.take<float>((size_t)threads * stack.heads * score_width);
             seen = arena.take<int32_t>((size_t)threads * score_width);
             for (Attention &one : attentions) {
@@ -80,7 +79,7 @@ public:
             const Layer &layer = stack.layers[l];
             int D = stack.dim;
             bool shown = l + 1 == batch.last;
-            prepare<P>(team, layer.attention, norm);
+            prepare<P>(team, layer.attention, norm, layer.qkv);
             project<P>(team, layer.qkv, [](V value) { return value; });
             attend<P>(team, l);
             if (shown && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
@@ -88,7 +87,7 @@ public:
             join<P>(team, layer.out, answer, D);
             norm = &layer.attention;
             if (layer.cross_query.weight) {
-                prepare<P>(team, layer.cross, norm);
+                prepare<P>(team, layer.cross, norm, layer.cross_query);
                 project<P>(team, layer.cross_query, [](V value) { return value; });
                 read_memory<P>(team, l);
                 if (shown && batch.seen_query) show(team, wide, D, batch.seen_query);
@@ -96,7 +95,7 @@ public:
                 join<P>(team, layer.cross_out, answer, D);
                 norm = &layer.cross;
             }
-            prepare<P>(team, layer.mlp, norm);
+            prepare<P>(team, layer.mlp, norm, layer.up);
             with_activation(stack.activation, [&](auto A) {
                 project<P>(team, layer.up, [](V value) { return activate<decltype(A)::value>(value); });
             });
@@ -113,17 +112,17 @@ private:
         for (int row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size; row++) work(row);
     }
 
-    // Where rows of this width are laid to be multiplied.
+    // Where rows are laid to be multiplied by a matrix.
     template <int P>
-    Rows input(int width) const {
-        return {inputs, input_scale, input_start, steps_of(P, width), groups_of(P, width)};
+    Rows input(const Matrix &matrix) const {
+        return {inputs, steps_of(P, matrix.in), input_scale, &matrix};
     }
 
     // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
     template <int P>
-    void prepare(Team team, const Norm &own, const Norm *before) {
+    void prepare(Team team, const Norm &own, const Norm *before, const Matrix &matrix) {
         int D = stack.dim;
-        Rows to = input<P>(D);
+        Rows to = input<P>(matrix);
         each_row(team, [&](int row) {
             float *line = x + (int64_t)row * D;
             if (stack.norm_first) {
@@ -141,7 +140,7 @@ private:
     // wide = function(what is prepared W^T + bias)
     template <int P, class Function>
     void project(Team team, const Matrix &matrix, Function function) {
-        multiply<P>(matrix, input<P>(stack.dim), rows, team, [&](int row, int column, V value, int) {
+        multiply<P>(matrix, input<P>(matrix), rows, team, [&](int row, int column, V value, int) {
             store(wide + (int64_t)row * matrix.out + column, function(value));
         });
         team.wait();
@@ -150,7 +149,7 @@ private:
     // x += (what was made, (rows, width)) W^T + bias
     template <int P>
     void join(Team team, const Matrix &matrix, const float *made, int width) {
-        Rows to = input<P>(width);
+        Rows to = input<P>(matrix);
         each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, to, row); });
         team.wait();
         multiply<P>(matrix, to, rows, team, [&](int row, int column, V value, int) {
@@ -265,13 +264,12 @@ void run(Computation &computation, int precision, Team team) {
 // x (T, in) times W by all threads: take(thread, row, column, a vector, how many of its numbers there are).
 template <class Take>
 void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
-    int groups = groups_of(precision, w.in), steps = steps_of(precision, w.in);
-    Rows rows{nullptr, nullptr, nullptr, steps, groups};
+    int steps = steps_of(precision, w.in);
+    Rows rows{nullptr, steps, nullptr, &w};
     Arena &arena = own_arena;
     arena.lay([&] {
         rows.data = arena.take<char>(whole_tiles(T) * steps * 4);
-        rows.scale = arena.take<float>((size_t)T * groups);
-        rows.start = arena.take<int32_t>((size_t)T * groups);
+        rows.scale = arena.take<float>(T);
     });
     Barrier barrier;
     auto part = [&](auto P, Team team) {
@@ -341,21 +339,23 @@ private:
 };
 
 template <int P>
-void pack(const float *weight, int out, int in, char *packed, float *scales, int threads) {
-    int groups = groups_of(P, in), steps = steps_of(P, in);
+void pack(const float *weight, int out, int in, float floor, char *packed, float *scales, int32_t *starts, int threads) {
+    int steps = steps_of(P, in);
 #pragma omp parallel for num_threads(threads)
     for (int p = 0; p < panels_of(out); p++) {
-        std::vector<int32_t> line(steps), start(groups);
-        std::vector<float> scale(groups);
-        Rows one{(char *)line.data(), scale.data(), start.data(), steps, groups};
+        std::vector<int32_t> line(steps);
         for (int j = 0; j < WIDTH; j++) {
             int column = p * WIDTH + j;
-            if (column < out) convert<P>(weight + (int64_t)column * in, in, one, 0);
-            else std::fill(line.begin(), line.end(), 0);
-            if (P == INT8 && !TILED<P>)
-                for (int32_t &four : line) four ^= 0x80808080;  // + 128: VPDPBUSD takes them unsigned
+            const float *own = weight + (int64_t)std::min(column, out - 1) * in;  // there may be none
+            std::fill(line.begin(), line.end(), 0);
+            if constexpr (P == INT8) {
+                auto *bytes = (int8_t *)line.data();
+                scales[column] = column < out ? quantise([=](int i) { return load(own + i); }, in, 127, 0, (char *)bytes) : 0;
+                starts[column] = floor > -INFINITY ? 0 : -ZERO * std::accumulate(bytes, bytes + in, 0);
+            } else if (column < out) {
+                convert<P>(own, in, {(char *)line.data(), steps}, 0);
+            }
             scatter(line.data(), steps, (int32_t *)(packed + p * panel_bytes(steps)) + j);
-            if (P == INT8) scatter(scale.data(), groups, scales + (int64_t)p * groups * WIDTH + j);
         }
     }
 }
@@ -369,13 +369,13 @@ extern "C" {
 // Whether the system lets this process use what the code was compiled for; to be asked before all else.
 int qkv_allowed() { return tiles_allowed(); }
 
-// Bytes of a packed matrix, and the number of its scales.
+// Bytes of a packed matrix, and the number of its scales, and of its starts.
 int64_t qkv_packed_bytes(int precision, int out, int in) { return panels_of(out) * panel_bytes(steps_of(precision, in)); }
-int64_t qkv_scales(int precision, int out, int in) { return precision == INT8 ? (int64_t)panels_of(out) * groups_of(precision, in) * WIDTH : 0; }
+int64_t qkv_scales(int precision, int out) { return precision == INT8 ? (int64_t)panels_of(out) * WIDTH : 0; }
 
-// Weights (out, in) in the order of the products. `in` is a multiple of 16.
-void qkv_pack(int precision, const float *weight, int out, int in, char *packed, float *scales, int threads) {
-    with(precision, [&](auto P) { pack<P>(weight, out, in, packed, scales, threads); });
+// Weights (out, in) in the order of the products. `in` is a multiple of 16; floor as of a Matrix.
+void qkv_pack(int precision, const float *weight, int out, int in, float floor, char *packed, float *scales, int32_t *starts, int threads) {
+    with(precision, [&](auto P) { pack<P>(weight, out, in, floor, packed, scales, starts, threads); });
 }
 
 // x (T, in) -> out (T, matrix.out).

@@ -6,10 +6,13 @@
 
 #include <cstdint>
 
-struct Matrix {           // packed by qkv_pack; the bias may be null
-    const char *weight;   // (panels, steps, WIDTH, n) with n elements in four bytes, a step
-    const float *scale;   // (panels, groups, WIDTH) in int8
-    const float *bias;    // (out)
+struct Matrix {            // packed by qkv_pack; the bias may be null
+    const char *weight;    // (panels, steps, WIDTH, n) with n elements in four bytes, a step
+    const float *scale;    // (panels, WIDTH) in int8
+    const int32_t *start;  // (panels, WIDTH) in int8: what a sum of products begins with
+    const float *ease;     // (in) in int8: by what inputs are multiplied before they are rounded
+    const float *bias;     // (out)
+    float floor;           // what no input is below, or -infinity; the bias knows of it
     int32_t in, out;
 };
 

@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include "interface.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -44,7 +43,7 @@ template <int P, int PART, class Short>
 // total + weight * x. As text, since GCC would copy the sums of intrinsics from register to register.
 template <int P>
 [[gnu::always_inline]] inline I add_product(I total, I weight, I x) {
-    if constexpr (PARTS<P> == 1 && P == INT8) asm(VPDPBUSD " %2, %1, %0" : "+v"(total) : "v"(weight), "v"(x));
+    if constexpr (PARTS<P> == 1 && P == INT8) asm(VPDPBUSD " %1, %2, %0" : "+v"(total) : "v"(weight), "v"(x));
     else if constexpr (PARTS<P> == 1 && P == BF16) asm("vdpbf16ps %2, %1, %0" : "+v"(total) : "v"(weight), "v"(x));
     else if constexpr (P == INT8) asm("vpaddd %1, %0, %0" : "+v"(total) : "v"(sums_of_pairs(weight, x)));
     else asm("vfmadd231ps %2, %1, %0" : "+v"(total) : "v"(weight), "v"(x));
@@ -54,60 +53,47 @@ template <int P>
 // M rows from `row` on times N vectors of columns of a slice, or of a WHOLE panel. The first slice sets out, rows
 // `out_stride` numbers apart, and others go on from there, so that slices give what the whole panel gives.
 template <int P, int M, int N, bool WHOLE>
-[[gnu::flatten]] void block(const Rows &rows, int row, const char *panel, const float *scale, const Slice &slice, float *out, int out_stride) {
+[[gnu::flatten]] void block(const Rows &rows, int row, const char *panel, const Slice &slice, float *out, int out_stride) {
     const char *x = rows.row(row), *ahead = slice.ahead;
     int64_t stride = rows.steps * 4;
-    for (int from = slice.first, to; from < slice.last; from = to) {
-        int g = from / STEPS;
-        to = P == INT8 ? std::min(slice.last, from + STEPS) : slice.last;
-        I total[M * N], weight[N];
-        each<M * N>([&](auto i) {
-            if (P == INT8) total[i] = set(rows.start[(row + i / N) * rows.groups + g]);
-            else total[i] = g ? (I)load(out + i / N * out_stride + i % N * LANES) : set(0);
-        });
-        for (int s = from; s < to; s++) {
-            if (WHOLE) ahead = panel + (int64_t)(s + 16) * WIDTH * 4;
-            each<WHOLE ? N : 2>([&](auto n) { __builtin_prefetch(ahead + n * LANES * 4); });
-            if (!WHOLE) ahead += slice.pace;
-            each<PARTS<P>>([&](auto p) {
-                each<N>([&](auto n) { weight[n] = part<P, p, uint16_t>(read<I>(panel + ((int64_t)s * WIDTH + n * LANES) * 4)); });
-                each<M>([&](auto m) {
-                    I one = part<P, p, int16_t>(set(read<int32_t>(x + m * stride + s * 4)));
-                    each<N>([&](auto n) { total[m * N + n] = add_product<P>(total[m * N + n], weight[n], one); });
-                });
+    I total[M * N], weight[N];
+    each<M * N>([&](auto i) {
+        if (slice.first) total[i] = (I)load(out + i / N * out_stride + i % N * LANES);
+        else total[i] = set(0);
+    });
+    for (int s = slice.first; s < slice.last; s++) {
+        if (WHOLE) ahead = panel + (int64_t)(s + 16) * WIDTH * 4;
+        each<WHOLE ? N : 2>([&](auto n) { __builtin_prefetch(ahead + n * LANES * 4); });
+        if (!WHOLE) ahead += slice.pace;
+        each<PARTS<P>>([&](auto p) {
+            each<N>([&](auto n) { weight[n] = part<P, p, int16_t>(read<I>(panel + ((int64_t)s * WIDTH + n * LANES) * 4)); });
+            each<M>([&](auto m) {
+                I one = part<P, p, uint16_t>(set(read<int32_t>(x + m * stride + s * 4)));
+                each<N>([&](auto n) { total[m * N + n] = add_product<P>(total[m * N + n], weight[n], one); });
             });
-        }
-        each<M * N>([&](auto i) {
-            constexpr int m = i / N, n = i % N;
-            float *sum = out + m * out_stride + n * LANES;
-            if constexpr (P == INT8) {  // in one expression, which compilers round in one way
-                V scales = rows.scale[(row + m) * rows.groups + g] * load(scale + g * WIDTH + n * LANES);
-                store(sum, __builtin_convertvector(total[i], V) * scales + (g ? load(sum) : set(0.0f)));
-            } else {
-                store(sum, (V)total[i]);
-            }
         });
     }
+    each<M * N>([&](auto i) { store(out + i / N * out_stride + i % N * LANES, (V)total[i]); });
 }
 
 // At most HEIGHT rows times some vectors of columns of a whole panel.
 template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int steps, int vectors, float *out, int out_stride) {
+void product(const Rows &rows, int row, int height, const char *panel, int steps, int vectors, float *out, int out_stride) {
     Slice whole{0, steps, nullptr, 0};
-    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, scale, vectors, whole, out, out_stride);
+    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, vectors, whole, out, out_stride);
     else each<HEIGHT<P>>([&](auto m) {
         if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
-            if (vectors == n + 1) block<P, m + 1, n + 1, true>(rows, row, panel, scale, whole, out, out_stride);
+            if (vectors == n + 1) block<P, m + 1, n + 1, true>(rows, row, panel, whole, out, out_stride);
         });
     });
 }
 
 // The same of a slice. Without AMX it takes all columns that a panel can have: fewer sizes of blocks to be compiled.
 template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
-    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, scale, vectors, slice, out, out_stride);
+void product(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
+    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, vectors, slice, out, out_stride);
     else each<HEIGHT<P>>([&](auto m) {
-        if (height == m + 1) block<P, m + 1, WIDTH / LANES, false>(rows, row, panel, scale, slice, out, out_stride);
+        if (height == m + 1) block<P, m + 1, WIDTH / LANES, false>(rows, row, panel, slice, out, out_stride);
     });
 }
 
@@ -118,25 +104,28 @@ void product(const Rows &rows, int row, int height, const char *panel, const flo
 template <int P, class Take>
 void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
     constexpr int HIGH = HEIGHT<P>;
-    int panels = panels_of(w.out), groups = groups_of(P, w.in), steps = steps_of(P, w.in);
+    int panels = panels_of(w.out), steps = steps_of(P, w.in);
     alignas(64) float out[FEW<P> * WIDTH];
     for (int p = panels * team.rank / team.size; p < panels * (team.rank + 1) / team.size; p++) {
         const char *panel = w.weight + p * panel_bytes(steps);
-        const float *scale = w.scale + (int64_t)p * groups * WIDTH;
         int vectors = vectors_of(w.out - p * WIDTH);
         auto give = [&](int row, int height) {
             for (int n = 0; n < vectors; n++) {
                 int column = p * WIDTH + n * LANES, left = std::min(LANES, w.out - column);
                 V bias = w.bias ? load(w.bias + column, left) : set(0.0f);
-                for (int m = 0; m < height; m++)
-                    take(row + m, column, load(out + m * WIDTH + n * LANES) + bias, left);
+                for (int m = 0; m < height; m++) {
+                    V sum = load(out + m * WIDTH + n * LANES);
+                    if constexpr (P == INT8)
+                        sum = __builtin_convertvector((I)sum + read<I>(w.start + column), V) * (rows.scale[row + m] * load(w.scale + column));
+                    take(row + m, column, sum + bias, left);
+                }
             }
         };
         if constexpr (!TILED<P>) {
             bool whole = count <= HIGH || count > FEW<P>;
             for (int row = 0; whole && row < count; row += HIGH) {
                 int height = std::min(HIGH, count - row);
-                product<P>(rows, row, height, panel, scale, steps, vectors, out, WIDTH);
+                product<P>(rows, row, height, panel, steps, vectors, out, WIDTH);
                 give(row, height);
             }
             if (whole) continue;
@@ -148,7 +137,7 @@ void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take
                 last = std::min(steps, first + SLICE<P>);
                 for (int t = 0; t < turns; t++) {  // all rows have their turn, and each fetches a part of the next slice
                     Slice slice{first, last, panel + panel_bytes(last) + panel_bytes(last - first) * t / turns, AT_ONCE / turns};
-                    product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, scale, vectors, slice, out + t * HIGH * WIDTH, WIDTH);
+                    product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, vectors, slice, out + t * HIGH * WIDTH, WIDTH);
                 }
             }
             give(row, height);

@@ -1,12 +1,15 @@
 // Rows and columns in a precision, as products take them: four bytes (one float32, two bfloat16, four int8) are a step.
 //
-// int8 is dynamic: groups of 128 inputs of a token, and of a column, have a scale each.
+// int8 is dynamic: each token has a scale, as each column has. Tokens are unsigned: 0 stands for the least that an input can
+// be, where that is known, or else 128 for nothing. Inputs are eased first, by factors by which their columns were divided,
+// so that one large input does not cost the others their precision.
 
 #pragma once
 
 #include <algorithm>
 #include <utility>
 
+#include "interface.h"
 #include "vectors.h"
 
 namespace {
@@ -27,12 +30,10 @@ template <int P>
 constexpr int HEIGHT = TILED<P> ? 2 * TILE : 6;  // rows at once: two tiles, or 24 accumulators of 32 registers, or 12 of 16
 template <int P>
 constexpr int FEW = TILED<P> ? 128 : 11 * HEIGHT<P>;  // rows that take a panel in slices: by AMX so many at a time, else no more
-constexpr int GROUP = 128;                            // inputs that share a scale in int8
-constexpr int STEPS = GROUP / 4;                      // of a group in int8
+constexpr int ZERO = 128;                             // in int8, where inputs are of both signs
 template <int P>
-constexpr int SLICE = TILED<P> && P == BF16 ? 2 * STEPS : STEPS;  // steps of a slice: 16 KB, 8 or 2, for the nearest cache
+constexpr int SLICE = TILED<P> ? 64 : 32;  // steps of a slice: 16 KB, 8 or 2, for the nearest cache
 
-int groups_of(int precision, int in) { return precision == INT8 ? (in + GROUP - 1) / GROUP : 1; }
 int panels_of(int out) { return (out + WIDTH - 1) / WIDTH; }
 int vectors_of(int out) { return (std::min(WIDTH, out) + LANES - 1) / LANES; }
 int64_t panel_bytes(int steps) { return (int64_t)steps * WIDTH * 4; }
@@ -45,39 +46,40 @@ int steps_of(int precision, int in) {  // for AMX whole tiles, which are filled 
 
 struct Rows {  // activations in a precision, ready to be multiplied
     char *data;
-    float *scale;    // (rows, groups) in int8
-    int32_t *start;  // (rows, groups) in int8 without AMX: -128 times the sum of the group, as weights are stored + 128
-    int steps, groups;
+    int steps;
+    float *scale = nullptr;          // (rows) in int8
+    const Matrix *matrix = nullptr;  // by which they are multiplied, in int8
 
     char *row(int i) const { return data + (int64_t)i * steps * 4; }
 };
 
-void quantise(const float *x, int width, const Rows &rows, int row) {
-    for (int g = 0; g < rows.groups; g++) {
-        const float *in = x + g * GROUP;
-        int size = std::min(GROUP, width - g * GROUP);
-        I most = set(0);  // as integers numbers have the same order, and NaN comes last
-        for (int i = 0; i < size; i += LANES) most = larger(most, (I)absolute(load(in + i)));
-        int32_t bits = largest(most);
-        float scale = read<float>(&bits) / 127;
-        scale += scale * 0;  // NaN for infinity, too
-        float rate = scale > 0 ? 1 / scale : 0;
-        I total = set(0);
-        for (int i = 0; i < size; i += LANES) {
-            I q = nearest(load(in + i) * rate);
-            total += q;
-            write(rows.row(row) + g * GROUP + i, __builtin_convertvector(q, Bytes));
-        }
-        rows.scale[row * rows.groups + g] = scale;
-        if (!TILED<INT8>) rows.start[row * rows.groups + g] = -128 * sum(total);
-    }
+// Numbers at(0), at(LANES), ... as bytes, the largest of them as `most` above or below `zero`; returns the scale.
+template <class At>
+float quantise(At at, int width, float most, float zero, char *to) {
+    I largest_yet = set(0);  // as integers numbers have the same order, and NaN comes last
+    for (int i = 0; i < width; i += LANES) largest_yet = larger(largest_yet, (I)absolute(at(i)));
+    int32_t bits = largest(largest_yet);
+    float scale = read<float>(&bits) / most;
+    scale += scale * 0;  // NaN for infinity, too
+    float rate = scale > 0 ? 1 / scale : 0;
+    for (int i = 0; i < width; i += LANES) write(to + i, __builtin_convertvector(nearest(at(i) * rate + zero), Bytes));
+    return scale;
+}
+
+float quantise(const float *x, int width, const Matrix &matrix, char *to) {
+    float floor = matrix.floor;
+    const float *ease = matrix.ease;
+    bool above = floor > -INFINITY;  // then zero is 0, and numbers go up to 255
+    auto with = [&](auto at) { return quantise(at, width, above ? 255 : 127, above ? 0 : ZERO, to); };
+    if (above) return with([=](int i) { return (load(x + i) - floor) * load(ease + i); });
+    return with([=](int i) { return load(x + i) * load(ease + i); });
 }
 
 template <int P>
 void convert(const float *x, int width, const Rows &rows, int row) {
     char *to = rows.row(row);
     if constexpr (P == INT8) {
-        quantise(x, width, rows, row);
+        rows.scale[row] = quantise(x, width, *rows.matrix, to);
     } else if constexpr (P == FP32) {
         for (int i = 0; i < width; i += LANES) write(to + i * 4, load(x + i));
     } else {

@@ -47,7 +47,7 @@ void clear_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
 
 template <int P, int SUMS, int ROWS, int COLUMNS>
 void add_tiles() {  // SUMS += ROWS times COLUMNS
-    if constexpr (P == INT8) asm volatile("tdpbssd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(COLUMNS), "i"(ROWS), "i"(SUMS));
+    if constexpr (P == INT8) asm volatile("tdpbusd %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(COLUMNS), "i"(ROWS), "i"(SUMS));
     else asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(COLUMNS), "i"(ROWS), "i"(SUMS));
 }
 
@@ -62,55 +62,10 @@ public:
     }
 };
 
-// One or two tiles of rows, from `row` on, times some vectors of columns of a slice, which is a group. The first slice sets
-// out, and others go on from there.
-template <int HIGH>
-[[gnu::flatten]] void multiply_tiles_int8(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
-    int64_t stride = rows.steps * 4;
-    int g = slice.first / STEPS;
-    bool deep = slice.last - slice.first > TILE;  // two tiles
-    const char *x = rows.row(row) + slice.first * 4, *columns = panel + panel_bytes(slice.first);
-    const float *theirs = rows.scale + (int64_t)row * rows.groups + g, *own = scale + g * WIDTH;
-    __mmask16 already = g ? -1 : 0;  // whether `out` has sums
-    alignas(64) int32_t sums[HIGH * TILE * TILE];
-    auto give = [&](int n) {  // sums to the vector n of columns
-        V columns = load(own + n * LANES);
-        auto one = [&](int m) {
-            float *to = out + (int64_t)m * out_stride + n * LANES;
-            V scales = theirs[(int64_t)m * rows.groups] * columns;
-            store(to, __builtin_convertvector(read<I>(sums + m * TILE), V) * scales + (V)_mm512_maskz_loadu_ps(already, to));
-        };
-        each<HIGH>([&](auto r) {
-            if (height >= (r + 1) * TILE) each<TILE>([&](auto m) { one(r * TILE + m); });  // no loop, whose end is guessed wrong
-            else for (int m = r * TILE; m < height; m++) one(m);
-        });
-    };
-    Ahead ahead(slice);
-    each<HIGH>([&](auto r) {
-        load_tile<r>(x + r * TILE * stride, stride);
-        if (deep) load_tile<2 + r>(x + r * TILE * stride + 64, stride);
-    });
-    for (int n = 0; n < vectors; n++) {
-        load_tile<4>(columns + n * LANES * 4, WIDTH * 4);
-        ahead.fetch();
-        each<HIGH>([&](auto r) {
-            clear_tile<6 + r>();
-            add_tiles<INT8, 6 + r, r, 4>();
-        });
-        if (deep) {
-            load_tile<5>(columns + panel_bytes(TILE) + n * LANES * 4, WIDTH * 4);
-            ahead.fetch();
-            each<HIGH>([&](auto r) { add_tiles<INT8, 6 + r, 2 + r, 5>(); });
-        }
-        if (n) give(n - 1);  // while these are multiplied
-        each<HIGH>([&](auto r) { store_tile<6 + r>(sums + r * TILE * TILE, TILE * 4); });
-    }
-    give(vectors - 1);
-}
-
-// The same of any slice; if it is not the first, `out` can be read to the end of a tile.
-template <int HIGH>
-[[gnu::flatten]] void multiply_tiles_bf16(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
+// One or two tiles of rows, from `row` on, times some vectors of columns of a slice. The first slice sets out, and others
+// go on from there: then `out` can be read to the end of a tile.
+template <int P, int HIGH>
+[[gnu::flatten]] void multiply_tiles(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
     constexpr int WIDE = 4 / HIGH;  // tiles of columns at once
     int64_t stride = rows.steps * 4;
     Ahead ahead(slice);
@@ -128,7 +83,7 @@ template <int HIGH>
                 if (n + c >= vectors) return;
                 load_tile<6 + c % 2>(columns + c * LANES * 4, WIDTH * 4);
                 ahead.fetch();
-                each<HIGH>([&](auto r) { add_tiles<BF16, r * WIDE + c, 4 + r, 6 + c % 2>(); });
+                each<HIGH>([&](auto r) { add_tiles<P, r * WIDE + c, 4 + r, 6 + c % 2>(); });
             });
         }
         each<HIGH>([&](auto r) {
@@ -145,13 +100,9 @@ template <int HIGH>
 }
 
 template <int P>
-void multiply_tiles(const Rows &rows, int row, int height, const char *panel, const float *scale, int vectors, const Slice &slice, float *out, int out_stride) {
-    auto with_tiles = [&](auto high) {
-        if constexpr (P == INT8) multiply_tiles_int8<high>(rows, row, height, panel, scale, vectors, slice, out, out_stride);
-        else multiply_tiles_bf16<high>(rows, row, height, panel, vectors, slice, out, out_stride);
-    };
-    if (height > TILE) with_tiles(std::integral_constant<int, 2>{});
-    else with_tiles(std::integral_constant<int, 1>{});
+void multiply_tiles(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
+    if (height > TILE) multiply_tiles<P, 2>(rows, row, height, panel, vectors, slice, out, out_stride);
+    else multiply_tiles<P, 1>(rows, row, height, panel, vectors, slice, out, out_stride);
 }
 
 #else
@@ -161,7 +112,7 @@ struct Tiles {
     Tiles(bool) {}
 };
 template <int P>
-void multiply_tiles(const Rows &, int, int, const char *, const float *, int, const Slice &, float *, int);
+void multiply_tiles(const Rows &, int, int, const char *, int, const Slice &, float *, int);
 
 #endif
 

@@ -56,7 +56,6 @@ I larger(I a, I b) { return (I)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 V near_inverse(V x) { return _mm512_rcp14_ps(x); }
 I nearest(V x) { return (I)_mm512_cvtps_epi32(x); }
 float sum(V x) { return _mm512_reduce_add_ps(x); }
-int32_t sum(I x) { return _mm512_reduce_add_epi32((__m512i)x); }
 float largest(V x) { return _mm512_reduce_max_ps(x); }
 int32_t largest(I x) { return _mm512_reduce_max_epi32((__m512i)x); }
 bool any_above(V x, float limit) { return _mm512_cmp_ps_mask(x, set(limit), _CMP_GT_OQ); }
@@ -78,7 +77,6 @@ auto joined(X x, Join join) {  // all numbers of a vector into one, by halves
     return join(x, (X)swapped<1>((V)x))[0];
 }
 float sum(V x) { return joined(x, [](V a, V b) { return a + b; }); }
-int32_t sum(I x) { return joined(x, [](I a, I b) { return a + b; }); }
 float largest(V x) { return joined(x, [](V a, V b) { return larger(a, b); }); }
 int32_t largest(I x) { return joined(x, [](I a, I b) { return larger(a, b); }); }
 #endif

@@ -4,7 +4,7 @@ transformers has no such model, so each folder of one has this file, with which 
 
     AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 
-Needs transformers 5.0 or later.
+Written for transformers 5.24.
 
 Legend: N images of rows x columns = P patches, C channels, D model width, H heads, E head width.
 """
@@ -47,14 +47,14 @@ class RotaryAttention(ViTAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (N, 1 + P, D) -> the same shape, and the weights; kwargs have the angles (1 + P, E)."""
-        angles: Tensor = kwargs.pop("angles")
+        """hidden_states (N, 1 + P, D) -> the same shape, and the weights; turn: of `grid_turn`."""
+        turn: tuple[Tensor, Tensor] = kwargs.pop("turn")
         query, key, value = (
             projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (N, H, 1 + P, E) each
-        query = turned(self.q_norm(query), angles).to(value.dtype)  # autocast normalises in float32
-        key = turned(self.k_norm(key), angles).to(value.dtype)
+        query = turned(self.q_norm(query), turn).to(value.dtype)  # autocast normalises in float32
+        key = turned(self.k_norm(key), turn).to(value.dtype)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -65,21 +65,26 @@ class RotaryAttention(ViTAttention):
         return self.o_proj(answer.flatten(-2)), weights
 
 
-def turned(x: Tensor, angles: Tensor) -> Tensor:
+def turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     """x (N, H, 1 + P, E), each pair of numbers turned (Su et al. 2021, equation 34)."""
+    cosine, sine = (part.to(x.dtype) for part in turn)
     first, second = x.chunk(2, dim=-1)
-    return x * angles.cos().to(x.dtype) + torch.cat([-second, first], dim=-1) * angles.sin().to(x.dtype)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine
 
 
-def grid_angles(rows: int, columns: int, E: int, device: torch.device) -> Tensor:
-    """(1 + rows * columns, E): none for the class token, then half of each patch's by row, half by column."""
+def grid_turn(rows: int, columns: int, E: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the class token, which do not turn, and of patches: (1 + rows * columns, E).
+
+    Half of a patch's pairs turn by its row, half by its column.
+    """
     rates = 2 * torch.pi * 100.0 ** (-torch.arange(0, E, 4, device=device, dtype=torch.float32) / E)
     down, right = (
         torch.outer((torch.arange(count, device=device) + 0.5) * 2 / count - 1, rates)
         for count in (rows, columns)
     )  # (rows, E / 4), (columns, E / 4)
     patches = torch.cat([down.repeat_interleave(columns, 0), right.repeat(rows, 1)], dim=1)
-    return nn.functional.pad(patches, (0, 0, 1, 0)).repeat(1, 2)
+    angles = nn.functional.pad(patches, (0, 0, 1, 0)).repeat(1, 2)
+    return angles.cos(), angles.sin()
 
 
 class RotaryViTEmbeddings(ViTEmbeddings):
@@ -111,8 +116,8 @@ class RotaryViTModel(ViTModel):
         """As ViTModel's, for images of any size that is a multiple of the patches'."""
         rows, columns = (side // self.config.patch_size for side in pixel_values.shape[-2:])
         width = self.config.hidden_size // self.config.num_attention_heads
-        angles = grid_angles(rows, columns, width, pixel_values.device)
-        return super().forward(pixel_values, angles=angles, **kwargs)
+        turn = grid_turn(rows, columns, width, pixel_values.device)
+        return super().forward(pixel_values, turn=turn, **kwargs)
 
 
 class RotaryViTForImageClassification(ViTForImageClassification):
