@@ -1,6 +1,6 @@
 """Images to classes: qkv beside transformers, ONNX Runtime and OpenVINO.
 
-usage: python benchmarks/classify_images.py [ti-1 | ti-32 | b-1 | b-32] [--passes N] [--only NAME]
+usage: python benchmarks/classify_images.py [ti-1 | ti-32 | b-1 | b-32] [--passes N] [--only NAME ...]
 
 ViT-Ti/16 and ViT-B/16 (random weights) on one image and on 32 of 224 x 224 pixels. Agreement is the
 cosine of the class token's vector to that of transformers in fp32, mean and smallest. The limit is the

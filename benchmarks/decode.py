@@ -1,6 +1,6 @@
 """Greedy decoding by GPT-2 (124 M): qkv beside transformers, CTranslate2 and llama.cpp.
 
-usage: [GPT=FOLDER] python benchmarks/decode.py [one | sixteen] [--passes N] [--only NAME]
+usage: [GPT=FOLDER] python benchmarks/decode.py [one | sixteen] [--passes N] [--only NAME ...]
 
 128 new tokens after a prompt of 64, for one stream or for sixteen at once; no end token stops them.
 Without FOLDER the weights are random. Agreement is the share of tokens that are those of transformers in

@@ -111,7 +111,7 @@ def main(doc: str | None, jobs: Mapping[str, Callable[[Path, str], Job]], texts:
     parser.add_argument("jobs", nargs="*", choices=[*jobs, []])
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks"), help="for prepared models")
-    parser.add_argument("--only", default="", help="variants whose names contain this")
+    parser.add_argument("--only", nargs="+", default=[""], help="variants whose names contain one of these")
     if texts:
         parser.add_argument("--texts", required=True, help="a file with a sentence a line")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
@@ -190,7 +190,7 @@ def _compare(job: Job, command: list[str], given: argparse.Namespace) -> None:
         started = {False: _started("numpy"), True: _started("torch")}
         print(f"Memory begins at {started[False]:.2f} GiB, with torch at {started[True]:.2f}.")
     reference = next(iter(job.variants))
-    chosen = [name for name in job.variants if given.only in name or name == reference]
+    chosen = [name for name in job.variants if name == reference or any(part in name for part in given.only)]
     loaded: dict[str, _Variant] = {}
     for _ in range(given.passes):
         for name in list(chosen):

@@ -1,6 +1,6 @@
 """Translation by a model of Marian's base size: qkv beside transformers and CTranslate2.
 
-usage: python benchmarks/translate.py [greedy | beam] [--passes N] [--only NAME]
+usage: python benchmarks/translate.py [greedy | beam] [--passes N] [--only NAME ...]
 
 64 sources of 12 to 28 tokens, 20 new tokens each, greedily or with 4 beams; no end token stops them. 6
 and 6 layers, 512 wide, a vocabulary of 58,101 pieces, random weights. Agreement is the share of tokens

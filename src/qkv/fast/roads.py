@@ -52,16 +52,17 @@ def optimize(
 ) -> Road:
     """Make a model answer faster, in place; returns the road that it takes from now on.
 
-    precision: of the products with the weights of the blocks, of the output and of an image's patches. fp32:
-    as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8 bits, with a
-    scale for every token and every output; which inputs are large is seen on random tokens or noise, so no
-    data are needed. In both, embeddings of tokens are kept in bf16. auto: fp32 or bf16; on a GPU bf16 if it
-    multiplies that. Of several roads it is the one that a trial on this machine found fastest, which is
-    remembered in the cache folder. Where there is no compiled code a warning says why, and int8 becomes bf16,
-    and both fp32 on a CPU that does not multiply bf16. Weights go once they are packed, so the model only answers from then on: it can neither be
-    trained nor saved. unread: what a model on the CPU still waits for; each block's is read when the block is
-    packed, so that all weights are never in memory as they were trained. Raises InputError if they are packed
-    already, for int8 on a GPU, and for a precision that there is not.
+    precision: of the products with the weights of the blocks, of the output and of an image's patches.
+    fp32: as trained. bf16: rounded to 8 bits of mantissa. int8: weights and activations rounded to 8
+    bits, with a scale for every token and every output; which inputs are large is seen on random tokens
+    or noise, so no data are needed. In both, embeddings of tokens are kept in bf16. auto: fp32 or bf16;
+    on a GPU bf16 if it multiplies that. Of several roads it is the one that a trial on this machine found
+    fastest, which is remembered in the cache folder. Where there is no compiled code a warning says why,
+    and int8 becomes bf16, and both fp32 on a CPU that does not multiply bf16. Weights go once they are
+    packed, so the model only answers from then on: it can neither be trained nor saved. unread: what a
+    model on the CPU still waits for; each block's is read when the block is packed, so that all weights
+    are never in memory as they were trained. Raises InputError if they are packed already, for int8 on a
+    GPU, and for a precision that there is not.
     """
     if precision not in (*get_args(InferencePrecision), "auto"):
         raise InputError(f"no precision {precision!r}; there are fp32, bf16, int8 and auto")
