@@ -100,6 +100,17 @@ def assert_own_answers(name: str, precision: str, lengths: list[tuple[int, int]]
     assert_near(found, expected, TOLERANCE[precision])
 
 
+def assert_interrupted() -> None:
+    """A model whose packing is interrupted neither answers nor is packed again."""
+    model = wide("gpt-pre-norm")
+    with pytest.raises(KeyboardInterrupt):
+        compiled(model, "int8")
+    with pytest.raises(InputError, match="was interrupted: load it anew"):
+        generate(model, [[3, 4]], Decoding(max_new_tokens=1))
+    with pytest.raises(InputError, match="load it anew"):
+        optimize(model, "int8")
+
+
 # ---------------------------------------------------------------- answers
 
 
@@ -421,18 +432,11 @@ def test_how_large_inputs_become_is_seen_at_every_matrix(name: str):
 @native_code
 @pytest.mark.parametrize("where", ["sample.run", "roads._output"])
 def test_a_model_whose_sample_was_interrupted_says_so(where: str, monkeypatch):
-    model = wide("gpt-pre-norm")
-
     def interrupted(*about: object, **more: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"qkv.fast.{where}", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        compiled(model, "int8")
-    with pytest.raises(InputError, match="was interrupted: load it anew"):
-        generate(model, [[3, 4]], Decoding(max_new_tokens=1))
-    with pytest.raises(InputError, match="load it anew"):
-        optimize(model, "int8")
+    assert_interrupted()
 
 
 @native_code
@@ -685,13 +689,7 @@ def test_a_model_that_was_half_optimized_says_so(monkeypatch):
             super().__init__(*about)  # type: ignore[arg-type]
 
     monkeypatch.setattr("qkv.fast.native.NativeLinear", Interrupted)
-    model = wide("gpt-pre-norm")
-    with pytest.raises(KeyboardInterrupt):
-        compiled(model, "int8")
-    with pytest.raises(InputError, match="was interrupted: load it anew"):
-        generate(model, [[3, 4]], Decoding(max_new_tokens=1))
-    with pytest.raises(InputError, match="load it anew"):
-        optimize(model, "int8")
+    assert_interrupted()
 
 
 @native_code
