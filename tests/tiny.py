@@ -41,6 +41,7 @@ CONFIGS: dict[str, AnyModelConfig] = {
     "vit-post-norm": replace(_VIT, norm_first=False),
     "vit-convolutions": replace(_VIT, stem="convolutions"),
     "vit-rotary": replace(_VIT, position="rotary", qk_norm=True, heads=3),
+    "vit-rotary-convolutions": replace(_VIT, position="rotary", stem="convolutions", heads=3),
 }
 CAUSAL = [name for name in CONFIGS if name.startswith("gpt")]
 DECODERS = [name for name in CONFIGS if name.startswith(("gpt", "transformer"))]

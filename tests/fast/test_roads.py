@@ -205,9 +205,11 @@ def test_attention_is_recorded_over_a_cache(name: str, options: dict):
 
 
 @native_code
-@pytest.mark.parametrize("name", ["vit-pre-norm", "vit-convolutions"])
-def test_pixels_become_tokens_by_the_compiled_product(name: str):
-    assert isinstance(native(name, "int8").patches.projection, NativeLinear)
+@pytest.mark.parametrize(
+    ("name", "module"), [("vit-pre-norm", "patches.projection"), ("vit-convolutions", "patches.last")]
+)
+def test_pixels_become_tokens_by_the_compiled_product(name: str, module: str):
+    assert isinstance(native(name, "int8").get_submodule(module), NativeLinear)
 
 
 @native_code

@@ -30,7 +30,7 @@ NAMES = [
     "bert-tagging",
     "vit-classification",
     "vit-convolutions-classification",
-    "rotary-vit-classification",
+    "vit-rotary-classification",
     "marian",
     "rotary-marian-qk-norm",
 ]
@@ -181,6 +181,16 @@ def test_an_adapter_of_half_its_alpha_adds_half(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- what does not fit
+
+
+def test_an_adapter_of_a_sentence_encoder_pools_as_its_base_does(tmp_path: Path) -> None:
+    made_by_peft("bert", tmp_path, target_modules=["query"])
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    (tmp_path / "base" / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "base" / "1_Pooling").mkdir()
+    (tmp_path / "base" / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert hub.load(tmp_path / "adapter").pooling == hub.load(tmp_path / "base").pooling
+    assert hub.load(tmp_path / "base").pooling.mode == "cls"
 
 
 def configure(folder: Path, **values: object) -> None:

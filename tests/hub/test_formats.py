@@ -20,7 +20,7 @@ from qkv.errors import InputError
 from qkv.hub.bert import BERT
 from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian, RotaryMarian
-from qkv.hub.vit import VIT, ConvolutionalViT, RotaryViT
+from qkv.hub.vit import VIT, ExtendedViT
 from qkv.models import PRESETS, build
 
 from . import theirs
@@ -203,7 +203,7 @@ def test_every_preset_survives_its_config_json(preset: str) -> None:
 
 @pytest.mark.parametrize(
     "format",
-    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ConvolutionalViT(), RotaryViT(), Marian(), RotaryMarian()],
+    [GPT1(), GPT2(), Persimmon(), BERT(), VIT(), ExtendedViT(), Marian(), RotaryMarian()],
     ids=lambda f: f.model_type,
 )
 def test_a_table_names_every_tensor_once(format) -> None:
@@ -213,8 +213,15 @@ def test_a_table_names_every_tensor_once(format) -> None:
         "persimmon": GPTConfig(depth=3, dim=12, mlp_dim=12, heads=3, position="rotary", qk_norm=True),
         "bert": BertConfig(depth=3, dim=12, mlp_dim=12),
         "vit": ViTConfig(depth=3, dim=12, mlp_dim=12, labels=("a",)),
-        "vit_convolutional_stem": ViTConfig(depth=3, dim=48, mlp_dim=12, stem="convolutions", labels=("a",)),
-        "rotary_vit": ViTConfig(depth=3, dim=48, mlp_dim=12, position="rotary", qk_norm=True, labels=("a",)),
+        "extended_vit": ViTConfig(
+            depth=3,
+            dim=48,
+            mlp_dim=12,
+            stem="convolutions",
+            position="rotary",
+            qk_norm=True,
+            labels=("a",),
+        ),
         "marian": TransformerConfig(depth=3, dim=8, mlp_dim=12),
         "rotary_marian": TransformerConfig(depth=3, dim=16, mlp_dim=12, position="rotary", qk_norm=True),
     }

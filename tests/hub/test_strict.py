@@ -60,7 +60,7 @@ def refused(folder: str | Path, pattern: str, **options: object) -> str:
         "bert-masked-lm",
         "vit-classification",
         "vit-convolutions",
-        "rotary-vit-classification",
+        "vit-rotary-classification",
         "marian",
         "rotary-marian-qk-norm",
     ],
@@ -286,10 +286,6 @@ TEXT = {**SIZES, "vocab_size": 9, "context": 5}
         (TransformerConfig(**TEXT, norm_eps=1e-6), "norm_eps"),
         (ViTConfig(**SIZES, norm_first=False), "pre-norm"),
         (ViTConfig(**SIZES, qk_norm=True), "vit has no model.qk_norm"),
-        (
-            ViTConfig(**{**SIZES, "heads": 3}, stem="convolutions", patch_size=4, position="rotary"),
-            "rotary positions are for patches",
-        ),
     ],
 )
 def test_models_that_cannot_be_saved(config, message: str, tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from qkv.hub.code import modeling_extended_vit as extended
 from qkv.hub.code import modeling_rotary_marian as rotary
-from qkv.hub.code import modeling_rotary_vit as rotary_vit
-from qkv.hub.code import modeling_vit_convolutional_stem as stem
 from qkv.models import GPT, Bert, Model, Transformer
 from qkv.ragged import Ragged, pack
 
@@ -48,13 +47,9 @@ _MARIAN = {
 }
 
 # So that save_pretrained copies their code into the folder.
-stem.ViTConvolutionalStemConfig.register_for_auto_class()
-stem.ViTConvolutionalStemModel.register_for_auto_class()
-stem.ViTConvolutionalStemForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-
-rotary_vit.RotaryViTConfig.register_for_auto_class()
-rotary_vit.RotaryViTModel.register_for_auto_class()
-rotary_vit.RotaryViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+extended.ExtendedViTConfig.register_for_auto_class()
+extended.ExtendedViTModel.register_for_auto_class()
+extended.ExtendedViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 
 rotary.RotaryMarianConfig.register_for_auto_class()
 rotary.RotaryMarianMTModel.register_for_auto_class("AutoModelForSeq2SeqLM")
@@ -95,13 +90,18 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "vit-classification": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(**_VIT, id2label=_LABELS)
     ),
-    "vit-convolutions": lambda: stem.ViTConvolutionalStemModel(stem.ViTConvolutionalStemConfig(**_VIT)),
-    "vit-convolutions-classification": lambda: stem.ViTConvolutionalStemForImageClassification(
-        stem.ViTConvolutionalStemConfig(**_VIT, id2label=_LABELS, hidden_act="relu")
+    "vit-convolutions": lambda: extended.ExtendedViTModel(
+        extended.ExtendedViTConfig(**_VIT, stem="convolutions")
     ),
-    "rotary-vit": lambda: rotary_vit.RotaryViTModel(rotary_vit.RotaryViTConfig(**_VIT)),
-    "rotary-vit-classification": lambda: rotary_vit.RotaryViTForImageClassification(
-        rotary_vit.RotaryViTConfig(**_VIT, id2label=_LABELS, qk_norm=True)
+    "vit-convolutions-classification": lambda: extended.ExtendedViTForImageClassification(
+        extended.ExtendedViTConfig(**_VIT, stem="convolutions", id2label=_LABELS, hidden_act="relu")
+    ),
+    "vit-rotary": lambda: extended.ExtendedViTModel(extended.ExtendedViTConfig(**_VIT, position="rotary")),
+    "vit-rotary-classification": lambda: extended.ExtendedViTForImageClassification(
+        extended.ExtendedViTConfig(**_VIT, position="rotary", id2label=_LABELS, qk_norm=True)
+    ),
+    "vit-rotary-convolutions": lambda: extended.ExtendedViTModel(
+        extended.ExtendedViTConfig(**_VIT, position="rotary", stem="convolutions")
     ),
     "marian": lambda: transformers.MarianMTModel(transformers.MarianConfig(**_MARIAN)),
     "rotary-marian": lambda: rotary.RotaryMarianMTModel(rotary.RotaryMarianConfig(**_MARIAN)),

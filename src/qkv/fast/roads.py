@@ -102,14 +102,14 @@ def _pack(model: Model, config: ModelConfig, road: Road, unread: Unread) -> None
     for name in _named(model, Stack):
         _replace(model, name, partial(_stack, name=name, config=config, road=road, unread=unread))
     unread.into(model)
-    for name in _named(model, PatchEmbedding, ConvolutionalStem):
-        _replace(model, f"{name}.projection", partial(_linear, road=road))
+    for name in _to_tokens(model):
+        _replace(model, name, partial(_linear, road=road))
 
 
 def _pack_int8(model: Model, config: ModelConfig, road: Road, unread: Unread) -> None:
     """Replace the modules for the road in int8, while a sample goes through the model."""
     stacks, outputs = _named(model, Stack), _named(model, Output)
-    projections = [f"{name}.projection" for name in _named(model, PatchEmbedding, ConvolutionalStem)]
+    projections = _to_tokens(model)
     if not isinstance(model, ViT):
         unread.into(model.tokens, "tokens.")
         _replace(model, "tokens", lambda tokens: PackedEmbedding(tokens.weight))
@@ -179,6 +179,12 @@ _QUICK = (
 def _named(model: nn.Module, *kinds: type[nn.Module]) -> list[str]:
     """Names of the modules of these kinds."""
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _to_tokens(model: nn.Module) -> list[str]:
+    """Names of the matrices by which pixels become tokens."""
+    patches = (f"{name}.projection" for name in _named(model, PatchEmbedding))
+    return [*patches, *(f"{name}.last" for name in _named(model, ConvolutionalStem))]
 
 
 def _replace(model: nn.Module, name: str, made_of: Callable[[Any], nn.Module]) -> None:

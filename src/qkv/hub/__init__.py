@@ -1,8 +1,8 @@
 """Checkpoints in and out: folders that transformers, vLLM and sentence-transformers open as they are.
 
 `load` reads a folder or a Hub id, strictly; `opened` lets the caller say when which tensors are read; `save`
-writes a folder whole. The formats are `gpt2`, `openai-gpt`, `persimmon`, `bert`, `vit`, `rotary_vit`,
-`vit_convolutional_stem`, `marian` and `rotary_marian`, one table each in the files beside this one, and
+writes a folder whole. The formats are `gpt2`, `openai-gpt`, `persimmon`, `bert`, `vit`, `extended_vit`,
+`marian` and `rotary_marian`, one table each in the files beside this one, and
 peft's adapters of them. A format that transformers lacks has its code in `code/`, which `save` puts into the
 folder for transformers to run; `load` never runs any.
 """
@@ -40,7 +40,7 @@ from qkv.hub.gpt import GPT1, GPT2, Persimmon
 from qkv.hub.marian import Marian, RotaryMarian
 from qkv.hub.sentence import CONTRASTIVE, Pooling
 from qkv.hub.table import Format
-from qkv.hub.vit import VIT, ConvolutionalViT, RotaryViT
+from qkv.hub.vit import VIT, ExtendedViT
 from qkv.images import ImageProcessor
 from qkv.lora import HEAD
 from qkv.lora import adapt as add_adapters
@@ -55,8 +55,7 @@ _ALL: tuple[Format[Any], ...] = (
     Persimmon(),
     BERT(),
     VIT(),
-    ConvolutionalViT(),
-    RotaryViT(),
+    ExtendedViT(),
     Marian(),
     RotaryMarian(),
 )
@@ -229,7 +228,8 @@ def _load_adapted(
         fresh=(),
         files=(*base.files, folder / folders.ADAPTER, folder / folders.ADAPTER_WEIGHTS),
     )
-    return _for_sentences(adapted, sentence.read(folder))
+    own = sentence.read(folder)
+    return adapted if own.pooling is None else _for_sentences(adapted, own)
 
 
 def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:
@@ -348,9 +348,8 @@ def _format_of(config: AnyModelConfig) -> Format[Any]:
         return _FORMATS["bert"]
     if isinstance(config, TransformerConfig):
         return _FORMATS["marian" if config.position == "sinusoidal" else "rotary_marian"]
-    if config.position == "rotary":
-        return _FORMATS["rotary_vit"]
-    return _FORMATS["vit" if config.stem == "patches" else "vit_convolutional_stem"]
+    plain = config.stem == "patches" and config.position == "learned"
+    return _FORMATS["vit" if plain else "extended_vit"]
 
 
 def check_savable(config: AnyModelConfig) -> None:

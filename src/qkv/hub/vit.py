@@ -1,4 +1,4 @@
-"""ViT on disk: `vit`, `rotary_vit` or `vit_convolutional_stem`; bare or with a classifier."""
+"""ViT on disk: `vit` or `extended_vit`; bare or with a classifier."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from qkv.hub.table import Fields, Format, Row, Table, label_settings, labels_of,
 from qkv.tokenizers import Tokenizer
 
 _WEIGHT, _BIAS = module("patches.projection", "embeddings.patch_embeddings.projection")
-_PATCHES = (replace(_WEIGHT, shape=("dim", "channels", "patch_size", "patch_size")), _BIAS)
-_CONVOLUTIONS = (
-    *(
-        replace(row, count="stem_depth")
-        for part in ("convolutions.{}", "norms.{}")
-        for row in module(f"patches.{part}", f"embeddings.patch_embeddings.{part}")
-    ),
-    _WEIGHT,
-    _BIAS,
-)
 _AUTO = {
     "AutoConfig": "Config",
     "AutoModel": "Model",
@@ -35,8 +25,6 @@ class VIT(Format[ViTConfig]):
     model_type = "vit"
     classes: ClassVar[str] = "ViT"
     """transformers' classes are called so, and then Model or ForImageClassification."""
-    make: ClassVar[Mapping[str, str]] = {}
-    """Fields of ours that every model of this format has so."""
     fields = Fields(
         names={
             "image_size": ("image_size",),
@@ -57,7 +45,8 @@ class VIT(Format[ViTConfig]):
         rows=(
             Row("class_token", ("embeddings.cls_token",), shape=(1, 1, "dim")),
             Row("positions", ("embeddings.position_embeddings",), shape=(1, -1, "dim")),
-            *_PATCHES,
+            replace(_WEIGHT, shape=("dim", "channels", "patch_size", "patch_size")),
+            _BIAS,
             *module("blocks.{}.attention_norm", "encoder.layer.{}.layernorm_before"),
             *module(
                 "blocks.{}.attention.qkv",
@@ -89,7 +78,7 @@ class VIT(Format[ViTConfig]):
         """Classes only where the architecture declares a classifier."""
         has_head = f"{self.classes}ForImageClassification" in (theirs.get("architectures") or [])
         labels = labels_of(theirs) if has_head else ()
-        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True, **self.make})
+        return from_dict(ViTConfig, {**ours, "labels": labels, "norm_first": True})
 
     def rest(self, config: ViTConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
         """The architecture, the classes, and where transformers finds the code, if the folder has any."""
@@ -102,42 +91,37 @@ class VIT(Format[ViTConfig]):
         return not config.labels
 
     def obstacle(self, config: ViTConfig) -> str | None:
-        """It must be pre-norm; rotary positions need patches, and norms of queries and keys need those."""
+        """It must be pre-norm, and norms of queries and keys need rotary positions."""
         if not config.norm_first:
             return "transformers' vit is pre-norm: model.norm_first must be true"
-        if config.position == "rotary" and config.stem == "convolutions":
-            return "rotary positions are for patches: set model.stem patches or model.position learned"
         if config.qk_norm and config.position != "rotary":
             return "transformers' vit has no model.qk_norm: set model.position rotary"
         return None
 
 
-class ConvolutionalViT(VIT):
-    """The same behind a convolutional stem. transformers has no such model: the folder carries its code."""
+class ExtendedViT(VIT):
+    """The same with rotary positions, norms of queries and keys, or a convolutional stem.
 
-    model_type = "vit_convolutional_stem"
-    classes = "ViTConvolutionalStem"
-    make: ClassVar[Mapping[str, str]] = {"stem": "convolutions"}
-    code = "modeling_vit_convolutional_stem.py"
-    table = replace(VIT.table, rows=(*_CONVOLUTIONS, *(row for row in VIT.table.rows if row not in _PATCHES)))
-
-
-class RotaryViT(VIT):
-    """The same with rotary positions, and with or without norms of queries and keys.
-
-    transformers has no such model either.
+    transformers has no such model: the folder carries its code.
     """
 
-    model_type = "rotary_vit"
-    classes = "RotaryViT"
-    make: ClassVar[Mapping[str, str]] = {"position": "rotary"}
-    code = "modeling_rotary_vit.py"
-    fields = replace(VIT.fields, names={**VIT.fields.names, "qk_norm": ("qk_norm",)})
+    model_type = "extended_vit"
+    classes = "ExtendedViT"
+    code = "modeling_extended_vit.py"
+    fields = replace(
+        VIT.fields, names={**VIT.fields.names, **{name: (name,) for name in ("stem", "position", "qk_norm")}}
+    )
     table = replace(
         VIT.table,
         rows=(
-            *(row for row in VIT.table.rows if row.ours != "positions"),
+            *VIT.table.rows,
             *module("blocks.{}.attention.query_norm", "encoder.layer.{}.attention.q_norm"),
             *module("blocks.{}.attention.key_norm", "encoder.layer.{}.attention.k_norm"),
+            *(
+                replace(row, count="stem_depth")
+                for part in ("convolutions.{}", "norms.{}")
+                for row in module(f"patches.{part}", f"embeddings.patch_embeddings.{part}")
+            ),
+            *module("patches.last", "embeddings.patch_embeddings.last"),
         ),
     )

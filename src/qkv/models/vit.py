@@ -81,7 +81,7 @@ class ConvolutionalStem(nn.Module):
             for i in range(config.stem_depth)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=config.norm_eps) for width in widths)
-        self.projection = nn.Linear(config.dim, config.dim)
+        self.last = nn.Linear(config.dim, config.dim)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class ConvolutionalStem(nn.Module):
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = convolution(x).permute(0, 2, 3, 1)  # (N, h, w, c)
             x = self.activation(norm(x)).permute(0, 3, 1, 2)  # (N, c, h, w)
-        return self.projection(x.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+        return self.last(x.flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
 
 class ViT(nn.Module):
