@@ -263,7 +263,6 @@ def test_numbers_out_of_range_are_named(section: type):
     ("make", "message"),
     [
         (lambda: ModelConfig(dim=10, heads=4), "model.dim 10 is not divisible by model.heads 4"),
-        (lambda: ViTConfig(word_dropout=0.1), "model.word_dropout is for text: leave it out"),
         (lambda: ViTConfig(image_size=30), "model.image_size 30 is not divisible by model.patch_size 16"),
         (
             lambda: ViTConfig(image_size=24, patch_size=6, dim=12, stem="convolutions"),

@@ -15,7 +15,7 @@ from test_trackers import tensorboard_points
 from test_train import run_config
 
 from qkv.checkpoint import read_metrics
-from qkv.config import DROPOUTS, RunConfig, write_toml
+from qkv.config import RunConfig, write_toml
 
 VARIANTS = {
     "muon and the mean of states": {
@@ -41,7 +41,7 @@ def recipe(folder: Path, variant: str) -> RunConfig:
         "gradient_accumulation_steps": 2,
     }
     config = run_config(folder, "gpt", **settings | VARIANTS[variant])
-    rates = dict.fromkeys(DROPOUTS, 0.2)
+    rates = dict.fromkeys(config.model.dropouts, 0.2)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2, **rates))
 
 

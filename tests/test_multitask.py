@@ -171,7 +171,7 @@ def test_transformers_opens_each_folder_with_equal_logits(task: str, logits: str
     torch.testing.assert_close(ours, said.flatten(0, -2), atol=1e-5, rtol=1e-5)
 
 
-def test_scores_of_the_run_are_those_of_its_folders(trained: Trained) -> None:
+def test_scores_of_the_run_are_those_of_its_folders(trained: Trained, monkeypatch) -> None:
     found = score(str(trained.folder))
     assert found["loss"] == pytest.approx(trained.best["loss"], rel=1e-4)
     for task in ("mood", "color"):
@@ -181,8 +181,19 @@ def test_scores_of_the_run_are_those_of_its_folders(trained: Trained) -> None:
     data = mood.path
     assert mood.text_pair == "" and trained.job.config.tasks["color"].text_pair == "text_pair"
     assert score(str(trained.folder / "mood"), data)["samples"] == 240
+    with monkeypatch.context() as patch:
+        patch.chdir(trained.folder / "mood")
+        assert score(".") == score(str(trained.folder / "mood"))
     with pytest.raises(InputError, match=r"has several tasks: score one on other data, as .*run/mood, "):
         score(str(trained.folder), data)
+
+
+def test_a_run_beside_a_tasks_name_is_not_overwritten(trained: Trained, tmp_path: Path) -> None:
+    hub.save(tmp_path / "runs" / "mood", hub.load(trained.folder / "mood"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "runs" / "mood").iterdir()}
+    with pytest.raises(InputError, match=r"runs/mood holds a checkpoint, which would be lost"):
+        train(new_job(recipe(tmp_path)), tmp_path / "runs", Nobody())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs" / "mood").iterdir()} == before
 
 
 def test_the_run_itself_is_no_model_but_names_them(trained: Trained) -> None:

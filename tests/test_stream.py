@@ -287,6 +287,14 @@ def test_an_interrupted_command_goes_on_where_it_stopped(models, corpus, tmp_pat
     assert sorted(tmp_path.iterdir()) == sorted([corpus, tmp_path / "v.npy"])
 
 
+def test_a_command_that_failed_before_its_first_answer_is_in_nobodys_way(models, corpus, tmp_path):
+    out = tmp_path / "v.npy"
+    command = ["embed", models["embed"], "--data", corpus, "-o", out]
+    assert "has no column 'body'" in fail(*command, "--column", "body")
+    succeed(*command)
+    assert np.load(out).shape == (len(CORPUS), 32)
+
+
 def test_what_is_kept_belongs_to_one_input_and_one_model(models, corpus, tmp_path, monkeypatch):
     out = tmp_path / "v.npy"
     with monkeypatch.context() as patch:

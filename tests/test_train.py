@@ -375,6 +375,16 @@ def test_a_comma_in_the_name_of_a_folder_divides_nothing(tmp_path, monkeypatch):
     job = new_job(dataclasses.replace(config, data=given))
     assert job.config.data.path == config.data.path
     train(job, tmp_path / "a, run", Nobody())
+    for name in ("train.en", "train.de"):
+        (tmp_path / "en,de" / name).write_text("a\nb\n")
+    monkeypatch.chdir(tmp_path / "en,de")
+    pairs = dataclasses.replace(run_config(tmp_path, "transformer").data, path="train.en,train.de")
+    job = new_job(dataclasses.replace(run_config(tmp_path, "transformer", max_steps=1), data=pairs))
+    train(job, tmp_path / "translates", Nobody())
+    assert train(
+        resumed_job(tmp_path / "translates"), tmp_path / "translates", Nobody(), resume=True
+    ).finished
+    monkeypatch.chdir(tmp_path)
     again = new_job(dataclasses.replace(config, init="a, run"))
     assert again.config.init == str(tmp_path / "a, run")
 
@@ -395,9 +405,12 @@ def test_a_checkpoint_is_not_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
-def test_too_little_memory_is_one_line(tmp_path, monkeypatch):
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_too_little_memory_is_one_line(on_gpu, tmp_path, monkeypatch):
     def out_of_memory(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        if on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        torch.empty(2**60, dtype=torch.uint8)
 
     monkeypatch.setattr("qkv.trainer.Trainer.step", out_of_memory)
     with pytest.raises(InputError, match=r"out of memory behind step 0: raise train\.gradient_accumulation"):
@@ -518,7 +531,9 @@ def test_a_run_stops_early_at_the_right_evaluation_also_when_it_was_resumed(cut,
     assert (done.step, done.best_step, done.finished) == (14, 8, True)
     assert "Stopped at step 14: no better score since step 8." in nobody.said
     assert [r["step"] for r in read_metrics(run) if "valid_loss" in r] == [2, 4, 6, 8, 10, 12, 14]
-    assert train(resumed_job(run), run, Nobody(), resume=True) == done
+    again = Nobody()
+    assert train(resumed_job(run), run, again, resume=True) == done
+    assert any("raise train.early_stopping_patience in" in line for line in again.said)
 
 
 def test_patience_counts_evaluations_also_behind_a_best_step_between_two(tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from qkv.config import (
     BEAMS,
-    DROPOUTS,
     FAMILIES,
     BleuTokenizer,
     Decoding,
@@ -240,7 +239,7 @@ def _check_used(options: list[str], config: RunConfig) -> None:
     data_decide = ("vocab_size", "head", "labels", "channels", "pad_id", "eos_id")
     idle = {f"model.{name}": "the data decide it" for name in data_decide}
     if config.init:
-        own = {field.name for field in fields(config.model)} - {*DROPOUTS}
+        own = {field.name for field in fields(config.model)} - {*config.model.dropouts}
         idle |= {f"model.{name}": "with init the model is the checkpoint's" for name in own}
     if config.model.family == "vit":
         idle |= {f"tokenizer.{field.name}": "images have none" for field in fields(config.tokenizer)}

@@ -78,8 +78,6 @@ class ModelConfig:
     """After embeddings and after every sub-layer, before it joins the residual stream."""
     attention_dropout: float = 0.0
     """On attention probabilities."""
-    word_dropout: float = 0.0
-    """Share of tokens whose embedding is 0 in training (Iyyer et al. 2015, 3.2; Sennrich and Zhang 2019)."""
     drop_path: float = 0.0
     """Share of sequences that skip a sub-layer in training (stochastic depth): 0 in the first block, rising
     linearly to this in the last."""
@@ -87,13 +85,31 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check("model.", self, *_COUNT, "dim", "depth", "heads", "mlp_dim")
         _check("model.", self, *_POSITIVE, "norm_eps")
-        _check("model.", self, *_FRACTION, *DROPOUTS)
+        _check("model.", self, *_FRACTION, *self.dropouts)
         if self.dim % self.heads:
             raise InputError(f"model.dim {self.dim} is not divisible by model.heads {self.heads}")
 
+    @property
+    def dropouts(self) -> dict[str, Any]:
+        """All that a run may choose anew for a checkpoint that it begins from."""
+        names = ("dropout", "attention_dropout", "word_dropout", "drop_path")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
-DROPOUTS = ("dropout", "attention_dropout", "word_dropout", "drop_path")
-"""All of a model that a run may choose anew for a checkpoint that it begins from."""
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(ModelConfig):
+    """What the three families that read text have in common."""
+
+    vocab_size: int
+    """Tokens V of the vocabulary; in training the tokenizer's."""
+    context: int
+    """Longest text in tokens."""
+    word_dropout: float = 0.0
+    """Share of tokens whose embedding is 0 in training (Iyyer et al. 2015, 3.2; Sennrich and Zhang 2019)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("model.", self, *_COUNT, "vocab_size", "context")
 
 
 def _check_rotary(config: GPTConfig | TransformerConfig | ViTConfig, multiple: int) -> None:
@@ -105,7 +121,7 @@ def _check_rotary(config: GPTConfig | TransformerConfig | ViTConfig, multiple: i
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(ModelConfig):
+class TransformerConfig(TextConfig):
     """The encoder-decoder Transformer of Vaswani et al. 2017; the defaults are its base model."""
 
     family: Literal["transformer"] = "transformer"
@@ -132,7 +148,6 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model.", self, *_COUNT, "vocab_size", "context")
         inside = (
             lambda value: 0 <= value < self.vocab_size,
             f"an id below model.vocab_size {self.vocab_size}",
@@ -142,13 +157,12 @@ class TransformerConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BertConfig(ModelConfig):
+class BertConfig(TextConfig):
     """BERT of Devlin et al. 2018; the defaults are bert-base."""
 
     family: Literal["bert"] = "bert"
     """Which of the four models: BERT."""
     vocab_size: int = 30522
-    """Tokens V of the vocabulary; in training the tokenizer's."""
     context: int = 512
     """Longest text in tokens, special ones included."""
     segments: int = 2
@@ -162,17 +176,16 @@ class BertConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model.", self, *_COUNT, "vocab_size", "context", "segments")
+        _check("model.", self, *_COUNT, "segments")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTConfig(ModelConfig):
+class GPTConfig(TextConfig):
     """GPT-1 (post-norm) and GPT-2 (pre-norm) of Radford et al. 2018, 2019; the defaults are GPT-2 124M."""
 
     family: Literal["gpt"] = "gpt"
     """Which of the four models: GPT."""
     vocab_size: int = 50257
-    """Tokens V of the vocabulary; in training the tokenizer's."""
     context: int = 1024
     """Longest text in tokens; training windows have this length."""
     activation: Activation = "gelu_tanh"
@@ -185,7 +198,6 @@ class GPTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check("model.", self, *_COUNT, "vocab_size", "context")
         _check_rotary(self, 2)
 
 
@@ -209,7 +221,7 @@ class ViTConfig(ModelConfig):
     dropout: float = 0.0
     position: Literal["learned", "rotary"] = "learned"
     """Learned vectors added to patches, or rotated queries and keys, half of the pairs by row, half by column
-    (Heo et al. 2024); those are for the stem `patches`."""
+    (Heo et al. 2024)."""
     qk_norm: bool = False
     """Layer normalisation of each head's queries and keys (Dehghani et al. 2023, 2); with rotary position."""
     labels: tuple[str, ...] = ()
@@ -217,8 +229,6 @@ class ViTConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.word_dropout:
-            raise InputError("model.word_dropout is for text: leave it out")
         _check("model.", self, *_COUNT, "patch_size", "channels")
         _check("model.", self, *_NOT_NEGATIVE, "image_size")
         _check_rotary(self, 4)
@@ -408,7 +418,7 @@ class TrainConfig:
     save_steps: int = 200
     """Steps between saved states, from which a run can be resumed."""
     save_total_limit: int = 1
-    """How many of the last states stay."""
+    """How many of the last states saved at `save_steps` stay; the newest one always does."""
     early_stopping_patience: int = 0
     """Stop after so many scores in a row without a new best; 0: never."""
     torch_compile: bool = False
@@ -513,7 +523,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FigureOptions:
-    """What of an explanation a figure shows. Choices, layers and heads count from 0."""
+    """What of an explanation a figure shows. Choices, layers and heads count from 0.
+
+    Raises InputError for an option that the figure would ignore.
+    """
 
     figure: Literal["relevance", "attention", "alignment"] = "relevance"
     """A map of relevance over the input, the attention of one head, or a translation's alignment."""
@@ -527,6 +540,15 @@ class FigureOptions:
     """Its layer in the stack."""
     head: int = 0
     """The head of that layer."""
+
+    def __post_init__(self) -> None:
+        of = {"choice": "relevance", "map": "relevance"} | dict.fromkeys(
+            ("stack", "layer", "head"), "attention"
+        )
+        for option in fields(self)[1:]:
+            wanted = of[option.name]
+            if wanted != self.figure and getattr(self, option.name) != option.default:
+                raise InputError(f"--{option.name} is of a figure of {wanted}: add --figure {wanted}")
 
 
 BEAMS = 4

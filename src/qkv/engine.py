@@ -178,10 +178,7 @@ class Engine:
         """Choose the slot whose last text saves the most, or copy from one in use that saves more."""
         reading = search.reading()
         slot = max(self._free, key=lambda free: self._slots.saved(free, reading))
-        others = [other.slot for other in self._live]
-        donor = max(others, key=lambda used: self._slots.saved(used, reading), default=slot)
-        if self._slots.saved(donor, reading) > self._slots.saved(slot, reading):
-            self._slots.copy(donor, slot, self._slots.shared(donor, reading))
+        self._slots.borrow(slot, reading, (other.slot for other in self._live))
         self._free.remove(slot)
         search.slot = slot
         self.counts.reused += self._slots.saved(slot, reading)

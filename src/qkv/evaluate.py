@@ -185,6 +185,7 @@ def _task(model: Model, data: DataConfig) -> Literal["auto", Task]:
 
 def _settings(folder: Path) -> RunConfig | None:
     """Those of a run folder, or of the task whose folder in a run it is; None if it is neither."""
+    folder = folder.absolute()  # "." has no parent
     if (folder / CONFIG).exists():
         return read_toml(folder / CONFIG)
     if folder.is_dir() and (folder.parent / STATES).is_dir() and (folder.parent / CONFIG).exists():
@@ -195,6 +196,7 @@ def _settings(folder: Path) -> RunConfig | None:
 
 def _fingerprint(folder: Path) -> str | None:
     """That of the held-out data of a run folder, or of a task's folder in it; None if nothing tells it."""
+    folder = folder.absolute()
     run, task = (folder, "") if (folder / STATES).is_dir() else (folder.parent, folder.name)
     states = saved_states(run)
     return progress_of(states[-1]).held_out.get(task) if states else None

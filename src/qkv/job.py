@@ -12,7 +12,7 @@ import torch
 
 from qkv import hub, lora
 from qkv.checkpoint import CONFIG
-from qkv.config import DROPOUTS, BertHead, DataConfig, RunConfig, TrainConfig, read_toml
+from qkv.config import BertHead, DataConfig, RunConfig, TrainConfig, read_toml
 from qkv.data import (
     Cache,
     Dataset,
@@ -24,6 +24,7 @@ from qkv.data import (
     read,
     trained_tokenizer,
 )
+from qkv.data.files import named_in
 from qkv.data.raw import PAIRABLE
 from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
@@ -102,8 +103,7 @@ def _located(data: DataConfig) -> DataConfig:
 
 def _absolute(location: str) -> str:
     """A path, or two with a comma between them, that mean the same from every folder."""
-    parts = [location] if expanded(location).exists() else location.split(",")
-    return ",".join(str(expanded(part.strip()).absolute()) for part in parts if part)
+    return ",".join(str(expanded(path).absolute()) for path in named_in(location) if path)
 
 
 def _folder_or_id(source: str) -> str:
@@ -204,12 +204,12 @@ def _load(config: RunConfig, raws: dict[str, Raw]) -> Checkpoint:
     given, usual = asdict(config.model), asdict(type(theirs)())
     for name, value in asdict(theirs).items():
         from_data = name in ("head", "labels") or (name == "image_size" and given[name] == 0)
-        if name not in DROPOUTS and not from_data and given[name] not in (value, usual[name]):
+        if name not in theirs.dropouts and not from_data and given[name] not in (value, usual[name]):
             raise InputError(
                 f"model.{name} is {given[name]}, but {config.init} has {value}: with init the model is the "
-                f"checkpoint's; only {', '.join(DROPOUTS)} can be set"
+                f"checkpoint's; only {', '.join(theirs.dropouts)} can be set"
             )
-    model = build(replace(theirs, **{name: given[name] for name in DROPOUTS}))
+    model = build(replace(theirs, **config.model.dropouts))
     model.load_state_dict(loaded.model.state_dict())
     return Checkpoint(model, loaded.tokenizer, loaded.images, fresh=loaded.fresh)
 

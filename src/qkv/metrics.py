@@ -139,19 +139,15 @@ Links = Collection[tuple[int, int]]
 """Of a sentence and its translation, pairs of source word and target word."""
 
 
-def alignment_error_rate(
-    found: Sequence[Links], sure: Sequence[Links], possible: Sequence[Links] | None = None
-) -> float:
-    """AER of all sentences' links (Och and Ney 2003, 4.1): 1 - (|A & S| + |A & P|) / (|A| + |S|).
+def alignment_error_rate(found: Sequence[Links], sure: Sequence[Links]) -> float:
+    """AER of all sentences' links where all of them are sure (Och and Ney 2003, 4.1).
 
-    possible: links that are no mistake; sure ones are among them, and None means no others. 0 without any
-    link.
+    1 - 2 |A & S| / (|A| + |S|); 0 without any link.
     """
     hits = total = 0
-    for number, (links, certain) in enumerate(zip(found, sure, strict=True)):
+    for links, certain in zip(found, sure, strict=True):
         A, S = set(links), set(certain)
-        P = S if possible is None else S | set(possible[number])
-        hits, total = hits + len(A & S) + len(A & P), total + len(A) + len(S)
+        hits, total = hits + 2 * len(A & S), total + len(A) + len(S)
     return 1 - hits / total if total else 0.0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from qkv.config import (
-    DROPOUTS,
     BertConfig,
     Family,
     GPTConfig,
@@ -53,6 +52,6 @@ def fine_tuning(recipe: RunConfig, adapters: bool) -> RunConfig:
 
     adapters: they alone are trained, at the rate of fresh weights.
     """
-    model = replace(type(recipe.model)(), **{name: getattr(recipe.model, name) for name in DROPOUTS})
+    model = replace(type(recipe.model)(), **recipe.model.dropouts)
     rate = recipe.train.learning_rate if adapters else FINE_TUNING_RATE
     return replace(recipe, model=model, train=replace(recipe.train, learning_rate=rate))

@@ -107,6 +107,12 @@ class Slots:
         self.texts[slot] = self.texts[donor][:length]
         self.sources[slot] = self.sources[donor]
 
+    def borrow(self, slot: int, reading: Reading, donors: Iterable[int]) -> None:
+        """Copy into a slot what saves a text most, unless what the slot holds saves as much."""
+        donor = max(donors, key=lambda used: self.saved(used, reading), default=slot)
+        if self.saved(donor, reading) > self.saved(slot, reading):
+            self.copy(donor, slot, self.shared(donor, reading))
+
     @torch.inference_mode()
     def read(self, readings: dict[int, Reading]) -> tuple[Ahead, dict[int, range]]:
         """Continue the slots' texts, or begin others in them.

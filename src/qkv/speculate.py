@@ -74,14 +74,11 @@ class Draft:
         for stream in streams:
             reading = _reading(stream)
             if not self.slots.saved(stream.slot, reading):
-                slots = range(len(self.slots.texts))
-                donor = max(slots, key=lambda slot: self.slots.saved(slot, reading))
-                if self.slots.saved(donor, reading):
-                    self.slots.copy(donor, stream.slot, self.slots.shared(donor, reading))
-                elif any((s.prompt, s.source) == (stream.prompt, stream.source) for s in begun):
+                self.slots.borrow(stream.slot, reading, range(len(self.slots.texts)))
+            if not self.slots.saved(stream.slot, reading):
+                if any((s.prompt, s.source) == (stream.prompt, stream.source) for s in begun):
                     continue
-                else:
-                    begun.append(stream)
+                begun.append(stream)
             yield stream
 
     def _goes_on(self, stream: Stream) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -281,15 +281,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text in pieces as ids arrive: together they are `decode` of all ids."""
-        pieces = Pieces(self)
-        for id in ids:
-            if piece := pieces.push(id):
-                yield piece
-        if rest := pieces.rest():
-            yield rest
 
     # ------------------------------------------------------------ files
 

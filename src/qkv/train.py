@@ -34,6 +34,7 @@ from qkv.checkpoint import (
 from qkv.config import TrainConfig, ViTConfig, write_toml
 from qkv.data import MultiTaskDataset, Sampler, prefetch
 from qkv.data.cache import fingerprint
+from qkv.data.contrastive import ContrastiveDataset
 from qkv.distributed import ALONE, Ranks
 from qkv.divergence import check_finite, check_trend
 from qkv.errors import InputError
@@ -55,8 +56,9 @@ def begin(job: Job, run: Path) -> None:
         raise InputError(
             f"{run} already holds a run: continue it with `qkv train --resume {run}`, or choose another --out"
         )
-    if holds_checkpoint(run):
-        raise InputError(f"{run} holds a checkpoint, which would be lost: choose another --out")
+    for folder in (run, *(run / task for task in job.config.tasks)):
+        if holds_checkpoint(folder):
+            raise InputError(f"{folder} holds a checkpoint, which would be lost: choose another --out")
     model = job.checkpoint.model
     tasks = job.valid.tasks if isinstance(job.valid, MultiTaskDataset) else {"": job.valid}
     held_out = {name: task.fingerprint for name, task in tasks.items()}
@@ -95,15 +97,22 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
             f"raise it in {run / CONFIG}"
         )
     # The settings may have been raised since.
-    progress.finished = progress.step == trainer.config.max_steps or _exhausted(progress, trainer.config)
+    exhausted = _exhausted(progress, trainer.config)
+    progress.finished = progress.step == trainer.config.max_steps or exhausted
+    if exhausted:
+        observer.say(
+            f"No better score since step {progress.best_step}: raise train.early_stopping_patience in "
+            f"{run / CONFIG} to go on behind step {progress.step}."
+        )
     try:
         _loop(job, trainer, run, observer, progress)
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"out of memory behind step {progress.step}: raise train.gradient_accumulation_steps in "
-            f"{run / CONFIG}, or switch train.gradient_checkpointing on; then continue with --resume {run}"
-        ) from error
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # GPU, CPU
+            raise InputError(
+                f"out of memory behind step {progress.step}: raise train.gradient_accumulation_steps in "
+                f"{run / CONFIG}, or switch train.gradient_checkpointing on; then continue with "
+                f"--resume {run}"
+            ) from error
         if ranks.count > 1:
             raise InputError(
                 f"behind step {progress.step} {ranks.failure(error)}: "
@@ -182,6 +191,9 @@ def _extent(job: Job, sampler: Sampler) -> str:
         f"{tokens:,} tokens, room for {config.batch_tokens:,} in a step: the run goes through them "
         f"{epochs:,.1f} times."
     )
+    if (largest := int(job.train.costs.max())) > config.batch_tokens:
+        whole = "group of data.candidates" if isinstance(job.train, ContrastiveDataset) else "sample"
+        text += f" A step has up to {largest:,} of them, as no {whole} is divided."
     if config.warmup_steps >= config.max_steps:
         text += " The learning rate is still rising when it ends: lower train.warmup_steps."
     if isinstance(model := job.config.model, ViTConfig):

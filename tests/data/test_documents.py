@@ -190,10 +190,12 @@ def test_text_like_special_tokens_stays_text() -> None:
 def test_unknown_words_are_never_selected() -> None:
     texts = ["abc\nabd", "bca\ncab"]
     tokenizer = character_tokenizer("bert", texts)
-    dataset = MaskedDataset(["xyz\nxyz", "xxx\nyyy"], tokenizer, 16, 0)
-    batch = dataset.batch([0, 1], 0)
-    assert len(batch.selected) == len(batch.labels) == 0
-    assert tokenizer.mask_id not in batch.ids.values.tolist()
+    dataset = MaskedDataset(["xyz\nxya", "xxx\nyyy"], tokenizer, 16, 0)
+    for epoch in range(20):
+        labels = dataset.batch([0, 1], epoch).labels.tolist()
+        assert set(labels) <= set(tokenizer.plain("a"))
+    with pytest.raises(InputError, match="knows no word of the documents: is it of another language"):
+        MaskedDataset(["xyz\nxyz", "xxx\nyyy"], tokenizer, 16, 0)
 
 
 @pytest.mark.parametrize("texts", [["one\ntwo"], ["one", "two", "six"], []])

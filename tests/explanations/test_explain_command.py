@@ -147,6 +147,12 @@ def test_a_figure_takes_no_more_work_than_it_shows(asked, tmp_path):
         *_, given = asked.pop()
         assert (given["methods"], given["random_orders"]) == (methods, 0)
     assert "by --map" in fail("explain", "bert", "a", "-o", tmp_path / "b.svg", "--methods", "rollout")
+    for options, said in (
+        (("--layer", "2"), "--layer is of a figure of attention: add --figure attention"),
+        (("--figure", "attention", "--map", "rollout"), "--map is of a figure of relevance"),
+        (("--figure", "alignment", "--choice", "1"), "--choice is of a figure of relevance"),
+    ):
+        assert said in fail("explain", "bert", "a", "-o", tmp_path / "b.svg", *options)
     assert asked == []
 
 
@@ -172,7 +178,7 @@ def test_mistakes_are_a_line_and_found_before_any_work(asked, tmp_path):
     assert "c forbids it" in fail("explain", "bert", "a", "-o", tmp_path / "c" / "a.html")
     (tmp_path / "c").unlink()
     for file in ([], ["-o", tmp_path / "a.html"]):
-        assert "give -o FILE with .png or .svg" in fail("explain", "bert", "a", "--layer", "1", *file)
+        assert "give -o FILE with .png or .svg" in fail("explain", "bert", "a", "--map", "flow", *file)
     assert "invalid choice" in fail("explain", "bert", "a", "--methods", "guessing")
     assert asked == []
     assert "neither a folder nor on the hub" in fail("explain", "missing", "a")

@@ -10,7 +10,6 @@ from itertools import chain
 import numpy as np
 
 from qkv.config import (
-    DROPOUTS,
     AugmentConfig,
     BertConfig,
     DataConfig,
@@ -134,9 +133,8 @@ def check_settings(kind: Kind, config: RunConfig) -> None:
 
 def _has_dropout(config: RunConfig) -> bool:
     """Whether two passes of training differ."""
-    model = config.model
     adapters = config.lora.dropout if config.lora.rank else 0.0
-    return any((*(getattr(model, name) for name in DROPOUTS), adapters))
+    return any((*config.model.dropouts.values(), adapters))
 
 
 def build(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qkv.data.files import (
+    check_column,
     check_unicode,
     each_csv_row,
     each_json_row,
@@ -107,13 +108,7 @@ class Corpus:
         """The names of the columns to read. Raises InputError if one is not there, or is there twice."""
         names = [*self.columns, *(name for name in self.perhaps if name in header)]
         for name in names:
-            if header.count(name) > 1:
-                raise InputError(f"{self.path} has {header.count(name)} columns {name!r}; rename all but one")
-            if name not in header:
-                raise InputError(
-                    f"{self.path} has no column {name!r}; it has {', '.join(header)}: "
-                    "name the right one with --column"
-                )
+            check_column(self.path, header, name, "--column")
         return names
 
     def _complete(self, number: int, names: list[str], values: Sequence[Any]) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qkv.data.batches import Batch
-from qkv.data.cache import Cache, Chunks, fingerprint
+from qkv.data.cache import Cache, Chunks, Columns, fingerprint
 from qkv.data.files import TextFile
 from qkv.errors import InputError
 from qkv.ragged import Layout, Ragged
@@ -143,29 +143,52 @@ def encode(
 ) -> Encoded:
     """pairs: second texts, or none. Raises InputError for a text over the context that may not be cut."""
 
-    def found(tokenizer: Tokenizer) -> tuple[Sequences, Sequences]:
-        def chunks() -> Chunks:
-            for some in slices(len(texts)):
-                encodings = tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
-                ids = [e.ids for e in encodings]
-                segments = flat([e.segments for e in encodings], np.uint8)
-                yield (
-                    len(ids),
-                    {"ids": flat(ids, id_dtype(tokenizer)), "segments": segments, "lengths": lengths_of(ids)},
-                )
-
-        made_from = fingerprint("template", tokenizer.definition, content)
-        arrays = cache.get(made_from, TOKENIZERS, chunks, "texts tokenised", len(texts))
-        lengths = arrays["lengths"]
-        return Sequences(arrays["ids"], lengths), Sequences(arrays["segments"], lengths)
+    def encoded(tokenizer: Tokenizer, some: slice) -> dict[str, np.ndarray]:
+        encodings = tokenizer.encode_batch(texts[some], pairs[some] if pairs else None)
+        segments = flat([e.segments for e in encodings], np.uint8)
+        return {**in_template(tokenizer, [e.ids for e in encodings]), "segments": segments}
 
     content = digest(texts)[0] + digest(pairs)[0]
-    ids, segments = found(tokenizer)
-    notes = check_context(ids.lengths, texts, context, truncate)
-    if notes:
-        ids, segments = found(tokenizer.shortened(context))
-    notes += check_vocabulary(ids.values, tokenizer)
+    arrays, notes = cut_to(tokenizer, texts, context, truncate, encoded, ("template", content), cache)
+    lengths = arrays["lengths"]
+    ids, segments = Sequences(arrays["ids"], lengths), Sequences(arrays["segments"], lengths)
     return Encoded(ids, segments, notes, fingerprint(tokenizer.definition, content))
+
+
+def in_template(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+    """Some texts' ids and how many each has."""
+    return {"ids": flat(ids, id_dtype(tokenizer)), "lengths": lengths_of(ids)}
+
+
+def cut_to(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    context: int,
+    truncate: bool,
+    encoded: Callable[[Tokenizer, slice], dict[str, np.ndarray]],
+    made_from: tuple[str, bytes],
+    cache: Cache,
+) -> tuple[Columns, tuple[str, ...]]:
+    """What `encoded` makes of all texts, cut to the context if they may be, and notes about it.
+
+    encoded: of some of the texts, ids and lengths among it. made_from: what tells its result from others.
+    Raises InputError for a text over the context that may not be cut.
+    """
+
+    def found(tokenizer: Tokenizer) -> Columns:
+        def chunks() -> Chunks:
+            for some in slices(len(texts)):
+                yield len(texts[some]), encoded(tokenizer, some)
+
+        kind, content = made_from
+        key = fingerprint(kind, tokenizer.definition, content)
+        return cache.get(key, TOKENIZERS, chunks, "texts tokenised", len(texts))
+
+    arrays = found(tokenizer)
+    notes = check_context(arrays["lengths"], texts, context, truncate)
+    if notes:
+        arrays = found(tokenizer.shortened(context))
+    return arrays, notes + check_vocabulary(arrays["ids"], tokenizer)
 
 
 def id_dtype(tokenizer: Tokenizer) -> type[np.integer]:

@@ -99,6 +99,8 @@ class MaskedDataset(Dataset):
         special = special_ids(tokenizer)
         self.is_text = np.ones(tokenizer.vocab_size, dtype=bool)  # (V,)
         self.is_text[special] = False
+        if not self.is_text[self.sentences.values].any():
+            raise InputError("the tokenizer knows no word of the documents: is it of another language?")
         self.words = self.is_text.nonzero()[0]
         self.continues: NDArray[np.bool_] | None = None  # (V,)
         if whole_words:

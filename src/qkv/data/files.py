@@ -21,6 +21,16 @@ CONLL = ".conll"
 """A file of words with tags, one a line."""
 
 
+def named_in(location: str) -> list[str]:
+    """The one path of a location, or the two that have a comma between them; names may hold commas too."""
+    if expanded(location).exists():
+        return [location]
+    commas = [place for place, character in enumerate(location) if character == ","]
+    pairs = [[location[:place].strip(), location[place + 1 :].strip()] for place in commas]
+    there = (pair for pair in pairs if all(pair) and all(expanded(path).exists() for path in pair))
+    return next(there, [part.strip() for part in location.split(",") if part.strip()])
+
+
 def existing(location: str) -> Path:
     """A path that is there. Raises InputError if it is not."""
     path = expanded(location)
@@ -202,6 +212,16 @@ class TextFile:
 # ---------------------------------------------------------------- tables
 
 
+def check_column(path: Path, present: Sequence[str], name: str, setting: str) -> None:
+    """Raise InputError if a file does not have a column once; setting: the one that names it."""
+    if (count := present.count(name)) > 1:
+        raise InputError(f"{path} has {count} columns {name!r}; rename all but one")
+    if not count:
+        raise InputError(
+            f"{path} has no column {name!r}; it has {', '.join(present)}: name the right one with {setting}"
+        )
+
+
 @dataclass(frozen=True)
 class Table:
     """Columns by name, those that were asked for and are there."""
@@ -223,13 +243,7 @@ class Table:
 
     def values(self, name: str, setting: str) -> list[Any]:
         """A column without gaps. Raises InputError if it is not there or a value is missing."""
-        if (count := self.present.count(name)) > 1:
-            raise InputError(f"{self.path} has {count} columns {name!r}; rename all but one")
-        if name not in self.columns:
-            raise InputError(
-                f"{self.path} has no column {name!r}; it has {', '.join(self.present)}: "
-                f"name the right one with {setting}"
-            )
+        check_column(self.path, self.present, name, setting)
         values = self.columns[name]
         if not values:
             raise InputError(f"{self.path} has no rows")

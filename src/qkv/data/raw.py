@@ -21,6 +21,7 @@ from qkv.data.files import (
     TABLES,
     TextFile,
     existing,
+    named_in,
     read_bytes,
     read_conll,
     read_lines,
@@ -396,13 +397,13 @@ def _read_pairs(location: str, data: DataConfig) -> Samples:
         table = read_table(existing(location), [data.source, data.target])
         sources, targets = table.texts(data.source, "data.source"), table.texts(data.target, "data.target")
         return Samples("pairs", sources, targets)
-    names = location.split(",")
+    names = named_in(location)
     if len(names) != 2:
         raise InputError(
             f"{location} is neither two aligned files, given as source.en,target.de, nor a table "
             f"({', '.join(TABLES)}) with columns {data.source!r} and {data.target!r}"
         )
-    source, target = (existing(name.strip()) for name in names)
+    source, target = (existing(name) for name in names)
     sources, targets = read_lines(source), read_lines(target)
     if len(sources) != len(targets):
         raise InputError(

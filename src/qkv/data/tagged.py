@@ -11,21 +11,18 @@ from itertools import chain
 import numpy as np
 
 from qkv.data.batches import TaggedBatch
-from qkv.data.cache import NO_CACHE, Cache, Chunks, fingerprint
+from qkv.data.cache import NO_CACHE, Cache, fingerprint
 from qkv.data.dataset import (
-    TOKENIZERS,
     Dataset,
     Ids,
     Sequences,
-    check_context,
-    check_vocabulary,
+    cut_to,
     digest,
     flat,
-    id_dtype,
+    in_template,
     join,
     lay,
     lengths_of,
-    slices,
 )
 from qkv.errors import InputError
 from qkv.tokenizers import Tokenizer
@@ -50,12 +47,17 @@ class TaggedDataset(Dataset):
         content = digest(word for words in sentences for word in words)[0] + counts.tobytes()
         of_words = np.fromiter(chain.from_iterable(tags), np.int64)  # the tag of each word
         self.fingerprint = fingerprint("tagged", tokenizer.definition, content, of_words.tobytes())
-        self.ids, first = _encode(tokenizer, sentences, content, cache)
+
+        def encoded(tokenizer: Tokenizer, some: slice) -> dict[str, np.ndarray]:
+            encodings = tokenizer.encode_words(sentences[some])
+            first = [[-1 if place is None else place for place in e.first] for e in encodings]
+            return {**in_template(tokenizer, [e.ids for e in encodings]), "first": flat(first, np.int32)}
+
         texts = [" ".join(words) for words in sentences]
-        self.notes = check_context(self.ids.lengths, texts, context, truncate)
-        if self.notes:
-            self.ids, first = _encode(tokenizer.shortened(context), sentences, content, cache)
-        self.notes += check_vocabulary(self.ids.values, tokenizer)
+        made_from = ("words", content)
+        arrays, self.notes = cut_to(tokenizer, texts, context, truncate, encoded, made_from, cache)
+        self.ids = Sequences(arrays["ids"], arrays["lengths"])
+        first = arrays["first"]  # the place of each word's first token, or -1
         read = first >= 0
         owner = np.repeat(np.arange(len(sentences)), counts)
         tagged = np.bincount(owner[read], minlength=len(sentences))  # words of each sentence
@@ -76,27 +78,3 @@ class TaggedDataset(Dataset):
         starts = np.cumsum([0, *map(len, ids)])[:-1]
         first: list[Ids] = [start + self.first[i] for start, i in zip(starts, members, strict=True)]
         return TaggedBatch(lay(ids), join(first), lay([self.tags[i] for i in members]))
-
-
-def _encode(
-    tokenizer: Tokenizer, sentences: Sequence[Sequence[str]], content: bytes, cache: Cache
-) -> tuple[Sequences, np.ndarray]:
-    """Ids of each sentence in the tokenizer's template, and the place of each word's first token, or -1."""
-
-    def chunks() -> Chunks:
-        for some in slices(len(sentences)):
-            encodings = tokenizer.encode_words(sentences[some])
-            ids = [e.ids for e in encodings]
-            first = [[-1 if place is None else place for place in e.first] for e in encodings]
-            yield (
-                len(ids),
-                {
-                    "ids": flat(ids, id_dtype(tokenizer)),
-                    "lengths": lengths_of(ids),
-                    "first": flat(first, np.int32),
-                },
-            )
-
-    made_from = fingerprint("words", tokenizer.definition, content)
-    found = cache.get(made_from, TOKENIZERS, chunks, "sentences tokenised", len(sentences))
-    return Sequences(found["ids"], found["lengths"]), found["first"]

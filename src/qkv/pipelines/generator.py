@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypedDict, Unpack, cast, overload
+from typing import Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 from qkv.completion import Completion
 from qkv.decode import Decoding, engine_for
@@ -13,6 +13,9 @@ from qkv.pipelines.base import Pipeline, warn
 from qkv.pipelines.texts import check_list
 from qkv.ragged import Ragged
 from qkv.search import Request
+
+OneOrMany = TypeVar("OneOrMany", str, list[str])
+"""A text or a list of texts; the answer is of the same type."""
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -43,13 +46,13 @@ class TextGenerator(Pipeline[GPT]):
     @overload
     def generate(
         self,
-        text: str,
+        text: OneOrMany,
         *,
         stream: Literal[False] = False,
         stop_strings: Sequence[str] = (),
         draft: TextGenerator | None = None,
         **options: Unpack[DecodingOptions],
-    ) -> str: ...
+    ) -> OneOrMany: ...
     @overload
     def generate(
         self,
@@ -60,16 +63,6 @@ class TextGenerator(Pipeline[GPT]):
         draft: TextGenerator | None = None,
         **options: Unpack[DecodingOptions],
     ) -> Iterator[str]: ...
-    @overload
-    def generate(
-        self,
-        text: list[str],
-        *,
-        stream: Literal[False] = False,
-        stop_strings: Sequence[str] = (),
-        draft: TextGenerator | None = None,
-        **options: Unpack[DecodingOptions],
-    ) -> list[str]: ...
     def generate(
         self,
         text: str | list[str],
