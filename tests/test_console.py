@@ -25,7 +25,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_only_work_that_takes_long_is_shown(terminal: bool, now: list[float]) -> None:
     out = io.StringIO()
-    with WorkBar(Console(file=out, force_terminal=terminal, width=100)) as bar:
+    with WorkBar(lambda: Console(file=out, force_terminal=terminal, width=100)) as bar:
         for done in range(1, 100):
             now[0] += 0.01
             bar("texts tokenised", done, 100)
@@ -41,7 +41,7 @@ def test_a_corpus_shows_its_rate_and_leaves_standard_output_alone(
     now: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = io.StringIO()
-    with CorpusBar(Console(file=out, force_terminal=True, width=100), "bytes", 1000) as bar:
+    with CorpusBar(lambda: Console(file=out, force_terminal=True, width=100), "bytes", 1000) as bar:
         before = sys.stdout
         for done in range(1, 100):
             now[0] += 0.01

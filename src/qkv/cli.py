@@ -103,7 +103,7 @@ def train(
     run = resume or out or Path("runs") / Path(recipe).stem
     with process_group() as ranks:
         console = _stderr(quiet=not ranks.first)
-        with WorkBar(console) as watch:
+        with WorkBar(lambda: console) as watch:
             # The first rank decides what the run is; the others read it from the run folder.
             job = new_job(config, watch) if resume is None and ranks.first else None
             if job is not None:
@@ -558,7 +558,7 @@ def explain(
     computed = methods or METHODS
     if drawn:  # no more than the figure shows
         computed = (options.map or "relevance",) if options.figure == "relevance" else ()
-    with WorkBar(_stderr()) as watch:
+    with WorkBar(_stderr) as watch:
         made = [
             explanation_of(
                 source,
@@ -638,21 +638,20 @@ def _answer(
     output = None if target.path is None else _output(pipeline, source, target)
     if output is None:
         seen = sys.stdout is not None and sys.stdout.isatty()
-        watch = _stderr(quiet=seen)  # a bar between lines would be in their way
-        answer_all(source, ask, lambda answer: print(line(answer)), None, watch)
+        console = partial(_stderr, quiet=seen)  # a bar between lines would be in their way
+        answer_all(source, ask, lambda answer: print(line(answer)), None, console)
         return
 
     def write(answer: Answer) -> None:
         output.write(answer.tobytes() if target.dim else f"{line(answer)}\n".encode())  # type: ignore[attr-defined]
 
-    console = _stderr()
     try:
         with output:
-            answer_all(source, ask, write, output, console)
+            answer_all(source, ask, write, output, _stderr)
     except BaseException:
         if output.kept:
             said = f"{output.kept:,} answers are kept in {output.part}: the same command goes on from there"
-            console.print(said, highlight=False, markup=False, soft_wrap=True)
+            _stderr().print(said, highlight=False, markup=False, soft_wrap=True)
         raise
     print(json.dumps({"file": str(target.path), "answers": output.done}))
 
@@ -808,6 +807,8 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
             for name, parse in (("train", _train_command), ("plan", _plan_command)):
                 if arguments[:1] == [name]:
                     return parse(arguments[1:])
+            if command := COMMANDS.get(next(iter(arguments), "")):  # to know all of them takes its time
+                return tyro.cli(_deferred(command), args=arguments[1:], prog=f"qkv {arguments[0]}")
             commands = {name: _deferred(command) for name, command in COMMANDS.items()}
             about = "Four Transformers, one attention."
             chosen = tyro.extras.subcommand_cli_from_dict(

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Self
 
 from qkv.config import RunConfig
 from qkv.hub import Checkpoint
 from qkv.observe import Observer, Record
+
+if TYPE_CHECKING:  # rich is imported where something is shown: most answers are there before
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 PATIENCE = 2.0
 """Seconds that work may take unseen."""
@@ -29,42 +23,88 @@ _REFRESH = 0.1
 """Seconds between changes of a bar that is told of every answer."""
 
 
-class WorkBar:
-    """How far work is that may take long: a `qkv.watch.Watch`, used as a context manager."""
+class _LateBar:
+    """A bar for work that may take long, used as a context manager: it is made once the work has."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.bar = Progress(
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}, left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self.began: dict[str, float] = {}
-        self.tasks: dict[str, TaskID] = {}
+    bar: Progress | None = None
 
-    def __enter__(self) -> WorkBar:
+    def __init__(self, console: Callable[[], Console]) -> None:
+        self._console = console
+
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.tasks:
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
             self.bar.stop()
+
+    def _shown(self, text: str, counts: bool) -> Progress:
+        """The bar, with a text and either counts or a percentage."""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        if self.bar is None:
+            self.bar = Progress(
+                BarColumn(bar_width=30),
+                MofNCompleteColumn() if counts else TaskProgressColumn(),
+                TextColumn(text),
+                TimeRemainingColumn(),
+                console=self._console(),
+                transient=True,
+                redirect_stdout=False,  # answers may go there
+            )
+            self.bar.start()
+        return self.bar
+
+
+class WorkBar(_LateBar):
+    """How far work is that may take long: a `qkv.watch.Watch`."""
+
+    def __init__(self, console: Callable[[], Console]) -> None:
+        super().__init__(console)
+        self.began: dict[str, float] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def __call__(self, doing: str, done: int, total: int) -> None:
         """Show the work once it has gone on for a while: as a bar, or outside a terminal as one line."""
         now = time.monotonic()
         if now - self.began.setdefault(doing, now) < PATIENCE:
             return
+        bar = self._shown("{task.description}, left", counts=True)
         if doing not in self.tasks:
-            if not self.console.is_terminal:
-                self.console.print(f"{done:,} of {total:,} {doing} so far", highlight=False)
-            self.tasks[doing] = self.bar.add_task(doing, total=total)
-            self.bar.start()
-        self.bar.update(self.tasks[doing], completed=done, total=total)
+            if not bar.console.is_terminal:
+                bar.console.print(f"{done:,} of {total:,} {doing} so far", highlight=False)
+            self.tasks[doing] = bar.add_task(doing, total=total)
+        bar.update(self.tasks[doing], completed=done, total=total)
+
+
+class CorpusBar(_LateBar):
+    """How far a corpus is read and how fast it is answered."""
+
+    def __init__(self, console: Callable[[], Console], name: str, total: int | None) -> None:
+        """total: of whatever unit `update` is told; None: nobody knows."""
+        super().__init__(console)
+        self.name, self.total = name, total
+        self.task: TaskID | None = None
+        self.began = self.told = time.monotonic()
+
+    def update(self, read: int, answered: int) -> None:
+        """read: so much of the total; answered: so many inputs since the beginning."""
+        now = time.monotonic()
+        if now - self.began < PATIENCE or now - self.told < _REFRESH:
+            return
+        self.told = now
+        said = f"{answered / (now - self.began):,.0f} answers/s"
+        bar = self._shown("of {task.description}, {task.fields[said]}, left", counts=False)
+        if self.task is None:
+            self.task = bar.add_task(self.name, total=self.total, completed=read, said=said)
+        bar.update(self.task, completed=read, said=said)
 
 
 class TrainingBar(Observer):
@@ -75,6 +115,8 @@ class TrainingBar(Observer):
     """
 
     def __init__(self, console: Console, full_rate: float | None = None) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
         self.console = console
         self.full_rate = full_rate
         self.bar = Progress(
@@ -129,43 +171,3 @@ class TrainingBar(Observer):
     def close(self) -> None:
         """Take the bar away."""
         self.bar.stop()
-
-
-class CorpusBar:
-    """How far a corpus is read and how fast it is answered, used as a context manager; after a while only."""
-
-    def __init__(self, console: Console, name: str, total: int | None) -> None:
-        """total: of whatever unit `update` is told; None: nobody knows."""
-        self.bar = Progress(
-            BarColumn(bar_width=30),
-            TaskProgressColumn(),
-            TextColumn("of {task.description}, {task.fields[said]}, left"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            redirect_stdout=False,  # answers may go there
-        )
-        self.task = self.bar.add_task(name, total=total, said="")
-        self.began = self.told = time.monotonic()
-        self.shown = False
-
-    def __enter__(self) -> CorpusBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.shown:
-            self.bar.stop()
-
-    def update(self, read: int, answered: int) -> None:
-        """read: so much of the total; answered: so many inputs since the beginning."""
-        now = time.monotonic()
-        if now - self.began < PATIENCE or now - self.told < _REFRESH:
-            return
-        self.told = now
-        said = f"{answered / (now - self.began):,.0f} answers/s"
-        self.bar.update(self.task, completed=read, said=said)
-        if not self.shown:
-            self.bar.start()
-            self.shown = True

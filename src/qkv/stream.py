@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from rich.console import Console
-
 from qkv.console import CorpusBar
 from qkv.errors import InputError
 from qkv.output import Output
 from qkv.pipelines import AnyPipeline, NumberedError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qkv.data.corpus import Corpus, ImageFolder
 
 Answer = TypeVar("Answer")
@@ -52,17 +52,18 @@ def answer_all(
     ask: Callable[[Iterator[Any]], Iterator[Answer]],
     write: Callable[[Answer], object],
     output: Output | None,
-    console: Console,
+    console: Callable[[], Console],
 ) -> None:
     """Ask for the answer to each input, and write it.
 
     output: what `write` writes to, if it is a file; answers that earlier work put there are not asked for.
+    console: where to say how far it is.
     Raises InputError as source, pipeline and output do.
     """
     inputs = (parts[0] if len(parts) == 1 else parts for parts in source)
     first = output.done if output is not None else 0
     if first:
-        console.print(f"Going on behind {first:,} answers.", highlight=False, markup=False)
+        console().print(f"Going on behind {first:,} answers.", highlight=False, markup=False)
     next(islice(inputs, first, first), None)  # goes past them
     answered = 0
     with CorpusBar(console, source.unit, source.total) as bar:
