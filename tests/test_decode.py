@@ -20,11 +20,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTMode
 from transformers.generation import logits_process
 
 from qkv import hub, sampling
-from qkv.decode import Decoding, Hypothesis, generate, sample
+from qkv.decode import Decoding, Hypothesis, engine_for, generate, sample
 from qkv.errors import InputError
 from qkv.models import GPT, Transformer
 from qkv.ragged import pack
 from qkv.sampling import draw, filter_logits, penalise
+from qkv.search import Request
 
 EOS = 5
 GREEDY = Decoding(temperature=0.0, max_new_tokens=20)
@@ -351,6 +352,17 @@ def test_seeds_and_samples_differ_and_repeat() -> None:
 
     assert answers(0) == answers(0)
     assert len({tuple(ids) for ids in answers(0) + answers(1)}) == 6
+
+
+def test_a_cache_for_whole_answers_need_not_grow() -> None:
+    model, prompts = tiny("gpt-pre-norm"), [[4, 9, 1], [5]]
+    decoding = Decoding(max_new_tokens=40, temperature=0.0)
+    engine = engine_for(model, prompts, decoding)
+    for ids in prompts:
+        engine.submit(Request(ids, decoding))
+    before = engine._slots.cache.capacity
+    assert sum(1 for _ in engine.run()) == 2 * 40
+    assert engine._slots.cache.capacity == before
 
 
 @pytest.mark.parametrize("name", DECODERS)

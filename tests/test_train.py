@@ -136,6 +136,13 @@ def test_a_run_says_how_often_it_goes_through_its_data(tmp_path):
         "Each image is read as 8 x 8 pixels. 144 tokens, room for 40 in a step: the run goes through them "
         "1.0 times. The learning rate is still rising when it ends: lower train.warmup_steps."
     )
+    changes = {"batch_tokens": 3, "warmup_steps": 0, "average_checkpoints": 2, "save_steps": 4}
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+    train(new_job(config), tmp_path / "averaged", nobody)
+    assert nobody.said[-1].endswith(
+        " A step has up to 4 of them, as no sample is divided. No state is saved before it ends, so none is "
+        "averaged: lower train.save_steps."
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])

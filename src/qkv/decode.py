@@ -49,13 +49,18 @@ class Hypothesis:
 def engine_for(
     model: Decoder, inputs: Sequence[Sequence[int]], decoding: Decoding, draft: Decoder | None = None
 ) -> Engine:
-    """An engine with as many slots as these inputs need and CACHE_TOKENS allow."""
+    """An engine with as many slots as these inputs need and CACHE_TOKENS allow.
+
+    A GPT's cache has room for whole answers from the beginning, so that it is never there twice, as where it
+    grows; how long a translation becomes is not known.
+    """
     searches = len(inputs) * (1 if decoding.num_beams > 1 else decoding.num_return_sequences)
     longest, new = max((len(ids) for ids in inputs), default=0), decoding.max_new_tokens
     if isinstance(model, Transformer):
         new = min(new, TRANSLATED * longest)
-    tokens = min(longest + new, model.config.context) * decoding.num_beams
-    return Engine(model, max(1, min(searches, CACHE_TOKENS // max(tokens, 1))), draft)
+    tokens = max(1, min(longest + new, model.config.context))
+    slots = max(1, min(searches, CACHE_TOKENS // (tokens * decoding.num_beams)))
+    return Engine(model, slots, draft, rows=longest + 1 if isinstance(model, Transformer) else tokens)
 
 
 def sample(

@@ -52,8 +52,9 @@ class Engine:
     The model's weights must not change meanwhile.
     """
 
-    def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None) -> None:
+    def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None, rows: int = 32) -> None:
         """draft: a smaller model that guesses for the requests that speculate; None: guesses are looked up.
+        rows: tokens of each text that the cache has room for before it grows.
 
         Raises InputError without slots, for models in training mode, and for a draft that does not fit.
         """
@@ -63,7 +64,7 @@ class Engine:
             raise InputError(f"an engine of {slots} slots answers nothing: give it at least one")
         self.model = model
         self.counts = Counts()
-        self._slots = Slots(model, slots)
+        self._slots = Slots(model, slots, rows)
         self._guesser = LookUp() if draft is None else Draft(draft, model, slots)
         self._waiting: deque[Search] = deque()
         self._live: list[Search] = []

@@ -87,12 +87,19 @@ class Cache:
     """
 
     def __init__(
-        self, slots: int, depth: int, context: int, device: torch.device, memory: Cache | None = None
+        self,
+        slots: int,
+        depth: int,
+        context: int,
+        device: torch.device,
+        rows: int = 32,
+        memory: Cache | None = None,
     ) -> None:
+        """rows: that each slot begins with, so that the cache need not grow while texts are no longer."""
         self.lengths: tuple[int, ...] = (0,) * slots
         """Rows in use of each slot."""
         self.context = context
-        self.capacity = min(32, context)
+        self.capacity = min(rows, context)
         self.device = device
         self.memory = memory
         self.layers = [LayerCache(self) for _ in range(depth)]

@@ -73,9 +73,10 @@ class Ahead:
 class Slots:
     """A model, its cache, and which texts are in it."""
 
-    def __init__(self, model: Decoder, count: int) -> None:
+    def __init__(self, model: Decoder, count: int, rows: int = 32) -> None:
+        """rows: tokens of each text that the cache has room for before it grows."""
         self.model = model
-        self.cache = model.start(count)
+        self.cache = model.start(count, rows)
         self.texts: list[list[int]] = [[] for _ in range(count)]
         """What each slot's first rows hold."""
         self.sources: list[tuple[int, ...]] = [()] * count

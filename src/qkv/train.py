@@ -196,6 +196,8 @@ def _extent(job: Job, sampler: Sampler) -> str:
         text += f" A step has up to {largest:,} of them, as no {whole} is divided."
     if config.warmup_steps >= config.max_steps:
         text += " The learning rate is still rising when it ends: lower train.warmup_steps."
+    if config.average_checkpoints > 1 and config.save_steps >= config.max_steps:
+        text += " No state is saved before it ends, so none is averaged: lower train.save_steps."
     if isinstance(model := job.config.model, ViTConfig):
         text = f"Each image is read as {model.image_size} x {model.image_size} pixels. {text}"
     return text

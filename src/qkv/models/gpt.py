@@ -95,9 +95,9 @@ class GPT(nn.Module):
         """hidden (R, D) -> ids of the likeliest tokens alone, best first: (R, count)."""
         return self.output.best(hidden, self.tokens.weight, None, count)
 
-    def start(self, slots: int) -> Cache:
-        """An empty cache for that many texts."""
-        return Cache(slots, self.config.depth, self.config.context, self.tokens.weight.device)
+    def start(self, slots: int, rows: int = 32) -> Cache:
+        """An empty cache for that many texts, with room for so many tokens of each."""
+        return Cache(slots, self.config.depth, self.config.context, self.tokens.weight.device, rows)
 
     def next_hidden(
         self,

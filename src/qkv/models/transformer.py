@@ -154,10 +154,10 @@ class Transformer(nn.Module):
         """hidden (R, D) -> ids of the likeliest tokens alone, best first: (R, count)."""
         return self.output.best(hidden, self.tokens.weight, self.logits_bias, count)
 
-    def start(self, slots: int) -> Cache:
-        """An empty cache for that many texts and their sources."""
+    def start(self, slots: int, rows: int = 32) -> Cache:
+        """An empty cache for that many texts and their sources, with room for so many tokens of each."""
         sizes, device = (slots, self.config.depth, self.config.context), self.tokens.weight.device
-        return Cache(*sizes, device, memory=Cache(*sizes, device))
+        return Cache(*sizes, device, rows, memory=Cache(*sizes, device, rows))
 
     def remember(self, source: Ragged, cache: Cache) -> None:
         """Encode source ids (S,), that of slot i in sequence i, for the texts in the slots to read.
