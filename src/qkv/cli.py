@@ -837,7 +837,7 @@ def _one_line(box: str) -> str:
     parts = [" ".join(part.split()) for part in re.split(r"(?m)^(?:[╭╰].*| *[-─]{3,} *)$", plain)]
     message, *hints = parts[1:] or parts
     about = " ".join(hints)
-    if ours := re.match(r"Error parsing (?:config\.\w+|decoding): ", message):
+    if ours := re.match(r"Error parsing (?:config\.\w+|decoding|options): ", message):
         return message[ours.end() :]
     message = message.removeprefix("Error parsing ").removesuffix(".")
     if near := re.search(r"Perhaps you meant: .*?(--[\w.-]+)", about):

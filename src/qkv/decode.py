@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 
 from qkv.config import Decoding as Decoding
 from qkv.engine import Engine
+from qkv.kv_cache import ROWS
 from qkv.models.transformer import Transformer
 from qkv.search import Finish, Request, Token
 from qkv.slots import Decoder
 
 CACHE_TOKENS = 16384
 """Tokens that the cache is made for: so many slots as texts of full length fit in, but at least one."""
+
+AHEAD = 128
+"""Tokens of a GPT's answer that its cache has room for before it grows: answers may end before the limit."""
 
 TRANSLATED = 2
 """How many times as long as its source a translation is taken to be; for longer ones the cache grows."""
@@ -51,8 +55,8 @@ def engine_for(
 ) -> Engine:
     """An engine with as many slots as these inputs need and CACHE_TOKENS allow.
 
-    A GPT's cache has room for whole answers from the beginning, so that it is never there twice, as where it
-    grows; how long a translation becomes is not known.
+    A GPT's cache has room for prompts and AHEAD tokens from the beginning, so that it is not there twice, as
+    while it grows; how long a translation becomes is not known.
     """
     searches = len(inputs) * (1 if decoding.num_beams > 1 else decoding.num_return_sequences)
     longest, new = max((len(ids) for ids in inputs), default=0), decoding.max_new_tokens
@@ -60,7 +64,8 @@ def engine_for(
         new = min(new, TRANSLATED * longest)
     tokens = max(1, min(longest + new, model.config.context))
     slots = max(1, min(searches, CACHE_TOKENS // (tokens * decoding.num_beams)))
-    return Engine(model, slots, draft, rows=longest + 1 if isinstance(model, Transformer) else tokens)
+    rows = longest + (1 if isinstance(model, Transformer) else AHEAD)
+    return Engine(model, slots, draft, max(ROWS, min(rows, tokens)))
 
 
 def sample(

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from qkv.errors import InputError
+from qkv.kv_cache import ROWS
 from qkv.sampling import adjust, choose, distribution, verify
 from qkv.search import Beams, Continuation, Request, Search, Stream, Token, best_continuations
 from qkv.slots import Ahead, Decoder, Slots
@@ -52,7 +53,9 @@ class Engine:
     The model's weights must not change meanwhile.
     """
 
-    def __init__(self, model: Decoder, slots: int = 16, draft: Decoder | None = None, rows: int = 32) -> None:
+    def __init__(
+        self, model: Decoder, slots: int = 16, draft: Decoder | None = None, rows: int = ROWS
+    ) -> None:
         """draft: a smaller model that guesses for the requests that speculate; None: guesses are looked up.
         rows: tokens of each text that the cache has room for before it grows.
 

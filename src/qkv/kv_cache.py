@@ -17,6 +17,9 @@ from qkv.attention import KeyValue, Pattern
 from qkv.errors import InputError
 from qkv.ragged import Layout
 
+ROWS = 32
+"""Tokens of each text that a cache has room for before it grows, if nothing is said."""
+
 
 class LayerCache:
     """Keys and values of one layer, each (S * C, H, E): row r of slot s is s * C + r."""
@@ -92,7 +95,7 @@ class Cache:
         depth: int,
         context: int,
         device: torch.device,
-        rows: int = 32,
+        rows: int = ROWS,
         memory: Cache | None = None,
     ) -> None:
         """rows: that each slot begins with, so that the cache need not grow while texts are no longer."""

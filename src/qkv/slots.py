@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qkv.kv_cache import Branches
+from qkv.kv_cache import ROWS, Branches
 from qkv.models.gpt import GPT
 from qkv.models.transformer import Transformer
 from qkv.ragged import Layout, Ragged, rows_of
@@ -73,7 +73,7 @@ class Ahead:
 class Slots:
     """A model, its cache, and which texts are in it."""
 
-    def __init__(self, model: Decoder, count: int, rows: int = 32) -> None:
+    def __init__(self, model: Decoder, count: int, rows: int = ROWS) -> None:
         """rows: tokens of each text that the cache has room for before it grows."""
         self.model = model
         self.cache = model.start(count, rows)

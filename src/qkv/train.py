@@ -99,7 +99,7 @@ def train(job: Job, run: Path, observer: Observer, resume: bool = False, ranks: 
     # The settings may have been raised since.
     exhausted = _exhausted(progress, trainer.config)
     progress.finished = progress.step == trainer.config.max_steps or exhausted
-    if exhausted:
+    if exhausted and progress.step < trainer.config.max_steps:
         observer.say(
             f"No better score since step {progress.best_step}: raise train.early_stopping_patience in "
             f"{run / CONFIG} to go on behind step {progress.step}."

@@ -152,7 +152,7 @@ def test_a_figure_takes_no_more_work_than_it_shows(asked, tmp_path):
         (("--figure", "attention", "--map", "rollout"), "--map is of a figure of relevance"),
         (("--figure", "alignment", "--choice", "1"), "--choice is of a figure of relevance"),
     ):
-        assert said in fail("explain", "bert", "a", "-o", tmp_path / "b.svg", *options)
+        assert f"qkv: {said}" in fail("explain", "bert", "a", "-o", tmp_path / "b.svg", *options)
     assert asked == []
 
 

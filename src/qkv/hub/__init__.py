@@ -229,7 +229,7 @@ def _load_adapted(
         files=(*base.files, folder / folders.ADAPTER, folder / folders.ADAPTER_WEIGHTS),
     )
     own = sentence.read(folder)
-    return adapted if own.pooling is None else _for_sentences(adapted, own)
+    return _for_sentences(adapted, own if own.pooling else replace(own, pooling=base.pooling))
 
 
 def _tokenizer(folder: Path, config: AnyModelConfig) -> Tokenizer | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qkv.attention import Past, Pattern, Tappable
 from qkv.config import GPTConfig
 from qkv.dropout import Dropout
-from qkv.kv_cache import Branches, Cache
+from qkv.kv_cache import ROWS, Branches, Cache
 from qkv.layers import Output, Stack, TokenEmbedding, check_lengths, init_normal, rotation
 from qkv.ragged import Ragged, rows_of
 
@@ -95,7 +95,7 @@ class GPT(nn.Module):
         """hidden (R, D) -> ids of the likeliest tokens alone, best first: (R, count)."""
         return self.output.best(hidden, self.tokens.weight, None, count)
 
-    def start(self, slots: int, rows: int = 32) -> Cache:
+    def start(self, slots: int, rows: int = ROWS) -> Cache:
         """An empty cache for that many texts, with room for so many tokens of each."""
         return Cache(slots, self.config.depth, self.config.context, self.tokens.weight.device, rows)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qkv.attention import KeyValue, Past, Pattern, Tappable
 from qkv.config import TransformerConfig
 from qkv.dropout import Dropout
-from qkv.kv_cache import Branches, Cache
+from qkv.kv_cache import ROWS, Branches, Cache
 from qkv.layers import Output, Stack, TokenEmbedding, check_lengths, init_xavier, rotation, sinusoidal
 from qkv.ragged import Ragged, rows_of
 
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         """hidden (R, D) -> ids of the likeliest tokens alone, best first: (R, count)."""
         return self.output.best(hidden, self.tokens.weight, self.logits_bias, count)
 
-    def start(self, slots: int, rows: int = 32) -> Cache:
+    def start(self, slots: int, rows: int = ROWS) -> Cache:
         """An empty cache for that many texts and their sources, with room for so many tokens of each."""
         sizes, device = (slots, self.config.depth, self.config.context), self.tokens.weight.device
         return Cache(*sizes, device, rows, memory=Cache(*sizes, device, rows))

@@ -66,7 +66,7 @@ class ConvolutionalStem(nn.Module):
         """Of which ViTModel asks the type of pixels."""
         return self.last
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, **_: Any) -> Tensor:
         """pixel_values (N, C, height, width) -> (N, P, D), patches row by row."""
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
