@@ -542,11 +542,8 @@ class FigureOptions:
     """The head of that layer."""
 
     def __post_init__(self) -> None:
-        of = {"choice": "relevance", "map": "relevance"} | dict.fromkeys(
-            ("stack", "layer", "head"), "attention"
-        )
         for option in fields(self)[1:]:
-            wanted = of[option.name]
+            wanted = "relevance" if option.name in ("choice", "map") else "attention"
             if wanted != self.figure and getattr(self, option.name) != option.default:
                 raise InputError(f"--{option.name} is of a figure of {wanted}: add --figure {wanted}")
 

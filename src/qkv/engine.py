@@ -68,7 +68,7 @@ class Engine:
         self.model = model
         self.counts = Counts()
         self._slots = Slots(model, slots, rows)
-        self._guesser = LookUp() if draft is None else Draft(draft, model, slots)
+        self._guesser = LookUp() if draft is None else Draft(draft, model, slots, rows)
         self._waiting: deque[Search] = deque()
         self._live: list[Search] = []
         self._free = list(range(slots))  # the longest unused first

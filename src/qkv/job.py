@@ -24,7 +24,7 @@ from qkv.data import (
     read,
     trained_tokenizer,
 )
-from qkv.data.files import named_in
+from qkv.data.files import paths_of
 from qkv.data.raw import PAIRABLE
 from qkv.data.summary import Summary, summarize
 from qkv.errors import InputError
@@ -103,7 +103,7 @@ def _located(data: DataConfig) -> DataConfig:
 
 def _absolute(location: str) -> str:
     """A path, or two with a comma between them, that mean the same from every folder."""
-    return ",".join(str(expanded(path).absolute()) for path in named_in(location) if path)
+    return ",".join(str(expanded(path).absolute()) for path in paths_of(location) if path)
 
 
 def _folder_or_id(source: str) -> str:

@@ -119,7 +119,7 @@ class Output:
             raise InputError(f"{self.part} is in the way, and was not begun by qkv: move it, or delete it")
         said = read_json(self.about)
         with blame(self.about):
-            if said["made_from"] is None or not said["rows"]:  # of a source that cannot be read again
+            if said["made_from"] is None or not said["rows"]:  # cannot be gone on with, or need not
                 return 0, 0
             if said["made_from"] != self.made_from:
                 raise InputError(

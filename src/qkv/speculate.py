@@ -43,15 +43,18 @@ class LookUp:
 class Draft:
     """Guesses what a smaller model draws, by each stream's own settings."""
 
-    def __init__(self, model: Decoder, large: Decoder, slots: int) -> None:
-        """large: whose tokens are guessed. Raises InputError for models that do not belong together."""
+    def __init__(self, model: Decoder, large: Decoder, slots: int, rows: int) -> None:
+        """large: whose tokens are guessed. slots, rows: as for `Slots`.
+
+        Raises InputError for models that do not belong together.
+        """
         if type(model) is not type(large) or model.config.vocab_size != large.config.vocab_size:
             raise InputError(
                 f"a draft model is of the model's family and has its vocabulary, but this is a "
                 f"{model.config.family} of {model.config.vocab_size} tokens for a {large.config.family} "
                 f"of {large.config.vocab_size}"
             )
-        self.slots = Slots(model, slots)
+        self.slots = Slots(model, slots, rows)
 
     def guess(self, streams: Sequence[Stream]) -> None:
         """Give each stream its guesses, as far as the draft model's context goes."""

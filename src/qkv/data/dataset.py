@@ -149,7 +149,7 @@ def encode(
         return {**in_template(tokenizer, [e.ids for e in encodings]), "segments": segments}
 
     content = digest(texts)[0] + digest(pairs)[0]
-    arrays, notes = cut_to(tokenizer, texts, context, truncate, encoded, ("template", content), cache)
+    arrays, notes = encode_within(tokenizer, texts, context, truncate, encoded, ("template", content), cache)
     lengths = arrays["lengths"]
     ids, segments = Sequences(arrays["ids"], lengths), Sequences(arrays["segments"], lengths)
     return Encoded(ids, segments, notes, fingerprint(tokenizer.definition, content))
@@ -160,7 +160,7 @@ def in_template(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> dict[str,
     return {"ids": flat(ids, id_dtype(tokenizer)), "lengths": lengths_of(ids)}
 
 
-def cut_to(
+def encode_within(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     context: int,

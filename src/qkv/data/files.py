@@ -21,7 +21,7 @@ CONLL = ".conll"
 """A file of words with tags, one a line."""
 
 
-def named_in(location: str) -> list[str]:
+def paths_of(location: str) -> list[str]:
     """The one path of a location, or the two that have a comma between them; names may hold commas too."""
     if expanded(location).exists():
         return [location]

@@ -21,7 +21,7 @@ from qkv.data.files import (
     TABLES,
     TextFile,
     existing,
-    named_in,
+    paths_of,
     read_bytes,
     read_conll,
     read_lines,
@@ -397,7 +397,7 @@ def _read_pairs(location: str, data: DataConfig) -> Samples:
         table = read_table(existing(location), [data.source, data.target])
         sources, targets = table.texts(data.source, "data.source"), table.texts(data.target, "data.target")
         return Samples("pairs", sources, targets)
-    names = named_in(location)
+    names = paths_of(location)
     if len(names) != 2:
         raise InputError(
             f"{location} is neither two aligned files, given as source.en,target.de, nor a table "

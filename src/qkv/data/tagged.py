@@ -16,8 +16,8 @@ from qkv.data.dataset import (
     Dataset,
     Ids,
     Sequences,
-    cut_to,
     digest,
+    encode_within,
     flat,
     in_template,
     join,
@@ -55,7 +55,7 @@ class TaggedDataset(Dataset):
 
         texts = [" ".join(words) for words in sentences]
         made_from = ("words", content)
-        arrays, self.notes = cut_to(tokenizer, texts, context, truncate, encoded, made_from, cache)
+        arrays, self.notes = encode_within(tokenizer, texts, context, truncate, encoded, made_from, cache)
         self.ids = Sequences(arrays["ids"], arrays["lengths"])
         first = arrays["first"]  # the place of each word's first token, or -1
         read = first >= 0
