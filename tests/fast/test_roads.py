@@ -58,13 +58,15 @@ SAVABLE = [
     "vit-rotary",
 ]
 
+DEEP = 1024
+"""Numbers of an inner layer that are made at a time, in bfloat16; half as many in float32."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.04, "int8": 0.08}
 """Largest error of a vector, relative to its length, that the precisions leave in a model of three blocks."""
 
 
-def wide(name: str, head_dim: int = 32) -> Model:
+def wide(name: str, head_dim: int = 32, mlp_dim: int = 160) -> Model:
     """A tiny model of widths that the compiled code takes, and weights as large as trained ones are."""
-    config = replace(CONFIGS[name], dim=2 * head_dim, heads=2, mlp_dim=160, depth=3)
+    config = replace(CONFIGS[name], dim=2 * head_dim, heads=2, mlp_dim=mlp_dim, depth=3)
     model = tiny(config, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -493,6 +495,18 @@ def test_older_cpus_decode_the_same(name: str, older_cpu: None):
     inputs = [ids(length, length).tolist() for length in (5, 1, 30)]
     expected, found = (generate(m, inputs, decoding, [1]) for m in (wide(name), native(name, "fp32")))
     assert [[h.ids for h in one] for one in found] == [[h.ids for h in one] for one in expected]
+
+
+@native_code
+@pytest.mark.parametrize("precision", TOLERANCE)
+@pytest.mark.parametrize("name", ["bert-masked-lm", "vit-pre-norm"])
+def test_many_tokens_take_a_large_inner_layer_in_parts(name: str, precision: str):
+    """Whose last part is no whole tile of AMX."""
+    model, same = (wide(name, mlp_dim=2 * DEEP + 16) for _ in range(2))
+    with torch.inference_mode():
+        batch = samples(model, [(30, 3), (1, 9), (40, 20)])
+        expected, found = flat(answers(model, batch)), flat(answers(compiled(same, precision), batch))
+    assert_near(found, expected, TOLERANCE[precision])
 
 
 # ---------------------------------------------------------------- roads

@@ -228,6 +228,29 @@ def _ease(weight: Tensor, largest: Tensor | None) -> Tensor:
     return (own.clamp(min=1e-9) / largest.clamp(min=RARE * largest.mean() + 1e-9)).sqrt()
 
 
+def _bytes(count: int) -> Tensor:
+    """(count,), in large pages where the system gives them, which it does when they are written to."""
+    made = torch.empty(count, dtype=torch.uint8, device="cpu")
+    library().qkv_huge_pages(c_void_p(made.data_ptr()), c_int64(count))
+    return made
+
+
+class Room:
+    """For the packed weights of many matrices, which alone would not fill their pages."""
+
+    CHUNK = 64 << 20
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def take(self, count: int) -> Tensor:
+        """(count,), from a multiple of 64 bytes on."""
+        if count > len(self._free):
+            self._free = _bytes(max(count, self.CHUNK))
+        taken, self._free = self._free[:count], self._free[(count + 63) // 64 * 64 :]
+        return taken
+
+
 class NativeLinear(nn.Module):
     """x W^T + bias with packed weights."""
 
@@ -238,11 +261,12 @@ class NativeLinear(nn.Module):
         precision: Precision,
         largest: Tensor | None = None,
         floor: float = -math.inf,
+        room: Room | None = None,
     ) -> None:
         """weight (outputs, inputs), the inputs a multiple of 16; bias (outputs,).
 
-        Only int8 asks for the rest. largest: magnitudes that the inputs reach (inputs,). floor: what no input
-        is below; then numbers that do not occur take none of the 256.
+        room: where they are packed. Only int8 asks for the rest. largest: magnitudes that the inputs reach
+        (inputs,). floor: what no input is below; then numbers that do not occur take none of the 256.
         """
         super().__init__()
         self.outputs, self.inputs = weight.shape
@@ -253,9 +277,8 @@ class NativeLinear(nn.Module):
         self.floor = floor if int8 and self.bias is not None else -math.inf
         self.ease = _ease(weight, largest) if int8 else None
         code = library()
-        self.packed = torch.empty(
-            code.qkv_packed_bytes(self.order, self.outputs, self.inputs), dtype=torch.uint8, device="cpu"
-        )
+        size = code.qkv_packed_bytes(self.order, self.outputs, self.inputs)
+        self.packed = room.take(size) if room else _bytes(size)
         scales = code.qkv_scales(self.order, self.outputs)
         self.scale = torch.empty(scales, dtype=torch.float32, device="cpu")
         self.start = torch.empty_like(self.scale, dtype=torch.int32)
@@ -368,8 +391,10 @@ class NativeStack(nn.Module):
         self.matrices, self.memory_maps = nn.ModuleList(), nn.ModuleList()
         self.norms: list[tuple[Tensor, Tensor]] = []  # as packed weights, where `.to` does not find them
 
+        room = Room()
+
         def matrix(weight: Tensor, bias: Tensor, largest: Tensor | None, floor: float = -math.inf) -> CMatrix:
-            self.matrices.append(NativeLinear(weight, bias, precision, largest, floor))
+            self.matrices.append(NativeLinear(weight, bias, precision, largest, floor, room))
             return cast(NativeLinear, self.matrices[-1]).matrix()
 
         def norm(layer: nn.LayerNorm | None) -> CNorm:
@@ -401,7 +426,8 @@ class NativeStack(nn.Module):
                 layer.cross_out = linear(cross.out)
                 layer.cross = norm(block.cross_norm)
                 weight, bias = cross.qkv.weight[D:], cross.qkv.bias[D:]
-                self.memory_maps.append(NativeLinear(weight, bias, precision, largest.get(cross.qkv)))
+                reach = largest.get(cross.qkv)
+                self.memory_maps.append(NativeLinear(weight, bias, precision, reach, -math.inf, room))
             return layer
 
         layers = list(map(packed, blocks))  # a loop would hold on to a block while the next one comes

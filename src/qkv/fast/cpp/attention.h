@@ -160,18 +160,18 @@ struct Attention {
     template <int P>
     void lay(Arena &arena, int longest, int E) {
         constexpr int HIGH = HEIGHT<P>;
-        int padded = panels_of(longest) * WIDTH, wide = steps_of(P, E), deep = steps_of(P, padded);
-        keys = arena.take<char>(panels_of(longest) * panel_bytes(wide));
-        values = arena.take<char>(panels_of(E) * panel_bytes(deep));
+        int padded = panels_of<P>(longest) * WIDTH<P>, wide = steps_of(P, E), deep = steps_of(P, padded);
+        keys = arena.take<char>(panels_of<P>(longest) * panel_bytes<P>(wide));
+        values = arena.take<char>(panels_of<P>(E) * panel_bytes<P>(deep));
         scores = arena.take<float>(HIGH * padded);
-        query = {arena.take<char>(HIGH * wide * 4), wide};
-        share = {arena.take<char>(HIGH * deep * 4), deep};
+        query = {arena.take<char>(HIGH * stride_of(wide)), wide};
+        share = {arena.take<char>(HIGH * stride_of(deep)), deep};
     }
 
     template <int P>
     void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
         constexpr int HIGH = HEIGHT<P>;
-        int padded = panels_of(from.count) * WIDTH, wide = steps_of(P, E), deep = steps_of(P, padded);
+        int padded = panels_of<P>(from.count) * WIDTH<P>, wide = steps_of(P, E), deep = steps_of(P, padded);
         pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
@@ -184,9 +184,9 @@ struct Attention {
                 for (int e = 0; e < E; e += LANES) store(scaled + e, load(one + e) * rate);
                 convert<P>(scaled, E, query, m);
             }
-            for (int p = 0; p * WIDTH < last; p++) {
-                int vectors = vectors_of(last - p * WIDTH);
-                product<P>(query, 0, height, keys + p * panel_bytes(wide), wide, vectors, scores + p * WIDTH, padded);
+            for (int p = 0; p * WIDTH<P> < last; p++) {
+                int vectors = vectors_of<P>(last - p * WIDTH<P>);
+                product<P>(query, 0, height, keys + p * panel_bytes<P>(wide), wide, vectors, scores + p * WIDTH<P>, padded);
             }
             int inner = (last + LANES - 1) / LANES * LANES;
             for (int m = 0; m < height; m++) {
@@ -196,9 +196,9 @@ struct Attention {
                 std::fill(row + seen, row + inner, 0.0f);
                 convert<P>(row, inner, share, m);
             }
-            for (int p = 0; p * WIDTH < E; p++) {
-                int vectors = vectors_of(E - p * WIDTH);
-                product<P>(share, 0, height, values + p * panel_bytes(deep), steps_of(P, last), vectors, out + (int64_t)i * out_stride + p * WIDTH, out_stride);
+            for (int p = 0; p * WIDTH<P> < E; p++) {
+                int vectors = vectors_of<P>(E - p * WIDTH<P>);
+                product<P>(share, 0, height, values + p * panel_bytes<P>(deep), steps_of(P, last), vectors, out + (int64_t)i * out_stride + p * WIDTH<P>, out_stride);
             }
         }
     }
@@ -213,13 +213,13 @@ private:
             const char *row = from.key + (int64_t)j * from.stride * from.size();
             for (int e = 0; e < E; e += LANES) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
             convert<P>(key, E, {(char *)packed, steps}, 0);
-            scatter(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH) * steps * WIDTH + j % WIDTH);
+            scatter<P>(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH<P>) * steps * WIDTH<P> + j % WIDTH<P>);
         }
     }
 
     template <int P>
     void pack_values(Keys from, int E) {  // (panels, steps of keys, WIDTH, n)
-        int steps = steps_of(P, panels_of(from.count) * WIDTH);
+        int steps = steps_of(P, panels_of<P>(from.count) * WIDTH<P>);
         auto value = [&](int j, int e) {
             const char *row = from.value + (int64_t)j * from.stride * from.size();
             return j >= from.count ? set(0.0f) : from.half ? number<true>(row, e) : number<false>(row, e);
@@ -231,8 +231,8 @@ private:
                     auto one = __builtin_convertvector(to_bf16((V)both), U), next = __builtin_convertvector(to_bf16(value(j + 1, e)), U);
                     both = one | next << 16;
                 }
-                char *line = values + e / WIDTH * panel_bytes(steps) + panel_bytes(j / ELEMENTS<P>);
-                write(line + e % WIDTH * 4, both);
+                char *line = values + e / WIDTH<P> * panel_bytes<P>(steps) + panel_bytes<P>(j / ELEMENTS<P>);
+                write(line + e % WIDTH<P> * 4, both);
             }
     }
 };

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int CHUNK = 128;  // tokens that a thread takes through the layers at once, or one sequence
+constexpr int LARGE = 4 << 20;  // bytes of a layer that stays in no near cache: then it is read for twice as many tokens
 
 thread_local Arena own_arena;
 
@@ -43,7 +44,7 @@ class Computation {  // some sequences of a batch on their way through the layer
     int from, to, rows;    // sequences, and their tokens
     int64_t first_row;     // of their tokens among all
     float *x, *wide, *answer, *scores, *input_scale;
-    char *inputs;
+    char *inputs, *inner;
     int32_t *seen;
     int score_width;
     std::vector<Attention> attentions;  // one for each thread
@@ -52,7 +53,8 @@ public:
     Computation(const Stack &stack, const Batch &batch, int from, int to, int64_t first_row, int rows, int threads, Arena &arena)
         : stack(stack), batch(batch), from(from), to(to), rows(rows), first_row(first_row), attentions(threads) {
         x = batch.x + first_row * stack.dim;
-        int wide_width = std::max(3 * stack.dim, stack.mlp_dim), in = std::max(stack.dim, stack.mlp_dim);
+        bool int8 = stack.precision == INT8;
+        int wide_width = std::max(3 * stack.dim, int8 ? stack.mlp_dim : 0), in = std::max(stack.dim, int8 ? stack.mlp_dim : 0);
         int longest = 1;
         for (int i = from; i < to; i++) {
             longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
@@ -62,7 +64,8 @@ public:
         arena.lay([&] {
             wide = arena.take<float>((size_t)rows * wide_width);
             answer = arena.take<float>((size_t)rows * stack.dim);
-            inputs = arena.take<char>(whole_tiles(rows) * steps_of(stack.precision, in) * 4);
+            inputs = arena.take<char>(whole_tiles(rows) * stride_of(steps_of(stack.precision, in)));
+            with(stack.precision, [&](auto P) { inner = arena.take<char>(P == INT8 ? 0 : whole_tiles(rows) * stride_of(steps_of(P, inner_at_once<P>()))); });
             input_scale = arena.take<float>(rows);
             scores = arena.take<float>((size_t)threads * stack.heads * score_width);
             seen = arena.take<int32_t>((size_t)threads * score_width);
@@ -96,10 +99,7 @@ public:
                 norm = &layer.cross;
             }
             prepare<P>(team, layer.mlp, norm, layer.up);
-            with_activation(stack.activation, [&](auto A) {
-                project<P>(team, layer.up, [](V value) { return activate<decltype(A)::value>(value); });
-            });
-            join<P>(team, layer.down, wide, stack.mlp_dim);
+            with_activation(stack.activation, [&](auto A) { feed_forward<P, A>(team, layer.up, layer.down); });
             norm = &layer.mlp;
         }
         if (!stack.norm_first && norm)
@@ -111,6 +111,9 @@ private:
     void each_row(Team team, Do work) {
         for (int row = rows * team.rank / team.size; row < rows * (team.rank + 1) / team.size; row++) work(row);
     }
+
+    template <int P>
+    int inner_at_once() const { return rows <= HEIGHT<P> ? stack.mlp_dim : std::min(DEEP<P>, stack.mlp_dim); }
 
     // Where rows are laid to be multiplied by a matrix.
     template <int P>
@@ -152,11 +155,38 @@ private:
         Rows to = input<P>(matrix);
         each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, to, row); });
         team.wait();
-        multiply<P>(matrix, to, rows, team, [&](int row, int column, V value, int) {
+        add_product_to_x<P>(team, matrix, to);
+    }
+
+    template <int P>
+    void add_product_to_x(Team team, const Matrix &matrix, const Rows &from) {
+        multiply<P>(matrix, from, rows, team, [&](int row, int column, V value, int) {
             float *sum = x + (int64_t)row * stack.dim + column;
             store(sum, load(sum) + value);
         });
         team.wait();
+    }
+
+    // x += activation(what is prepared, by `up`) by `down`. Many rows take a part of the inner layer at a time, which
+    // stays near; int8 has to see a row of it as a whole.
+    template <int P, int A>
+    void feed_forward(Team team, const Matrix &up, const Matrix &down) {
+        if constexpr (P == INT8) {
+            project<P>(team, up, [](V value) { return activate<A, P != FP32>(value); });
+            join<P>(team, down, wide, stack.mlp_dim);
+        } else {
+            int most = inner_at_once<P>();
+            for (int first = 0; first < stack.mlp_dim; first += most) {
+                int count = std::min(most, stack.mlp_dim - first);
+                Rows made{inner, steps_of(P, count)};
+                multiply<P>(columns<P>(up, first, count), input<P>(up), rows, team, [&](int row, int column, V value, int) {
+                    put<P>(made, row, column, activate<A, P != FP32>(value));
+                });
+                each_row(team, [&](int row) { end<P>(made, row, count); });
+                team.wait();
+                add_product_to_x<P>(team, inputs_from<P>(down, first), made);
+            }
+        }
     }
 
     void show(Team team, const float *made, int width, float *out) {
@@ -268,7 +298,7 @@ void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int 
     Rows rows{nullptr, steps, nullptr, &w};
     Arena &arena = own_arena;
     arena.lay([&] {
-        rows.data = arena.take<char>(whole_tiles(T) * steps * 4);
+        rows.data = arena.take<char>(whole_tiles(T) * stride_of(steps));
         rows.scale = arena.take<float>(T);
     });
     Barrier barrier;
@@ -342,10 +372,10 @@ template <int P>
 void pack(const float *weight, int out, int in, float floor, char *packed, float *scales, int32_t *starts, int threads) {
     int steps = steps_of(P, in);
 #pragma omp parallel for num_threads(threads)
-    for (int p = 0; p < panels_of(out); p++) {
+    for (int p = 0; p < panels_of<P>(out); p++) {
         std::vector<int32_t> line(steps);
-        for (int j = 0; j < WIDTH; j++) {
-            int column = p * WIDTH + j;
+        for (int j = 0; j < WIDTH<P>; j++) {
+            int column = p * WIDTH<P> + j;
             const float *own = weight + (int64_t)std::min(column, out - 1) * in;  // there may be none
             std::fill(line.begin(), line.end(), 0);
             if constexpr (P == INT8) {
@@ -355,7 +385,7 @@ void pack(const float *weight, int out, int in, float floor, char *packed, float
             } else if (column < out) {
                 convert<P>(own, in, {(char *)line.data(), steps}, 0);
             }
-            scatter(line.data(), steps, (int32_t *)(packed + p * panel_bytes(steps)) + j);
+            scatter<P>(line.data(), steps, (int32_t *)(packed + p * panel_bytes<P>(steps)) + j);
         }
     }
 }
@@ -369,9 +399,16 @@ extern "C" {
 // Whether the system lets this process use what the code was compiled for; to be asked before all else.
 int qkv_allowed() { return tiles_allowed(); }
 
+// To be asked for before anything is written there.
+void qkv_huge_pages(char *memory, int64_t size) { ask_for_huge_pages(memory, size); }
+
 // Bytes of a packed matrix, and the number of its scales, and of its starts.
-int64_t qkv_packed_bytes(int precision, int out, int in) { return panels_of(out) * panel_bytes(steps_of(precision, in)); }
-int64_t qkv_scales(int precision, int out) { return precision == INT8 ? (int64_t)panels_of(out) * WIDTH : 0; }
+int64_t qkv_packed_bytes(int precision, int out, int in) {
+    int64_t bytes;
+    with(precision, [&](auto P) { bytes = panels_of<P>(out) * panel_bytes<P>(steps_of(P, in)); });
+    return bytes;
+}
+int64_t qkv_scales(int precision, int out) { return precision == INT8 ? (int64_t)panels_of<INT8>(out) * WIDTH<INT8> : 0; }
 
 // Weights (out, in) in the order of the products. `in` is a multiple of 16; floor as of a Matrix.
 void qkv_pack(int precision, const float *weight, int out, int in, float floor, char *packed, float *scales, int32_t *starts, int threads) {
@@ -406,9 +443,11 @@ void qkv_likeliest(const Matrix *matrix, int precision, const float *x, int T, i
 void qkv_forward(const Stack *stack, const Batch *batch) {
     struct Chunk { int from, to; int64_t row; int rows; };
     std::vector<Chunk> chunks;
-    int64_t row = 0;
+    int64_t row = 0, tokens = std::accumulate(batch->lengths, batch->lengths + batch->sequences, (int64_t)0);
+    int64_t layer = (int64_t)stack->dim * (4 * stack->dim + 2 * stack->mlp_dim) * bytes_of(stack->precision);
+    int most = std::clamp<int64_t>(tokens / (2 * batch->threads), CHUNK, layer > LARGE ? 2 * CHUNK : CHUNK);
     for (int i = 0; i < batch->sequences; i++) {
-        if (chunks.empty() || chunks.back().rows + batch->lengths[i] > CHUNK) chunks.push_back({i, i, row, 0});
+        if (chunks.empty() || chunks.back().rows + batch->lengths[i] > most) chunks.push_back({i, i, row, 0});
         chunks.back().to = i + 1;
         chunks.back().rows += batch->lengths[i];
         row += batch->lengths[i];

@@ -50,23 +50,29 @@ template <int P>
     return total;
 }
 
+struct Slice {  // of a panel: steps `first` to `last`
+    int first, last;
+    const char *ahead;  // what is fetched meanwhile: from here,
+    int pace;           // and so many bytes further with each step
+};
+
 // M rows from `row` on times N vectors of columns of a slice, or of a WHOLE panel. The first slice sets out, rows
 // `out_stride` numbers apart, and others go on from there, so that slices give what the whole panel gives.
 template <int P, int M, int N, bool WHOLE>
 [[gnu::flatten]] void block(const Rows &rows, int row, const char *panel, const Slice &slice, float *out, int out_stride) {
     const char *x = rows.row(row), *ahead = slice.ahead;
-    int64_t stride = rows.steps * 4;
+    int64_t stride = rows.stride();
     I total[M * N], weight[N];
     each<M * N>([&](auto i) {
         if (slice.first) total[i] = (I)load(out + i / N * out_stride + i % N * LANES);
         else total[i] = set(0);
     });
     for (int s = slice.first; s < slice.last; s++) {
-        if (WHOLE) ahead = panel + (int64_t)(s + 16) * WIDTH * 4;
+        if (WHOLE) ahead = panel + panel_bytes<P>(s + 16);
         each<WHOLE ? N : 2>([&](auto n) { __builtin_prefetch(ahead + n * LANES * 4); });
         if (!WHOLE) ahead += slice.pace;
         each<PARTS<P>>([&](auto p) {
-            each<N>([&](auto n) { weight[n] = part<P, p, int16_t>(read<I>(panel + ((int64_t)s * WIDTH + n * LANES) * 4)); });
+            each<N>([&](auto n) { weight[n] = part<P, p, int16_t>(read<I>(panel + panel_bytes<P>(s) + n * LANES * 4)); });
             each<M>([&](auto m) {
                 I one = part<P, p, uint16_t>(set(read<int32_t>(x + m * stride + s * 4)));
                 each<N>([&](auto n) { total[m * N + n] = add_product<P>(total[m * N + n], weight[n], one); });
@@ -79,70 +85,128 @@ template <int P, int M, int N, bool WHOLE>
 // At most HEIGHT rows times some vectors of columns of a whole panel.
 template <int P>
 void product(const Rows &rows, int row, int height, const char *panel, int steps, int vectors, float *out, int out_stride) {
-    Slice whole{0, steps, nullptr, 0};
-    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, vectors, whole, out, out_stride);
+    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, vectors, 0, steps, out, out_stride, [] {});
     else each<HEIGHT<P>>([&](auto m) {
-        if (height == m + 1) each<WIDTH / LANES>([&](auto n) {
-            if (vectors == n + 1) block<P, m + 1, n + 1, true>(rows, row, panel, whole, out, out_stride);
+        if (height == m + 1) each<WIDTH<P> / LANES>([&](auto n) {
+            if (vectors == n + 1) block<P, m + 1, n + 1, true>(rows, row, panel, {0, steps, nullptr, 0}, out, out_stride);
         });
     });
 }
 
-// The same of a slice. Without AMX it takes all columns that a panel can have: fewer sizes of blocks to be compiled.
+// The same of a slice, without AMX. It takes all columns that a panel can have: fewer sizes of blocks to be compiled.
 template <int P>
-void product(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
-    if constexpr (TILED<P>) multiply_tiles<P>(rows, row, height, panel, vectors, slice, out, out_stride);
-    else each<HEIGHT<P>>([&](auto m) {
-        if (height == m + 1) block<P, m + 1, WIDTH / LANES, false>(rows, row, panel, slice, out, out_stride);
+void product(const Rows &rows, int row, int height, const char *panel, const Slice &slice, float *out) {
+    each<HEIGHT<P>>([&](auto m) {
+        if (height == m + 1) block<P, m + 1, WIDTH<P> / LANES, false>(rows, row, panel, slice, out, WIDTH<P>);
     });
 }
 
 // ---------------------------------------------------------------- rows times a matrix
 
-// Columns of x W^T + bias, a part of them for each thread: take(row, column, a vector, how many of its numbers there are).
-// Few rows wait for weights from memory, which come while they compute only if they are fetched in an even flow.
+// Sums of products, (rows, WIDTH) of a panel, which are given as columns of x W^T + bias, vector by vector:
+// take(row, column, a vector, how many of its numbers there are).
 template <int P, class Take>
-void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
-    constexpr int HIGH = HEIGHT<P>;
-    int panels = panels_of(w.out), steps = steps_of(P, w.in);
-    alignas(64) float out[FEW<P> * WIDTH];
-    for (int p = panels * team.rank / team.size; p < panels * (team.rank + 1) / team.size; p++) {
-        const char *panel = w.weight + p * panel_bytes(steps);
-        int vectors = vectors_of(w.out - p * WIDTH);
-        auto give = [&](int row, int height) {
-            for (int n = 0; n < vectors; n++) {
-                int column = p * WIDTH + n * LANES, left = std::min(LANES, w.out - column);
-                V bias = w.bias ? load(w.bias + column, left) : set(0.0f);
-                for (int m = 0; m < height; m++) {
-                    V sum = load(out + m * WIDTH + n * LANES);
-                    if constexpr (P == INT8)
-                        sum = __builtin_convertvector((I)sum + read<I>(w.start + column), V) * (rows.scale[row + m] * load(w.scale + column));
-                    take(row + m, column, sum + bias, left);
-                }
-            }
-        };
-        if constexpr (!TILED<P>) {
-            bool whole = count <= HIGH || count > FEW<P>;
-            for (int row = 0; whole && row < count; row += HIGH) {
-                int height = std::min(HIGH, count - row);
-                product<P>(rows, row, height, panel, steps, vectors, out, WIDTH);
-                give(row, height);
-            }
-            if (whole) continue;
-        }
-        for (int row = 0; row < count; row += FEW<P>) {
-            constexpr int AT_ONCE = TILED<P> ? TILE * TILE * 4 : WIDTH * 4;  // bytes of a tile, or of a step
-            int height = std::min(FEW<P>, count - row), turns = (height + HIGH - 1) / HIGH;
-            for (int first = 0, last; first < steps; first = last) {
-                last = std::min(steps, first + SLICE<P>);
-                for (int t = 0; t < turns; t++) {  // all rows have their turn, and each fetches a part of the next slice
-                    Slice slice{first, last, panel + panel_bytes(last) + panel_bytes(last - first) * t / turns, AT_ONCE / turns};
-                    product<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, vectors, slice, out + t * HIGH * WIDTH, WIDTH);
-                }
-            }
-            give(row, height);
+class Sums {
+    const Matrix &w;
+    const Rows &rows;
+    Take &take;
+    const float *from;
+    int row, column, n, vectors;
+
+public:
+    int left = 0;  // vectors
+
+    Sums(const Matrix &w, const Rows &rows, Take &take) : w(w), rows(rows), take(take) {}
+
+    void begin(const float *sums, int first_row, int height, int panel) {
+        from = sums, row = first_row, column = panel * WIDTH<P>, n = 0;
+        vectors = vectors_of<P>(w.out - column), left = height * vectors;
+    }
+
+    [[gnu::always_inline]] inline void give(int most) {
+        for (most = std::min(most, left), left -= most; most > 0; most--) {
+            int at = column + n * LANES, some = std::min(LANES, w.out - at);
+            V sum = load(from + n * LANES), bias = w.bias ? load(w.bias + at, some) : set(0.0f);
+            if constexpr (P == INT8)
+                sum = __builtin_convertvector((I)sum + read<I>(w.start + at), V) * (rows.scale[row] * load(w.scale + at));
+            take(row, at, sum + bias, some);
+            if (++n == vectors) n = 0, row++, from += WIDTH<P>;
         }
     }
+};
+
+// Some panels by vectors. Few rows wait for weights from memory, which come while they compute only if they are fetched in
+// an even flow.
+template <int P, class Take>
+void multiply_by_vectors(const Matrix &w, const Rows &rows, int count, int first_panel, int last_panel, Sums<P, Take> &sums) {
+    constexpr int HIGH = HEIGHT<P>;
+    int steps = rows.steps;
+    alignas(64) float out[FEW<P> * WIDTH<P>];
+    auto give = [&](int row, int height, int panel) {
+        sums.begin(out, row, height, panel);
+        sums.give(sums.left);
+    };
+    for (int p = first_panel; p < last_panel; p++) {
+        const char *panel = w.weight + p * panel_bytes<P>(steps_of(P, w.in)), *next = panel + panel_bytes<P>(steps_of(P, w.in));
+        if (count <= HIGH || count > FEW<P>) {
+            for (int row = 0; row < count; row += HIGH) {
+                int height = std::min(HIGH, count - row);
+                product<P>(rows, row, height, panel, steps, vectors_of<P>(w.out - p * WIDTH<P>), out, WIDTH<P>);
+                give(row, height, p);
+            }
+            continue;
+        }
+        int turns = (count + HIGH - 1) / HIGH;
+        for (int first = 0, last; first < steps; first = last) {
+            last = std::min(steps, first + SLICE<P>);
+            const char *ahead = last < steps ? panel + panel_bytes<P>(last) : next;
+            for (int t = 0; t < turns; t++) {  // all rows have their turn, and each fetches a part of the next slice
+                Slice slice{first, last, ahead + panel_bytes<P>(last - first) * t / turns, WIDTH<P> * 4 / turns};
+                product<P>(rows, t * HIGH, std::min(HIGH, count - t * HIGH), panel, slice, out + t * HIGH * WIDTH<P>);
+            }
+        }
+        give(0, count, p);
+    }
+}
+
+// Some panels by AMX. While tiles are multiplied, the sums of the panel before are given and the next slice is fetched.
+template <int P, class Take>
+void multiply_by_tiles(const Matrix &w, const Rows &rows, int count, int first_panel, int last_panel, Sums<P, Take> &sums) {
+    constexpr int HIGH = HEIGHT<P>, LINE = 64;
+    int steps = rows.steps, turn = 0;
+    alignas(64) float out[2][FEW<P> * WIDTH<P>];
+    for (int p = first_panel; p < last_panel; p++) {
+        const char *panel = w.weight + p * panel_bytes<P>(steps_of(P, w.in)), *next = panel + panel_bytes<P>(steps_of(P, w.in));
+        int vectors = vectors_of<P>(w.out - p * WIDTH<P>);
+        for (int row = 0; row < count; row += FEW<P>) {
+            float *made = out[turn++ % 2];
+            int height = std::min(FEW<P>, count - row), turns = (height + HIGH - 1) / HIGH;
+            int tiles = turns * steps / TILE, some = (sums.left + tiles - 1) / tiles;
+            int lines = (TILE * WIDTH<P> * 4 / LINE + turns - 1) / turns;
+            for (int first = 0, last; first < steps; first = last) {
+                last = std::min(steps, first + SLICE<P>);
+                const char *ahead = last < steps ? panel + panel_bytes<P>(last) : next;
+                for (int t = 0; t < turns; t++)
+                    multiply_tiles<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, vectors, first, last, made + t * HIGH * WIDTH<P>, WIDTH<P>, [&] {
+                        for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + i * LINE, 0, 2);
+                        ahead += lines * LINE;
+                        sums.give(some);
+                    });
+            }
+            sums.give(sums.left);
+            sums.begin(made, row, height, p);
+        }
+    }
+    sums.give(sums.left);
+}
+
+// Columns of x W^T + bias, a part of them for each thread: take(row, column, a vector, how many of its numbers there are).
+template <int P, class Take>
+void multiply(const Matrix &w, const Rows &rows, int count, Team team, Take take) {
+    int panels = panels_of<P>(w.out), first = panels * team.rank / team.size, last = panels * (team.rank + 1) / team.size;
+    Sums<P, Take> sums(w, rows, take);
+    if constexpr (TILED<P>) multiply_by_tiles(w, rows, count, first, last, sums);
+    else multiply_by_vectors(w, rows, count, first, last, sums);
 }
 
 }  // namespace

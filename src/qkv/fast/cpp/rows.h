@@ -25,18 +25,24 @@ constexpr int bytes_of(int precision) { return precision == FP32 ? 4 : precision
 template <int P>
 constexpr int ELEMENTS = 4 / bytes_of(P);  // of a step
 
-constexpr int WIDTH = LANES == 16 ? 64 : 16;  // columns of a panel: four vectors, or two
+template <int P>
+constexpr int WIDTH = TILED<P> ? 2 * TILE : LANES == 16 ? 64 : 16;  // columns of a panel: two tiles, or four vectors, or two
 template <int P>
 constexpr int HEIGHT = TILED<P> ? 2 * TILE : 6;  // rows at once: two tiles, or 24 accumulators of 32 registers, or 12 of 16
 template <int P>
-constexpr int FEW = TILED<P> ? 128 : 11 * HEIGHT<P>;  // rows that take a panel in slices: by AMX so many at a time, else no more
+constexpr int FEW = TILED<P> ? 256 : 11 * HEIGHT<P>;  // rows that take a panel in slices: by AMX so many at a time, else no more
 constexpr int ZERO = 128;                             // in int8, where inputs are of both signs
 template <int P>
-constexpr int SLICE = TILED<P> ? 64 : 32;  // steps of a slice: 16 KB, 8 or 2, for the nearest cache
+constexpr int DEEP = 512 * ELEMENTS<P>;  // numbers of the inner layer that many rows have at a time
+template <int P>
+constexpr int SLICE = TILED<P> ? 128 : 32;  // steps of a slice: 16 KB, 8 or 2, for the nearest cache
 
-int panels_of(int out) { return (out + WIDTH - 1) / WIDTH; }
-int vectors_of(int out) { return (std::min(WIDTH, out) + LANES - 1) / LANES; }
-int64_t panel_bytes(int steps) { return (int64_t)steps * WIDTH * 4; }
+template <int P>
+int panels_of(int out) { return (out + WIDTH<P> - 1) / WIDTH<P>; }
+template <int P>
+int vectors_of(int out) { return (std::min(WIDTH<P>, out) + LANES - 1) / LANES; }
+template <int P>
+int64_t panel_bytes(int steps) { return (int64_t)steps * WIDTH<P> * 4; }
 int64_t whole_tiles(int rows) { return (rows + TILE - 1) / TILE * TILE; }  // AMX reads rows that are not there, to no effect
 
 int steps_of(int precision, int in) {  // for AMX whole tiles, which are filled up with zeros
@@ -44,13 +50,17 @@ int steps_of(int precision, int in) {  // for AMX whole tiles, which are filled 
     return (in + count - 1) / count * line;
 }
 
+// From row to row: an odd number of cache lines, so that those of one step do not fall into a few places of a cache.
+int64_t stride_of(int steps) { return ((steps * 4 + 63) / 64 | 1) * 64; }
+
 struct Rows {  // activations in a precision, ready to be multiplied
     char *data;
     int steps;
     float *scale = nullptr;          // (rows) in int8
     const Matrix *matrix = nullptr;  // by which they are multiplied, in int8
 
-    char *row(int i) const { return data + (int64_t)i * steps * 4; }
+    int64_t stride() const { return stride_of(steps); }
+    char *row(int i) const { return data + i * stride(); }
 };
 
 // Numbers at(0), at(LANES), ... as bytes, the largest of them as `most` above or below `zero`; returns the scale.
@@ -75,30 +85,49 @@ float quantise(const float *x, int width, const Matrix &matrix, char *to) {
     return with([=](int i) { return load(x + i) * load(ease + i); });
 }
 
+// Some numbers of a row, in a precision that needs no scale.
+template <int P>
+void put(const Rows &rows, int row, int i, V x) {
+    char *to = rows.row(row) + i * bytes_of(P);
+    if constexpr (P == FP32) write(to, x);
+    else write(to, to_bf16(x));
+}
+
+// Zeros after the numbers of a row, up to a whole tile.
+template <int P>
+void end(const Rows &rows, int row, int width) {
+    int bytes = width * bytes_of(P), beyond = steps_of(P, width) * 4 - bytes;
+    if (beyond) std::memset(rows.row(row) + bytes, 0, beyond);
+}
+
 template <int P>
 void convert(const float *x, int width, const Rows &rows, int row) {
-    char *to = rows.row(row);
-    if constexpr (P == INT8) {
-        rows.scale[row] = quantise(x, width, *rows.matrix, to);
-    } else if constexpr (P == FP32) {
-        for (int i = 0; i < width; i += LANES) write(to + i * 4, load(x + i));
-    } else {
-        for (int i = 0; i < width; i += LANES) write(to + i * 2, to_bf16(load(x + i)));
-    }
-    int bytes = width * bytes_of(P), beyond = steps_of(P, width) * 4 - bytes;
-    if (beyond) std::memset(to + bytes, 0, beyond);
+    if constexpr (P == INT8) rows.scale[row] = quantise(x, width, *rows.matrix, rows.row(row));
+    else for (int i = 0; i < width; i += LANES) put<P>(rows, row, i, load(x + i));
+    end<P>(rows, row, width);
 }
 
-template <class X>
-void scatter(const X *line, int steps, X *column) {  // one column of a panel
-    for (int s = 0; s < steps; s++) column[s * WIDTH] = line[s];
+template <int P>
+void scatter(const int32_t *line, int steps, int32_t *column) {  // one column of a panel
+    for (int s = 0; s < steps; s++) column[s * WIDTH<P>] = line[s];
 }
 
-struct Slice {  // of a panel: steps `first` to `last`
-    int first, last;
-    const char *ahead;  // what is fetched meanwhile: from here,
-    int pace;           // and so many bytes further with each step, or each tile of AMX
-};
+// Some columns of a matrix without scales, from a whole panel on.
+template <int P>
+Matrix columns(Matrix w, int first, int count) {
+    w.weight += first / WIDTH<P> * panel_bytes<P>(steps_of(P, w.in));
+    if (w.bias) w.bias += first;
+    w.out = count;
+    return w;
+}
+
+// The same of its inputs, for rows that begin there; the first have the bias.
+template <int P>
+Matrix inputs_from(Matrix w, int first) {
+    w.weight += panel_bytes<P>(first / ELEMENTS<P>);
+    if (first) w.bias = nullptr;
+    return w;
+}
 
 // ---------------------------------------------------------------- numbers that the compiler knows
 

@@ -5,10 +5,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include <immintrin.h>
 #include <sched.h>
+#include <sys/mman.h>
 
 namespace {
 
@@ -39,25 +41,45 @@ struct Team {  // the threads that compute on the same tokens
     }
 };
 
+constexpr size_t HUGE_PAGE = 2 << 20;
+
+// Weights and scratch are read in long runs, for which small pages take longer to be found than to be read.
+void ask_for_huge_pages(char *memory, size_t size) {
+#ifdef MADV_HUGEPAGE
+    auto from = ((uintptr_t)memory + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, to = ((uintptr_t)memory + size) / HUGE_PAGE * HUGE_PAGE;
+    if (from < to) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#endif
+}
+
 class Arena {  // scratch that grows to what is asked of it and is kept
-    std::vector<char> memory;
-    size_t used = 0;
+    char *memory = nullptr;
+    size_t size = 0, used = 0;
+
+    void release() { ::operator delete(memory, std::align_val_t{HUGE_PAGE}); }
 
 public:
+    Arena() = default;
+    Arena(const Arena &) = delete;
+    ~Arena() { release(); }
+
     template <class X>
     X *take(size_t count) {
         size_t at = used;
         used += (count * sizeof(X) + 63) / 64 * 64;
-        return memory.empty() ? nullptr : (X *)(((uintptr_t)memory.data() + 63) / 64 * 64 + at);
+        return memory ? (X *)(memory + at) : nullptr;
     }
     template <class Lay>
     void lay(Lay take_all) {  // once to measure, once in memory of that size
-        std::vector<char> old;
-        old.swap(memory);
-        used = 0;
+        char *old = memory;
+        memory = nullptr, used = 0;
         take_all();
-        memory.swap(old);
-        if (memory.size() < used + 64) memory.resize(used + 64);
+        memory = old;
+        if (size < used) {
+            release();
+            size = (used + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+            memory = (char *)::operator new(size, std::align_val_t{HUGE_PAGE});
+            ask_for_huge_pages(memory, size);
+        }
         used = 0;
         take_all();
     }

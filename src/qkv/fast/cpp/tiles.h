@@ -51,58 +51,46 @@ void add_tiles() {  // SUMS += ROWS times COLUMNS
     else asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" ::"i"(COLUMNS), "i"(ROWS), "i"(SUMS));
 }
 
-class Ahead {  // what is fetched while a slice is multiplied
-    const char *next;
-    int pace;
-
-public:
-    Ahead(const Slice &slice) : next(slice.ahead), pace(slice.pace) {}
-    void fetch() {
-        for (const char *end = next + pace; next < end; next += 64) __builtin_prefetch(next);
-    }
-};
-
-// One or two tiles of rows, from `row` on, times some vectors of columns of a slice. The first slice sets out, and others
-// go on from there: then `out` can be read to the end of a tile.
-template <int P, int HIGH>
-[[gnu::flatten]] void multiply_tiles(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
-    constexpr int WIDE = 4 / HIGH;  // tiles of columns at once
-    int64_t stride = rows.steps * 4;
-    Ahead ahead(slice);
-    for (int n = 0; n < vectors; n += WIDE) {
-        each<HIGH>([&](auto r) {
-            each<WIDE>([&](auto c) {
-                if (slice.first) load_tile<r * WIDE + c>(out + r * TILE * out_stride + (n + c) * LANES, out_stride * 4);
-                else clear_tile<r * WIDE + c>();
-            });
+// One or two tiles of rows, from `row` on, times some vectors of columns of a slice of a panel, steps `first` to `last`;
+// meanwhile() is called for each tile of steps. The first slice sets out, and others go on from there: then `out` can be
+// read to the end of a tile.
+template <int P, int HIGH, class Meanwhile>
+[[gnu::flatten]] void multiply_tiles(const Rows &rows, int row, int height, const char *panel, int vectors, int first, int last, float *out, int out_stride, Meanwhile meanwhile) {
+    constexpr int WIDE = WIDTH<P> / TILE;  // tiles of columns
+    const char *x = rows.row(row);
+    int64_t stride = rows.stride();
+    each<HIGH>([&](auto r) {
+        each<WIDE>([&](auto c) {
+            if (first) load_tile<r * WIDE + c>(out + r * TILE * out_stride + c * LANES, out_stride * 4);
+            else clear_tile<r * WIDE + c>();
         });
-        for (int s = slice.first; s < slice.last; s += TILE) {
-            const char *columns = panel + ((int64_t)s * WIDTH + n * LANES) * 4;
-            each<HIGH>([&](auto r) { load_tile<4 + r>(rows.row(row + r * TILE) + s * 4, stride); });
-            each<WIDE>([&](auto c) {
-                if (n + c >= vectors) return;
-                load_tile<6 + c % 2>(columns + c * LANES * 4, WIDTH * 4);
-                ahead.fetch();
-                each<HIGH>([&](auto r) { add_tiles<P, r * WIDE + c, 4 + r, 6 + c % 2>(); });
-            });
-        }
-        each<HIGH>([&](auto r) {
-            each<WIDE>([&](auto c) {
-                if (n + c >= vectors) return;
-                float *to = out + r * TILE * out_stride + (n + c) * LANES;
-                if (height >= (r + 1) * TILE) return store_tile<r * WIDE + c>(to, out_stride * 4);
-                alignas(64) float sums[TILE * TILE];
-                store_tile<r * WIDE + c>(sums, TILE * 4);
-                for (int m = 0; m < height - r * TILE; m++) store(to + m * out_stride, load(sums + m * TILE));
-            });
+    });
+    for (int s = first; s < last; s += TILE) {
+        const char *columns = panel + panel_bytes<P>(s);
+        each<HIGH>([&](auto r) { load_tile<4 + r>(x + r * TILE * stride + s * 4, stride); });
+        each<WIDE>([&](auto c) {
+            if (c >= vectors) return;
+            load_tile<6 + c>(columns + c * LANES * 4, WIDTH<P> * 4);
+            each<HIGH>([&](auto r) { add_tiles<P, r * WIDE + c, 4 + r, 6 + c>(); });
         });
+        meanwhile();
     }
+    each<HIGH>([&](auto r) {
+        each<WIDE>([&](auto c) {
+            if (c >= vectors) return;
+            float *to = out + r * TILE * out_stride + c * LANES;
+            if (height >= (r + 1) * TILE) return store_tile<r * WIDE + c>(to, out_stride * 4);
+            alignas(64) float sums[TILE * TILE];
+            store_tile<r * WIDE + c>(sums, TILE * 4);
+            for (int m = 0; m < height - r * TILE; m++) store(to + m * out_stride, load(sums + m * TILE));
+        });
+    });
 }
 
-template <int P>
-void multiply_tiles(const Rows &rows, int row, int height, const char *panel, int vectors, const Slice &slice, float *out, int out_stride) {
-    if (height > TILE) multiply_tiles<P, 2>(rows, row, height, panel, vectors, slice, out, out_stride);
-    else multiply_tiles<P, 1>(rows, row, height, panel, vectors, slice, out, out_stride);
+template <int P, class Meanwhile>
+void multiply_tiles(const Rows &rows, int row, int height, const char *panel, int vectors, int first, int last, float *out, int out_stride, Meanwhile meanwhile) {
+    if (height > TILE) multiply_tiles<P, 2>(rows, row, height, panel, vectors, first, last, out, out_stride, meanwhile);
+    else multiply_tiles<P, 1>(rows, row, height, panel, vectors, first, last, out, out_stride, meanwhile);
 }
 
 #else
@@ -111,8 +99,8 @@ bool tiles_allowed() { return true; }
 struct Tiles {
     Tiles(bool) {}
 };
-template <int P>
-void multiply_tiles(const Rows &, int, int, const char *, int, const Slice &, float *, int);
+template <int P, class Meanwhile>
+void multiply_tiles(const Rows &, int, int, const char *, int, int, int, float *, int, Meanwhile);
 
 #endif
 
