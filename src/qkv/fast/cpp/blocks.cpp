@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int CHUNK = 128;  // tokens that a thread takes through the layers at once, or one sequence
-constexpr int LARGE = 4 << 20;  // bytes of a layer that stays in no near cache: then it is read for twice as many tokens
+constexpr int LARGE_LAYER = 4 << 20;  // bytes of a layer that stays in no near cache: then it is read for twice as many tokens
 
 thread_local Arena own_arena;
 
@@ -53,8 +53,8 @@ public:
     Computation(const Stack &stack, const Batch &batch, int from, int to, int64_t first_row, int rows, int threads, Arena &arena)
         : stack(stack), batch(batch), from(from), to(to), rows(rows), first_row(first_row), attentions(threads) {
         x = batch.x + first_row * stack.dim;
-        bool int8 = stack.precision == INT8;
-        int wide_width = std::max(3 * stack.dim, int8 ? stack.mlp_dim : 0), in = std::max(stack.dim, int8 ? stack.mlp_dim : 0);
+        int whole = stack.precision == INT8 ? stack.mlp_dim : 0;  // of the inner layer
+        int wide_width = std::max(3 * stack.dim, whole), in = std::max(stack.dim, whole);
         int longest = 1;
         for (int i = from; i < to; i++) {
             longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
@@ -182,7 +182,7 @@ private:
                 multiply<P>(columns<P>(up, first, count), input<P>(up), rows, team, [&](int row, int column, V value, int) {
                     put<P>(made, row, column, activate<A, P != FP32>(value));
                 });
-                each_row(team, [&](int row) { end<P>(made, row, count); });
+                each_row(team, [&](int row) { pad<P>(made, row, count); });
                 team.wait();
                 add_product_to_x<P>(team, inputs_from<P>(down, first), made);
             }
@@ -445,7 +445,7 @@ void qkv_forward(const Stack *stack, const Batch *batch) {
     std::vector<Chunk> chunks;
     int64_t row = 0, tokens = std::accumulate(batch->lengths, batch->lengths + batch->sequences, (int64_t)0);
     int64_t layer = (int64_t)stack->dim * (4 * stack->dim + 2 * stack->mlp_dim) * bytes_of(stack->precision);
-    int most = std::clamp<int64_t>(tokens / (2 * batch->threads), CHUNK, layer > LARGE ? 2 * CHUNK : CHUNK);
+    int most = std::clamp<int64_t>(tokens / (2 * batch->threads), CHUNK, layer > LARGE_LAYER ? 2 * CHUNK : CHUNK);
     for (int i = 0; i < batch->sequences; i++) {
         if (chunks.empty() || chunks.back().rows + batch->lengths[i] > most) chunks.push_back({i, i, row, 0});
         chunks.back().to = i + 1;

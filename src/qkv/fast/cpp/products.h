@@ -141,13 +141,14 @@ template <int P, class Take>
 void multiply_by_vectors(const Matrix &w, const Rows &rows, int count, int first_panel, int last_panel, Sums<P, Take> &sums) {
     constexpr int HIGH = HEIGHT<P>;
     int steps = rows.steps;
+    int64_t size = panel_bytes<P>(steps_of(P, w.in));
     alignas(64) float out[FEW<P> * WIDTH<P>];
     auto give = [&](int row, int height, int panel) {
         sums.begin(out, row, height, panel);
         sums.give(sums.left);
     };
     for (int p = first_panel; p < last_panel; p++) {
-        const char *panel = w.weight + p * panel_bytes<P>(steps_of(P, w.in)), *next = panel + panel_bytes<P>(steps_of(P, w.in));
+        const char *panel = w.weight + p * size, *next = panel + size;
         if (count <= HIGH || count > FEW<P>) {
             for (int row = 0; row < count; row += HIGH) {
                 int height = std::min(HIGH, count - row);
@@ -174,9 +175,10 @@ template <int P, class Take>
 void multiply_by_tiles(const Matrix &w, const Rows &rows, int count, int first_panel, int last_panel, Sums<P, Take> &sums) {
     constexpr int HIGH = HEIGHT<P>, LINE = 64;
     int steps = rows.steps, turn = 0;
+    int64_t size = panel_bytes<P>(steps_of(P, w.in));
     alignas(64) float out[2][FEW<P> * WIDTH<P>];
     for (int p = first_panel; p < last_panel; p++) {
-        const char *panel = w.weight + p * panel_bytes<P>(steps_of(P, w.in)), *next = panel + panel_bytes<P>(steps_of(P, w.in));
+        const char *panel = w.weight + p * size, *next = panel + size;
         int vectors = vectors_of<P>(w.out - p * WIDTH<P>);
         for (int row = 0; row < count; row += FEW<P>) {
             float *made = out[turn++ % 2];

@@ -95,7 +95,7 @@ void put(const Rows &rows, int row, int i, V x) {
 
 // Zeros after the numbers of a row, up to a whole tile.
 template <int P>
-void end(const Rows &rows, int row, int width) {
+void pad(const Rows &rows, int row, int width) {
     int bytes = width * bytes_of(P), beyond = steps_of(P, width) * 4 - bytes;
     if (beyond) std::memset(rows.row(row) + bytes, 0, beyond);
 }
@@ -104,7 +104,7 @@ template <int P>
 void convert(const float *x, int width, const Rows &rows, int row) {
     if constexpr (P == INT8) rows.scale[row] = quantise(x, width, *rows.matrix, rows.row(row));
     else for (int i = 0; i < width; i += LANES) put<P>(rows, row, i, load(x + i));
-    end<P>(rows, row, width);
+    pad<P>(rows, row, width);
 }
 
 template <int P>
@@ -112,7 +112,7 @@ void scatter(const int32_t *line, int steps, int32_t *column) {  // one column o
     for (int s = 0; s < steps; s++) column[s * WIDTH<P>] = line[s];
 }
 
-// Some columns of a matrix without scales, from a whole panel on.
+// Some columns of a matrix, which has no scales; the first of them begins a panel.
 template <int P>
 Matrix columns(Matrix w, int first, int count) {
     w.weight += first / WIDTH<P> * panel_bytes<P>(steps_of(P, w.in));
@@ -121,7 +121,7 @@ Matrix columns(Matrix w, int first, int count) {
     return w;
 }
 
-// The same of its inputs, for rows that begin there; the first have the bias.
+// A matrix from one of its inputs on, for rows that begin with it. The bias is added once, by the first part.
 template <int P>
 Matrix inputs_from(Matrix w, int first) {
     w.weight += panel_bytes<P>(first / ELEMENTS<P>);
