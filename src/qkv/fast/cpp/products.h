@@ -103,35 +103,41 @@ void product(const Rows &rows, int row, int height, const char *panel, const Sli
 
 // ---------------------------------------------------------------- rows times a matrix
 
-// Sums of products, (rows, WIDTH) of a panel, which are given as columns of x W^T + bias, vector by vector:
+// Sums of products, (rows, WIDTH) of a panel, which are given as columns of x W^T + bias, row by row:
 // take(row, column, a vector, how many of its numbers there are).
 template <int P, class Take>
 class Sums {
+    static constexpr int MOST = WIDTH<P> / LANES;  // vectors of a row
     const Matrix &w;
     const Rows &rows;
     Take &take;
     const float *from;
-    int row, column, n, vectors;
+    int row, column, vectors;
+    V bias[MOST];
+
+    int some(int n) const { return std::min(LANES, w.out - column - n * LANES); }  // numbers of a vector
 
 public:
-    int left = 0;  // vectors
+    int left = 0;  // rows
 
     Sums(const Matrix &w, const Rows &rows, Take &take) : w(w), rows(rows), take(take) {}
 
     void begin(const float *sums, int first_row, int height, int panel) {
-        from = sums, row = first_row, column = panel * WIDTH<P>, n = 0;
-        vectors = vectors_of<P>(w.out - column), left = height * vectors;
+        from = sums, row = first_row, left = height, column = panel * WIDTH<P>;
+        vectors = vectors_of<P>(w.out - column);
+        for (int n = 0; n < vectors; n++) bias[n] = w.bias ? load(w.bias + column + n * LANES, some(n)) : set(0.0f);
     }
 
     [[gnu::always_inline]] inline void give(int most) {
-        for (most = std::min(most, left), left -= most; most > 0; most--) {
-            int at = column + n * LANES, some = std::min(LANES, w.out - at);
-            V sum = load(from + n * LANES), bias = w.bias ? load(w.bias + at, some) : set(0.0f);
-            if constexpr (P == INT8)
-                sum = __builtin_convertvector((I)sum + read<I>(w.start + at), V) * (rows.scale[row] * load(w.scale + at));
-            take(row, at, sum + bias, some);
-            if (++n == vectors) n = 0, row++, from += WIDTH<P>;
-        }
+        for (most = std::min(most, left), left -= most; most > 0; most--, row++, from += WIDTH<P>)
+            each<MOST>([&](auto n) {
+                if (n >= vectors) return;
+                int at = column + n * LANES;
+                V sum = load(from + n * LANES);
+                if constexpr (P == INT8)
+                    sum = __builtin_convertvector((I)sum + read<I>(w.start + at), V) * (rows.scale[row] * load(w.scale + at));
+                take(row, at, sum + bias[n], some(n));
+            });
     }
 };
 
@@ -170,33 +176,34 @@ void multiply_by_vectors(const Matrix &w, const Rows &rows, int count, int first
     }
 }
 
-// Some panels by AMX. While tiles are multiplied, the sums of the panel before are given and the next slice is fetched.
+// Some panels by AMX. While tiles are multiplied, the sums that the last ones made are given and the next panel is fetched.
 template <int P, class Take>
 void multiply_by_tiles(const Matrix &w, const Rows &rows, int count, int first_panel, int last_panel, Sums<P, Take> &sums) {
     constexpr int HIGH = HEIGHT<P>, LINE = 64;
-    int steps = rows.steps, turn = 0;
+    int steps = rows.steps;
     int64_t size = panel_bytes<P>(steps_of(P, w.in));
-    alignas(64) float out[2][FEW<P> * WIDTH<P>];
+    alignas(64) float out[FEW<P> * WIDTH<P>];
     for (int p = first_panel; p < last_panel; p++) {
-        const char *panel = w.weight + p * size, *next = panel + size;
+        const char *panel = w.weight + p * size;
         int vectors = vectors_of<P>(w.out - p * WIDTH<P>);
-        for (int row = 0; row < count; row += FEW<P>) {
-            float *made = out[turn++ % 2];
-            int height = std::min(FEW<P>, count - row), turns = (height + HIGH - 1) / HIGH;
-            int tiles = turns * steps / TILE, some = (sums.left + tiles - 1) / tiles;
+        for (int begin = 0; begin < count; begin += FEW<P>) {
+            int end = std::min(count, begin + FEW<P>), turns = (end - begin + HIGH - 1) / HIGH;
             int lines = (TILE * WIDTH<P> * 4 / LINE + turns - 1) / turns;
             for (int first = 0, last; first < steps; first = last) {
                 last = std::min(steps, first + SLICE<P>);
-                const char *ahead = last < steps ? panel + panel_bytes<P>(last) : next;
-                for (int t = 0; t < turns; t++)
-                    multiply_tiles<P>(rows, row + t * HIGH, std::min(HIGH, height - t * HIGH), panel, vectors, first, last, made + t * HIGH * WIDTH<P>, WIDTH<P>, [&] {
+                int tiles = (last - first) / TILE, some = (HIGH + tiles - 1) / tiles;
+                const char *ahead = panel + size + panel_bytes<P>(first);
+                for (int row = begin; row < end; row += HIGH) {
+                    int height = std::min(HIGH, end - row);
+                    float *made = out + (row - begin) * WIDTH<P>;
+                    multiply_tiles<P>(rows, row, height, panel, vectors, first, last, made, WIDTH<P>, [&] {
                         for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + i * LINE, 0, 2);
                         ahead += lines * LINE;
                         sums.give(some);
                     });
+                    if (last == steps) sums.begin(made, row, height, p);
+                }
             }
-            sums.give(sums.left);
-            sums.begin(made, row, height, p);
         }
     }
     sums.give(sums.left);

@@ -40,6 +40,8 @@ public:
 
 template <int T>
 void load_tile(const void *from, int64_t stride) { asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory"); }
+template <int T>  // the same, past the nearest cache, which is for what is read again soon
+void load_tile_once(const void *from, int64_t stride) { asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory"); }
 template <int T>
 void store_tile(void *to, int64_t stride) { asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory"); }
 template <int T>
@@ -67,7 +69,7 @@ template <int P, int HIGH, class Meanwhile>
     });
     for (int s = first; s < last; s += TILE) {
         const char *columns = panel + panel_bytes<P>(s);
-        each<HIGH>([&](auto r) { load_tile<4 + r>(x + r * TILE * stride + s * 4, stride); });
+        each<HIGH>([&](auto r) { load_tile_once<4 + r>(x + r * TILE * stride + s * 4, stride); });
         each<WIDE>([&](auto c) {
             if (c >= vectors) return;
             load_tile<6 + c>(columns + c * LANES * 4, WIDTH<P> * 4);
