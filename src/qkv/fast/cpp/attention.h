@@ -14,13 +14,8 @@ struct Keys {  // of one sequence and some heads: rows `stride` numbers apart, b
 
     Keys from(int64_t number) const { return {key + number * size(), value + number * size(), count, stride, half}; }
     int size() const { return half ? 2 : 4; }
+    V number(const char *row, int e) const { return half ? ::number<BF16>(row, e) : ::number<FP32>(row, e); }
 };
-
-template <bool HALF>
-V number(const char *row, int e) {
-    if constexpr (HALF) return from_bf16(read<Half>(row + e * 2));
-    else return load((const float *)row + e);
-}
 
 // A row in pieces of two vectors, and perhaps of one at the end: use(its first number, how many vectors).
 template <class Use>
@@ -38,7 +33,7 @@ template <bool HALF, int N>
         x[0] = (V)(both << 16);
         x[1] = (V)(both & set((int32_t)0xFFFF0000));
     } else {
-        for (int n = 0; n < N; n++) x[n] = number<HALF>(row, e + n * LANES);
+        for (int n = 0; n < N; n++) x[n] = number<HALF ? BF16 : FP32>(row, e + n * LANES);
     }
 }
 
@@ -126,10 +121,9 @@ private:
 };
 
 // One query after another, for the few of a decoding step. `index` (keys) and `scores` (heads, width) are scratch.
-template <bool HALF>
-void attend_rows(const float *query, int rows, int query_stride, Keys keys, int heads, int E, int causal, const uint8_t *mask,
-                 float *out, int out_stride, int32_t *index, float *scores, int width) {
-    alignas(64) float asked[8192], answer[8192];
+template <bool HALF, int P, int O>
+void attend_rows(Table<P> query, int rows, Keys keys, int heads, int E, int causal, const uint8_t *mask, Table<O> out, int32_t *index, float *scores, int width) {
+    alignas(64) float line[8192], own[8192];  // as numbers come, and as pieces have them
     for (int i = 0; i < rows; i++) {
         int last = causal && !mask ? keys.count - rows + 1 + i : keys.count, count = 0;
         for (int j = 0; j < last; j++)
@@ -138,11 +132,13 @@ void attend_rows(const float *query, int rows, int query_stride, Keys keys, int 
         auto each_piece_of_heads = [&](auto work) {
             for (int h = 0; h < heads; h++) each_piece(E, [&](int e, auto n) { work(h * E + e, n); });
         };
-        each_piece_of_heads([&](int e, auto n) { unzip<HALF, n>(query + (int64_t)i * query_stride + e, asked + e); });
-        seen.score(asked, scores, width);
+        for (int e = 0; e < heads * E; e += LANES) store(line + e, query.get(i, e));
+        each_piece_of_heads([&](int e, auto n) { unzip<HALF, n>(line + e, own + e); });
+        seen.score(own, scores, width);
         for (int h = 0; h < heads; h++) softmax(scores + h * width, count);
-        seen.add_up(scores, width, answer);
-        each_piece_of_heads([&](int e, auto n) { zip<HALF, n>(answer + e, out + (int64_t)i * out_stride + e); });
+        seen.add_up(scores, width, own);
+        each_piece_of_heads([&](int e, auto n) { zip<HALF, n>(own + e, line + e); });
+        for (int e = 0; e < heads * E; e += LANES) out.put(i, e, load(line + e));
     }
 }
 
@@ -168,21 +164,20 @@ struct Attention {
         share = {arena.take<char>(HIGH * stride_of(deep)), deep};
     }
 
-    template <int P>
-    void attend(const float *q, int rows, int query_stride, Keys from, int E, int causal, float *out, int out_stride) {
-        constexpr int HIGH = HEIGHT<P>;
+    template <int P, int O>
+    void attend(Table<P> queries, int rows, Keys from, int E, int causal, Table<O> out) {
+        constexpr int HIGH = HEIGHT<P>, MOST = 256;
         int padded = panels_of<P>(from.count) * WIDTH<P>, wide = steps_of(P, E), deep = steps_of(P, padded);
         pack_keys<P>(from, E);
         pack_values<P>(from, E);
         float rate = 1 / std::sqrt((float)E);
-        alignas(64) float scaled[256];
+        alignas(64) float made[HIGH * MOST];
         for (int i = 0; i < rows; i += HIGH) {
             int height = std::min(HIGH, rows - i);
             int last = causal ? from.count - rows + i + height : from.count;  // keys that the last of them sees
             for (int m = 0; m < height; m++) {
-                const float *one = q + (int64_t)(i + m) * query_stride;
-                for (int e = 0; e < E; e += LANES) store(scaled + e, load(one + e) * rate);
-                convert<P>(scaled, E, query, m);
+                for (int e = 0; e < E; e += LANES) put<P>(query.row(m), e, queries.get(i + m, e) * rate);
+                pad<P>(query, m, E);
             }
             for (int p = 0; p * WIDTH<P> < last; p++) {
                 int vectors = vectors_of<P>(last - p * WIDTH<P>);
@@ -198,8 +193,10 @@ struct Attention {
             }
             for (int p = 0; p * WIDTH<P> < E; p++) {
                 int vectors = vectors_of<P>(E - p * WIDTH<P>);
-                product<P>(share, 0, height, values + p * panel_bytes<P>(deep), steps_of(P, last), vectors, out + (int64_t)i * out_stride + p * WIDTH<P>, out_stride);
+                product<P>(share, 0, height, values + p * panel_bytes<P>(deep), steps_of(P, last), vectors, made + p * WIDTH<P>, MOST);
             }
+            for (int m = 0; m < height; m++)
+                for (int e = 0; e < E; e += LANES) out.put(i + m, e, load(made + m * MOST + e));
         }
     }
 
@@ -211,7 +208,7 @@ private:
         alignas(64) int32_t packed[256];
         for (int j = 0; j < from.count; j++) {
             const char *row = from.key + (int64_t)j * from.stride * from.size();
-            for (int e = 0; e < E; e += LANES) store(key + e, from.half ? number<true>(row, e) : number<false>(row, e));
+            for (int e = 0; e < E; e += LANES) store(key + e, from.number(row, e));
             convert<P>(key, E, {(char *)packed, steps}, 0);
             scatter<P>(packed, steps, (int32_t *)keys + (int64_t)(j / WIDTH<P>) * steps * WIDTH<P> + j % WIDTH<P>);
         }
@@ -222,7 +219,7 @@ private:
         int steps = steps_of(P, panels_of<P>(from.count) * WIDTH<P>);
         auto value = [&](int j, int e) {
             const char *row = from.value + (int64_t)j * from.stride * from.size();
-            return j >= from.count ? set(0.0f) : from.half ? number<true>(row, e) : number<false>(row, e);
+            return j >= from.count ? set(0.0f) : from.number(row, e);
         };
         for (int j = 0; j < steps_of(P, from.count) * ELEMENTS<P>; j += ELEMENTS<P>)
             for (int e = 0; e < E; e += LANES) {

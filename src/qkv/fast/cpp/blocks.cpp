@@ -43,8 +43,8 @@ class Computation {  // some sequences of a batch on their way through the layer
     const Batch &batch;
     int from, to, rows;    // sequences, and their tokens
     int64_t first_row;     // of their tokens among all
-    float *x, *wide, *answer, *scores, *input_scale;
-    char *inputs, *inner;
+    float *x, *answer, *scores, *input_scale;
+    char *inputs, *wide, *inner;
     int32_t *seen;
     int score_width;
     std::vector<Attention> attentions;  // one for each thread
@@ -54,7 +54,7 @@ public:
         : stack(stack), batch(batch), from(from), to(to), rows(rows), first_row(first_row), attentions(threads) {
         x = batch.x + first_row * stack.dim;
         int whole = stack.precision == INT8 ? stack.mlp_dim : 0;  // of the inner layer
-        int wide_width = std::max(3 * stack.dim, whole), in = std::max(stack.dim, whole);
+        int in = std::max(stack.dim, whole);
         int longest = 1;
         for (int i = from; i < to; i++) {
             longest = std::max(longest, batch.keys ? batch.key_lengths[i] : batch.lengths[i]);
@@ -62,8 +62,8 @@ public:
         }
         score_width = longest + 16;  // softmax writes whole vectors
         arena.lay([&] {
-            wide = arena.take<float>((size_t)rows * wide_width);
-            answer = arena.take<float>((size_t)rows * stack.dim);
+            with(stack.precision, [&](auto P) { wide = arena.take<char>((size_t)rows * std::max(3 * stack.dim * bytes_of(ATTENTION<P>), whole * 4)); });
+            answer = arena.take<float>(stack.precision == INT8 ? (size_t)rows * stack.dim : 0);
             inputs = arena.take<char>(whole_tiles(rows) * stride_of(steps_of(stack.precision, in)));
             with(stack.precision, [&](auto P) { inner = arena.take<char>(P == INT8 ? 0 : whole_tiles(rows) * stride_of(steps_of(P, inner_at_once<P>()))); });
             input_scale = arena.take<float>(rows);
@@ -83,19 +83,19 @@ public:
             int D = stack.dim;
             bool shown = l + 1 == batch.last;
             prepare<P>(team, layer.attention, norm, layer.qkv);
-            project<P>(team, layer.qkv, [](V value) { return value; });
+            project<P>(team, layer.qkv, made<P>(3 * D));
             attend<P>(team, l);
-            if (shown && batch.seen_qkv) show(team, wide, 3 * D, batch.seen_qkv);
-            if (shown && batch.seen_answer) show(team, answer, D, batch.seen_answer);
-            join<P>(team, layer.out, answer, D);
+            if (shown && batch.seen_qkv) show(team, made<P>(3 * D), 3 * D, batch.seen_qkv);
+            if (shown && batch.seen_answer) show(team, answers<P>(), D, batch.seen_answer);
+            join<P>(team, layer.out);
             norm = &layer.attention;
             if (layer.cross_query.weight) {
                 prepare<P>(team, layer.cross, norm, layer.cross_query);
-                project<P>(team, layer.cross_query, [](V value) { return value; });
+                project<P>(team, layer.cross_query, made<P>(D));
                 read_memory<P>(team, l);
-                if (shown && batch.seen_query) show(team, wide, D, batch.seen_query);
-                if (shown && batch.seen_cross) show(team, answer, D, batch.seen_cross);
-                join<P>(team, layer.cross_out, answer, D);
+                if (shown && batch.seen_query) show(team, made<P>(D), D, batch.seen_query);
+                if (shown && batch.seen_cross) show(team, answers<P>(), D, batch.seen_cross);
+                join<P>(team, layer.cross_out);
                 norm = &layer.cross;
             }
             prepare<P>(team, layer.mlp, norm, layer.up);
@@ -121,6 +121,19 @@ private:
         return {inputs, steps_of(P, matrix.in), input_scale, &matrix};
     }
 
+    // What the queries, keys and values of a layer are, or only its queries for another's.
+    template <int P>
+    Table<ATTENTION<P>> made(int width) const {
+        return {wide, width};
+    }
+
+    // What attention answers: where its output projection reads it, but for int8, which has to see a row as a whole.
+    template <int P>
+    auto answers() const {
+        if constexpr (P == INT8) return Table<FP32>{(char *)answer, stack.dim};
+        else return Table<P>{inputs, stride_of(steps_of(P, stack.dim)) / bytes_of(P)};
+    }
+
     // The input of a sub-layer. Pre-norm: its norm of x. Post-norm: x, once the norm before it is done.
     template <int P>
     void prepare(Team team, const Norm &own, const Norm *before, const Matrix &matrix) {
@@ -140,22 +153,22 @@ private:
         team.wait();
     }
 
-    // wide = function(what is prepared W^T + bias)
-    template <int P, class Function>
-    void project(Team team, const Matrix &matrix, Function function) {
-        multiply<P>(matrix, input<P>(matrix), rows, team, [&](int row, int column, V value, int) {
-            store(wide + (int64_t)row * matrix.out + column, function(value));
-        });
+    // What is prepared W^T + bias.
+    template <int P, int O>
+    void project(Team team, const Matrix &matrix, Table<O> out) {
+        multiply<P>(matrix, input<P>(matrix), rows, team, [&](int row, int column, V value, int) { out.put(row, column, value); });
         team.wait();
     }
 
-    // x += (what was made, (rows, width)) W^T + bias
+    // x += answers W^T + bias
     template <int P>
-    void join(Team team, const Matrix &matrix, const float *made, int width) {
-        Rows to = input<P>(matrix);
-        each_row(team, [&](int row) { convert<P>(made + (int64_t)row * width, width, to, row); });
-        team.wait();
-        add_product_to_x<P>(team, matrix, to);
+    void join(Team team, const Matrix &matrix) {
+        Rows from = input<P>(matrix);
+        if constexpr (P == INT8) {
+            each_row(team, [&](int row) { convert<P>(answer + (int64_t)row * stack.dim, stack.dim, from, row); });
+            team.wait();
+        }
+        add_product_to_x<P>(team, matrix, from);
     }
 
     template <int P>
@@ -172,15 +185,22 @@ private:
     template <int P, int A>
     void feed_forward(Team team, const Matrix &up, const Matrix &down) {
         if constexpr (P == INT8) {
-            project<P>(team, up, [](V value) { return activate<A, P != FP32>(value); });
-            join<P>(team, down, wide, stack.mlp_dim);
+            float *made = (float *)wide;
+            multiply<P>(up, input<P>(up), rows, team, [&](int row, int column, V value, int) {
+                store(made + (int64_t)row * stack.mlp_dim + column, activate<A, P != FP32>(value));
+            });
+            team.wait();
+            Rows from = input<P>(down);
+            each_row(team, [&](int row) { convert<P>(made + (int64_t)row * stack.mlp_dim, stack.mlp_dim, from, row); });
+            team.wait();
+            add_product_to_x<P>(team, down, from);
         } else {
             int most = inner_at_once<P>();
             for (int first = 0; first < stack.mlp_dim; first += most) {
                 int count = std::min(most, stack.mlp_dim - first);
                 Rows made{inner, steps_of(P, count)};
                 multiply<P>(columns<P>(up, first, count), input<P>(up), rows, team, [&](int row, int column, V value, int) {
-                    put<P>(made, row, column, activate<A, P != FP32>(value));
+                    put<P>(made.row(row), column, activate<A, P != FP32>(value));
                 });
                 each_row(team, [&](int row) { pad<P>(made, row, count); });
                 team.wait();
@@ -189,23 +209,26 @@ private:
         }
     }
 
-    void show(Team team, const float *made, int width, float *out) {
-        each_row(team, [&](int row) { std::memcpy(out + (first_row + row) * width, made + (int64_t)row * width, width * sizeof(float)); });
+    template <int P>
+    void show(Team team, Table<P> made, int width, float *out) {
+        each_row(team, [&](int row) {
+            for (int i = 0; i < width; i += LANES) store(out + (first_row + row) * width + i, made.get(row, i));
+        });
         team.wait();
     }
 
-    // Of one sequence, some heads from that of `query` and `keys` on.
-    template <int P>
-    void attend_with(Team team, const float *query, int count, int query_stride, Keys keys, int heads, int causal, const uint8_t *mask, float *out) {
+    // Of one sequence, some heads from the first of the queries, keys and answers on.
+    template <int Q, int O>
+    void attend_with(Team team, Table<Q> queries, int count, Keys keys, int heads, int causal, const uint8_t *mask, Table<O> out) {
         int E = stack.dim / stack.heads;
         if (count < 4 || mask || !keys.count) {
-            auto rows = keys.half ? attend_rows<true> : attend_rows<false>;
+            auto rows = keys.half ? attend_rows<true, Q, O> : attend_rows<false, Q, O>;
             int32_t *index = seen + (int64_t)team.rank * score_width;
             float *own = scores + (int64_t)team.rank * stack.heads * score_width;
-            rows(query, count, query_stride, keys, heads, E, causal, mask, out, stack.dim, index, own, score_width);
+            rows(queries, count, keys, heads, E, causal, mask, out, index, own, score_width);
         } else {
             for (int h = 0; h < heads; h++)
-                attentions[team.rank].template attend<ATTENTION<P>>(query + h * E, count, query_stride, keys.from(h * E), E, causal, out + h * E, stack.dim);
+                attentions[team.rank].attend(queries.from(0, h * E), count, keys.from(h * E), E, causal, out.from(0, h * E));
         }
     }
 
@@ -229,45 +252,51 @@ private:
         int D = stack.dim, E = D / stack.heads;
         each_head(team, [&](int i, int row, int head, int heads) {
             int count = batch.lengths[i];
-            float *query = wide + (int64_t)row * 3 * D + head * E;
-            Keys keys{(char *)(query + D), (char *)(query + 2 * D), count, 3 * D, 0};
+            auto query = made<P>(3 * D).from(row, head * E), key = query.from(0, D), value = query.from(0, 2 * D);
+            Keys keys{key.data, value.data, count, 3 * D, ATTENTION<P> == BF16};
             for (int t = 0; t < count; t++)
-                for (int h = 0; h < heads; h++) turn(layer, query + (int64_t)t * 3 * D + h * E, first_row + row + t);
+                for (int h = 0; h < heads; h++) {
+                    turn(layer.query, query.from(t, h * E), first_row + row + t);
+                    turn(layer.key, key.from(t, h * E), first_row + row + t);
+                }
             if (batch.keys) {
                 Keys slots{batch.keys[l], batch.values[l], batch.key_lengths[i], D, batch.half};
                 for (int t = 0; t < count; t++) {
                     Keys place = slots.from(batch.places[first_row + row + t] * D + head * E);
                     for (int e = 0; e < heads * E; e += LANES) {
-                        keep((char *)place.key, e, query + D + (int64_t)t * 3 * D);
-                        keep((char *)place.value, e, query + 2 * D + (int64_t)t * 3 * D);
+                        keep((char *)place.key, e, key.get(t, e));
+                        keep((char *)place.value, e, value.get(t, e));
                     }
                 }
                 keys = slots.from((int64_t)i * batch.capacity * D + head * E);
             }
             const uint8_t *mask = batch.masks ? batch.masks[i] : nullptr;
-            attend_with<P>(team, query, count, 3 * D, keys, heads, batch.causal, mask, answer + (int64_t)row * D + head * E);
+            attend_with(team, query, count, keys, heads, batch.causal, mask, answers<P>().from(row, head * E));
         });
     }
 
-    void keep(char *row, int e, const float *x) {  // a vector in the cache
-        if (batch.half) write(row + e * 2, to_bf16(load(x + e)));
-        else store((float *)row + e, load(x + e));
+    void keep(char *row, int e, V x) {  // in the cache
+        if (batch.half) put<BF16>(row, e, x);
+        else put<FP32>(row, e, x);
     }
 
-    // Norms of one head's query and key, and their rotation.
-    void turn(const Layer &layer, float *query, int64_t token) {
+    // The norm of one head's query or key, and its rotation.
+    template <int P>
+    void turn(const Norm &norm, Table<P> vector, int64_t token) {
+        if (!norm.weight && !batch.cosine) return;
         int E = stack.dim / stack.heads, half = E / 2;
-        float *key = query + stack.dim;
-        if (layer.query.weight) normalise(layer.query, query, query, E);
-        if (layer.key.weight) normalise(layer.key, key, key, E);
-        if (!batch.cosine) return;
-        const float *cosine = batch.cosine + token * E, *sine = batch.sine + token * E;
-        for (float *v : {query, key})
+        alignas(64) float v[256];
+        for (int e = 0; e < E; e += LANES) store(v + e, vector.get(0, e));
+        if (norm.weight) normalise(norm, v, v, E);
+        if (batch.cosine) {
+            const float *cosine = batch.cosine + token * E, *sine = batch.sine + token * E;
             for (int e = 0; e < half; e++) {
                 float a = v[e], b = v[e + half];
                 v[e] = a * cosine[e] - b * sine[e];
                 v[e + half] = b * cosine[e + half] + a * sine[e + half];
             }
+        }
+        for (int e = 0; e < E; e += LANES) vector.put(0, e, load(v + e));
     }
 
     template <int P>
@@ -276,8 +305,7 @@ private:
         each_head(team, [&](int i, int row, int head, int heads) {
             Keys all{batch.memory_keys[l], batch.memory_values[l], batch.memory_lengths[i], batch.memory_stride, batch.memory_half};
             Keys keys = all.from(batch.memory_starts[i] * batch.memory_stride + head * E);
-            int64_t at = (int64_t)row * D + head * E;
-            attend_with<P>(team, wide + at, batch.lengths[i], D, keys, heads, 0, nullptr, answer + at);
+            attend_with(team, made<P>(D).from(row, head * E), batch.lengths[i], keys, heads, 0, nullptr, answers<P>().from(row, head * E));
         });
     }
 };

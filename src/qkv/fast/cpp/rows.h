@@ -87,11 +87,26 @@ float quantise(const float *x, int width, const Matrix &matrix, char *to) {
 
 // Some numbers of a row, in a precision that needs no scale.
 template <int P>
-void put(const Rows &rows, int row, int i, V x) {
-    char *to = rows.row(row) + i * bytes_of(P);
-    if constexpr (P == FP32) write(to, x);
-    else write(to, to_bf16(x));
+V number(const char *row, int i) {
+    if constexpr (P == FP32) return read<V>(row + i * 4);
+    else return from_bf16(read<Half>(row + i * 2));
 }
+template <int P>
+void put(char *row, int i, V x) {
+    if constexpr (P == FP32) write(row + i * 4, x);
+    else write(row + i * 2, to_bf16(x));
+}
+
+template <int P>
+struct Table {  // such numbers, rows `stride` of them apart
+    char *data;
+    int64_t stride;
+
+    char *row(int i) const { return data + i * stride * bytes_of(P); }
+    V get(int row, int i) const { return number<P>(this->row(row), i); }
+    void put(int row, int i, V x) const { ::put<P>(this->row(row), i, x); }
+    Table from(int64_t row, int column) const { return {data + (row * stride + column) * bytes_of(P), stride}; }
+};
 
 // Zeros after the numbers of a row, up to a whole tile.
 template <int P>
@@ -103,7 +118,7 @@ void pad(const Rows &rows, int row, int width) {
 template <int P>
 void convert(const float *x, int width, const Rows &rows, int row) {
     if constexpr (P == INT8) rows.scale[row] = quantise(x, width, *rows.matrix, rows.row(row));
-    else for (int i = 0; i < width; i += LANES) put<P>(rows, row, i, load(x + i));
+    else for (int i = 0; i < width; i += LANES) put<P>(rows.row(row), i, load(x + i));
     pad<P>(rows, row, width);
 }
 
