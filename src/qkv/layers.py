@@ -238,6 +238,11 @@ class TokenEmbedding(nn.Embedding):
         super().__init__(vocab_size, dim)
         self.dropout = dropout
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the vectors."""
+        return self.weight.dtype
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids (T,) -> (T, D)."""
         x = super().forward(ids)

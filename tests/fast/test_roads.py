@@ -27,7 +27,17 @@ from qkv.decode import generate
 from qkv.engine import Engine
 from qkv.errors import InputError
 from qkv.fast import optimize, sample
-from qkv.fast.native import AT_ONCE, FLAGS, FLOORS, NativeLinear, NativeOutput, UnavailableError, library
+from qkv.fast.native import (
+    AT_ONCE,
+    FLAGS,
+    FLOORS,
+    NativeEmbedding,
+    NativeLinear,
+    NativeOutput,
+    UnavailableError,
+    library,
+)
+from qkv.fast.packed import PackedEmbedding
 from qkv.fast.roads import Road, _fastest, _seconds
 from qkv.hub import Checkpoint, save
 from qkv.hub.table import Stored
@@ -765,6 +775,46 @@ def test_a_library_of_another_system_is_compiled_anew(tmp_path, monkeypatch, fre
         with pytest.raises(UnavailableError, match="cannot load"):
             library()
     assert library()
+
+
+@native_code
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("rows", [33, 200])
+def test_an_output_gives_its_embeddings_back(precision: str, rows: int):
+    embeddings = torch.randn(rows, 48) * torch.rand(rows, 1)
+    largest = torch.rand(48) + 0.5 if precision == "int8" else None
+    output = NativeOutput(embeddings, precision, largest)
+    ids = torch.randint(rows, (3, 70))
+    found = NativeEmbedding(output, torch.float32)(ids)
+    if precision == "int8":  # half a step of the row's scale, by which inputs were eased
+        ease = output.linear.ease
+        most = (embeddings / ease).abs().amax(1, keepdim=True) / 127 * ease / 2
+        assert ((found - embeddings[ids]).abs() <= most[ids] * 1.001).all()
+    else:
+        expected = embeddings.bfloat16().float() if precision == "bf16" else embeddings
+        assert torch.equal(found, expected[ids])
+
+
+@native_code
+@pytest.mark.parametrize("id", [-1, 200])
+def test_an_id_without_an_embedding_is_refused(id: int):
+    with pytest.raises(IndexError, match="for 200 embeddings"):
+        NativeEmbedding(NativeOutput(torch.randn(200, 64), "bf16"), torch.float32)(torch.tensor([3, id]))
+
+
+@native_code
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("gpt-pre-norm", NativeEmbedding),
+        ("transformer-post-norm", NativeEmbedding),
+        ("bert-masked-lm", NativeEmbedding),
+        ("bert-classification", PackedEmbedding),
+    ],
+)
+def test_a_matrix_that_embeds_and_answers_is_kept_once(precision: str, name: str, kept: type[nn.Module]):
+    assert isinstance(native(name, precision).tokens, kept)
 
 
 @native_code

@@ -362,6 +362,28 @@ class NativeOutput(nn.Module):
         return ids
 
 
+class NativeEmbedding(nn.Module):
+    """Embeddings that are kept in one place with the matrix of an output: as its packed weights."""
+
+    def __init__(self, output: NativeOutput, dtype: torch.dtype) -> None:
+        """dtype: of the answers."""
+        super().__init__()
+        self.linear = output.linear
+        none = torch.empty(0, self.linear.inputs, dtype=dtype, device="cpu")
+        self.weight = nn.Parameter(none, requires_grad=False)
+        """(0, D): tells type and device; there are no embeddings here."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., D). Raises IndexError for an id that there is not."""
+        linear, flat = self.linear, ids.reshape(-1).contiguous()
+        if len(flat) and not 0 <= flat.min() <= flat.max() < linear.outputs:
+            raise IndexError(f"ids from {flat.min()} to {flat.max()} for {linear.outputs} embeddings")
+        found = torch.empty(*ids.shape, linear.inputs, dtype=torch.float32, device="cpu")
+        where = c_void_p(flat.data_ptr()), len(flat), c_void_p(found.data_ptr())
+        library().qkv_unpack(byref(linear.matrix()), linear.order, *where, torch.get_num_threads())
+        return found.to(self.weight.dtype)
+
+
 # ---------------------------------------------------------------- blocks
 
 

@@ -16,7 +16,7 @@ from qkv.config import GPTConfig, InferencePrecision, ModelConfig, TransformerCo
 from qkv.errors import InputError
 from qkv.fast import native, sample
 from qkv.fast.graphs import GraphedStack
-from qkv.fast.native import NativeLinear, NativeOutput, NativeStack, UnavailableError
+from qkv.fast.native import NativeEmbedding, NativeLinear, NativeOutput, NativeStack, UnavailableError
 from qkv.fast.packed import PackedEmbedding, PackedLinear, PackedOutput
 from qkv.fast.sample import SampledOutput, SampledStack
 from qkv.files import measured
@@ -97,7 +97,7 @@ def _pack(model: Model, config: ModelConfig, road: Road, unread: Unread) -> None
         unread.into(model.tokens, "tokens.")
         for name in _named(model, Output):
             _replace(model, name, partial(_output, embeddings=model.tokens.weight, road=road))
-        if road.precision != "fp32":
+        if not _share_embeddings(model) and road.precision != "fp32":
             _replace(model, "tokens", lambda tokens: PackedEmbedding(tokens.weight))
     for name in _named(model, Stack):
         _replace(model, name, partial(_stack, name=name, config=config, road=road, unread=unread))
@@ -129,12 +129,21 @@ def _pack_int8(model: Model, config: ModelConfig, road: Road, unread: Unread) ->
             embeddings = cast(Tensor, model.get_submodule("tokens").weight)
             made = partial(_output, embeddings=embeddings, road=road, largest=seen[name])
             _replace(model, name, made)
+        _share_embeddings(model)
         for name in projections:
             _replace(model, name, partial(_linear, road=road, largest=seen[name]))
     except BaseException:
         for name in (*stacks, *outputs):
             _replace(model, name, lambda _: Halfway())
         raise
+
+
+def _share_embeddings(model: Model) -> bool:
+    """Whether there is a packed output, which embeds tokens from then on: their matrix is kept once."""
+    output = next((module for module in model.modules() if isinstance(module, NativeOutput)), None)
+    if output is not None:
+        _replace(model, "tokens", lambda tokens: NativeEmbedding(output, tokens.dtype))
+    return output is not None
 
 
 def _roads(config: ModelConfig, precision: InferencePrecision | Literal["auto"]) -> list[Road]:
@@ -168,6 +177,7 @@ _QUICK = (
     Halfway,
     GraphedStack,
     NativeStack,
+    NativeEmbedding,
     NativeLinear,
     NativeOutput,
     PackedEmbedding,

@@ -418,6 +418,24 @@ void pack(const float *weight, int out, int in, float floor, char *packed, float
     }
 }
 
+template <int P>
+void unpack(const Matrix &w, const int64_t *ids, int count, float *out, int threads) {
+    constexpr int FEW_TO_SHARE = 64;
+    int steps = steps_of(P, w.in);
+#pragma omp parallel for num_threads(count > FEW_TO_SHARE ? threads : 1)
+    for (int i = 0; i < count; i++) {
+        alignas(64) int32_t line[8192];
+        const char *bytes = (char *)line;
+        gather<P>((int32_t *)(w.weight + ids[i] / WIDTH<P> * panel_bytes<P>(steps)) + ids[i] % WIDTH<P>, steps, line);
+        for (int e = 0; e < w.in; e += LANES) {
+            V x;
+            if constexpr (P == INT8) x = __builtin_convertvector(read<Vector<int8_t, LANES>>(bytes + e), V) * w.scale[ids[i]] * load(w.ease + e);
+            else x = number<P>(bytes, e);
+            store(out + (int64_t)i * w.in + e, x);
+        }
+    }
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- the doors
@@ -441,6 +459,11 @@ int64_t qkv_scales(int precision, int out) { return precision == INT8 ? (int64_t
 // Weights (out, in) in the order of the products. `in` is a multiple of 16; floor as of a Matrix.
 void qkv_pack(int precision, const float *weight, int out, int in, float floor, char *packed, float *scales, int32_t *starts, int threads) {
     with(precision, [&](auto P) { pack<P>(weight, out, in, floor, packed, scales, starts, threads); });
+}
+
+// Of each id below matrix.out the weights from which that column was packed, as near as the precision is: (T, in).
+void qkv_unpack(const Matrix *matrix, int precision, const int64_t *ids, int T, float *out, int threads) {
+    with(precision, [&](auto P) { unpack<P>(*matrix, ids, T, out, threads); });
 }
 
 // x (T, in) -> out (T, matrix.out).

@@ -127,6 +127,11 @@ void scatter(const int32_t *line, int steps, int32_t *column) {  // one column o
     for (int s = 0; s < steps; s++) column[s * WIDTH<P>] = line[s];
 }
 
+template <int P>
+void gather(const int32_t *column, int steps, int32_t *line) {
+    for (int s = 0; s < steps; s++) line[s] = column[s * WIDTH<P>];
+}
+
 // Some columns of a matrix, which has no scales; the first of them begins a panel.
 template <int P>
 Matrix columns(Matrix w, int first, int count) {
