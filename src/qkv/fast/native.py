@@ -375,7 +375,7 @@ class NativeEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., D). Raises IndexError for an id that there is not."""
-        linear, flat = self.linear, ids.reshape(-1).contiguous()
+        linear, flat = self.linear, ids.reshape(-1).long().contiguous()
         if len(flat) and not 0 <= flat.min() <= flat.max() < linear.outputs:
             raise IndexError(f"ids from {flat.min()} to {flat.max()} for {linear.outputs} embeddings")
         found = torch.empty(*ids.shape, linear.inputs, dtype=torch.float32, device="cpu")

@@ -498,18 +498,18 @@ void qkv_forward(const Stack *stack, const Batch *batch) {
     int64_t layer = (int64_t)stack->dim * (4 * stack->dim + 2 * stack->mlp_dim) * bytes_of(stack->precision);
     int most = std::clamp<int64_t>(tokens / (2 * batch->threads), CHUNK, layer > LARGE_LAYER ? 2 * CHUNK : CHUNK);
     int64_t usual = most - std::min<int64_t>(most, tokens / std::max(1, batch->sequences)) / 2;  // half a sequence stays free
-    int64_t parts = (tokens / usual / batch->threads + 1) * batch->threads;  // alike in size, and as many for each thread
+    int64_t filled = tokens / usual, parts = (filled / batch->threads + 1) * batch->threads;  // alike in size, as many for each thread
     for (int i = 0; i < batch->sequences; i++) {
         int length = batch->lengths[i];
-        bool full = chunks.empty() || chunks.back().rows + length > most || row + length / 2 > tokens * (int64_t)chunks.size() / parts;
-        if (full) chunks.push_back({i, i, row, 0});
+        auto full = [&] { return chunks.back().rows + length > most || row + length / 2 > tokens * (int64_t)chunks.size() / parts; };
+        if (chunks.empty() || (length && full())) chunks.push_back({i, i, row, 0});
         chunks.back().to = i + 1;
         chunks.back().rows += length;
         row += length;
     }
     if (!row) return;
     int threads = batch->threads;
-    if ((int)chunks.size() >= 2 * threads || threads == 1) {
+    if (std::min<int64_t>(filled, chunks.size()) >= 2 * threads || threads == 1) {
         std::atomic<int> next{0};
 #pragma omp parallel num_threads(threads)
         for (int c; (c = next++) < (int)chunks.size();) {
