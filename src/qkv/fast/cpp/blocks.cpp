@@ -83,17 +83,17 @@ public:
             int D = stack.dim;
             bool shown = l + 1 == batch.last;
             prepare<P>(team, layer.attention, norm, layer.qkv);
-            project<P>(team, layer.qkv, made<P>(3 * D));
+            project<P>(team, layer.qkv, projected<P>(3 * D));
             attend<P>(team, l);
-            if (shown && batch.seen_qkv) show(team, made<P>(3 * D), 3 * D, batch.seen_qkv);
+            if (shown && batch.seen_qkv) show(team, projected<P>(3 * D), 3 * D, batch.seen_qkv);
             if (shown && batch.seen_answer) show(team, answers<P>(), D, batch.seen_answer);
             join<P>(team, layer.out);
             norm = &layer.attention;
             if (layer.cross_query.weight) {
                 prepare<P>(team, layer.cross, norm, layer.cross_query);
-                project<P>(team, layer.cross_query, made<P>(D));
+                project<P>(team, layer.cross_query, projected<P>(D));
                 read_memory<P>(team, l);
-                if (shown && batch.seen_query) show(team, made<P>(D), D, batch.seen_query);
+                if (shown && batch.seen_query) show(team, projected<P>(D), D, batch.seen_query);
                 if (shown && batch.seen_cross) show(team, answers<P>(), D, batch.seen_cross);
                 join<P>(team, layer.cross_out);
                 norm = &layer.cross;
@@ -123,7 +123,7 @@ private:
 
     // What the queries, keys and values of a layer are, or only its queries for another's.
     template <int P>
-    Table<ATTENTION<P>> made(int width) const {
+    Table<ATTENTION<P>> projected(int width) const {
         return {wide, width};
     }
 
@@ -160,15 +160,19 @@ private:
         team.wait();
     }
 
+    // Numbers (rows, in) to where they are multiplied by a matrix.
+    template <int P>
+    void lay(Team team, const Matrix &matrix, const float *numbers) {
+        Rows to = input<P>(matrix);
+        each_row(team, [&](int row) { convert<P>(numbers + (int64_t)row * matrix.in, matrix.in, to, row); });
+        team.wait();
+    }
+
     // x += answers W^T + bias
     template <int P>
     void join(Team team, const Matrix &matrix) {
-        Rows from = input<P>(matrix);
-        if constexpr (P == INT8) {
-            each_row(team, [&](int row) { convert<P>(answer + (int64_t)row * stack.dim, stack.dim, from, row); });
-            team.wait();
-        }
-        add_product_to_x<P>(team, matrix, from);
+        if constexpr (P == INT8) lay<P>(team, matrix, answer);
+        add_product_to_x<P>(team, matrix, input<P>(matrix));
     }
 
     template <int P>
@@ -190,10 +194,8 @@ private:
                 store(made + (int64_t)row * stack.mlp_dim + column, activate<A, P != FP32>(value));
             });
             team.wait();
-            Rows from = input<P>(down);
-            each_row(team, [&](int row) { convert<P>(made + (int64_t)row * stack.mlp_dim, stack.mlp_dim, from, row); });
-            team.wait();
-            add_product_to_x<P>(team, down, from);
+            lay<P>(team, down, made);
+            add_product_to_x<P>(team, down, input<P>(down));
         } else {
             int most = inner_at_once<P>();
             for (int first = 0; first < stack.mlp_dim; first += most) {
@@ -252,7 +254,7 @@ private:
         int D = stack.dim, E = D / stack.heads;
         each_head(team, [&](int i, int row, int head, int heads) {
             int count = batch.lengths[i];
-            auto query = made<P>(3 * D).from(row, head * E), key = query.from(0, D), value = query.from(0, 2 * D);
+            auto query = projected<P>(3 * D).from(row, head * E), key = query.from(0, D), value = query.from(0, 2 * D);
             Keys keys{key.data, value.data, count, 3 * D, ATTENTION<P> == BF16};
             for (int t = 0; t < count; t++)
                 for (int h = 0; h < heads; h++) {
@@ -305,7 +307,7 @@ private:
         each_head(team, [&](int i, int row, int head, int heads) {
             Keys all{batch.memory_keys[l], batch.memory_values[l], batch.memory_lengths[i], batch.memory_stride, batch.memory_half};
             Keys keys = all.from(batch.memory_starts[i] * batch.memory_stride + head * E);
-            attend_with(team, made<P>(D).from(row, head * E), batch.lengths[i], keys, heads, 0, nullptr, answers<P>().from(row, head * E));
+            attend_with(team, projected<P>(D).from(row, head * E), batch.lengths[i], keys, heads, 0, nullptr, answers<P>().from(row, head * E));
         });
     }
 };
