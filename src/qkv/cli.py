@@ -6,6 +6,8 @@ imported only by the commands that need it, so that help is instant.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import io
 import json
 import os
@@ -777,6 +779,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     warnings.formatwarning = lambda message, *_: f"qkv: {message}\n"  # without file, line and code
+    atexit.register(gc.freeze)  # else Python looks for garbage among all that torch made, just to end
     try:
         _parse(sys.argv[1:])()
         if sys.stdout is not None:

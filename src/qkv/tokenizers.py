@@ -331,7 +331,7 @@ class Tokenizer:
             if "tokenizer.json" not in has:
                 _check_class(folder)
                 _add_tokens(backend, folder)
-            return Tokenizer(backend, _special(folder, backend.get_vocab(with_added_tokens=True)))
+            return Tokenizer(backend, _special(folder, backend))
         except InputError:
             raise
         except Exception as error:  # the libraries' readers raise plain Exception
@@ -431,16 +431,17 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path) -> None:
     backend.add_special_tokens(_added(sorted(special.intersection(backend.get_vocab()) - added)))
 
 
-def _special(folder: Path, vocab: dict[str, int]) -> dict[Role, str]:
+def _special(folder: Path, backend: tokenizers.Tokenizer) -> dict[Role, str]:
     """Which token plays which part: as the folder's files say, otherwise by the usual names."""
     said = json_or_empty(folder / "special_tokens_map.json") | json_or_empty(folder / "tokenizer_config.json")
     found: dict[Role, str] = {}
     for role in ROLES:
         token = said.get(f"{role}_token")
         content = token.get("content") if isinstance(token, dict) else token
-        known = [name for name in (_USUAL[role] if content is None else (content,)) if name in vocab]
-        if known:
-            found[role] = known[0]
+        for name in _USUAL[role] if content is None else (content,):
+            if backend.token_to_id(name) is not None:
+                found[role] = name
+                break
     return found
 
 
