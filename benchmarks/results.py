@@ -47,7 +47,7 @@ from qkv.models import GPT
 from qkv.objectives import Objective
 from qkv.pipelines import TextGenerator, from_pretrained
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES, SCRIPTS = Path(__file__).parent.parent / "recipes", Path(__file__).parent
 FOUND = "result.json"
 """In a run folder: what is known of it once it is trained and scored."""
 
@@ -115,7 +115,7 @@ class Figure:
 class Result:
     """A recipe with its data, and what is measured on the run.
 
-    In arguments {data}, {out} and {minilm} stand for what the command line names.
+    In arguments {data}, {out} and {minilm} stand for what the command line names, {scripts} for this folder.
     """
 
     recipe: str
@@ -128,7 +128,9 @@ class Result:
     measures: tuple[Callable[[Path], Scores], ...] = ()
     """What else is measured."""
     after: str = ""
-    """A result whose first seed's run this one begins from."""
+    """A result whose first seed's run this one needs."""
+    prepare: tuple[str, ...] = ()
+    """A script and its arguments, which makes the data before a seed is trained."""
 
 
 def _data(train: str, valid: str = "") -> tuple[str, ...]:
@@ -158,6 +160,17 @@ FASTER = (
 )
 """Such a net learns at a higher rate than MiniLM; five epochs of SST-2 in its tokens, of which it reads 64:
 that cuts 0.2 % of the sentences."""
+TEACHER, REVIEWS = "{out}/bert-sst2/seed-0", "{out}/reviews.csv"
+LONG = (
+    *("--train.batch-tokens", "2048", "--train.max-steps", "670", "--train.eval-steps", "670"),
+    *("--train.warmup-steps", "67", "--data.truncate"),
+)
+"""Once through the sentences of reviews that a classifier has labelled."""
+SHORT = (
+    *("--train.max-steps", "322", "--train.eval-steps", "322", "--train.warmup-steps", "32"),
+    *("--train.learning-rate", "5e-5"),
+)
+"""Two epochs of SST-2, for a net that has learnt from such sentences."""
 FROM_SCRATCH = (
     *("--init", "", *MINI, "--model.dropout", "0.3"),
     *("--train.learning-rate", "1e-3", "--train.layer-decay", "1"),
@@ -239,6 +252,19 @@ RESULTS = {
         (*_data(*SST2), *MINILM),
         (replace(RIGHT, published="91.5 % (MiniLM-L6), 89.7 % (BERT-small), of ten times the texts"),),
     ),
+    "bert-reviews": Result(
+        "bert-sst2",
+        (*_data(REVIEWS, SST2[1]), *MINILM, *LONG),
+        (RIGHT,),
+        after="bert-sst2",
+        prepare=("{scripts}/reviews.py", TEACHER, "--data", "{data}/english/train.txt", "--output", REVIEWS),
+    ),
+    "bert-sst2-reviews": Result(
+        "bert-sst2",
+        (*_data(*SST2), "--init", "{out}/bert-reviews/seed-0", *SHORT),
+        (RIGHT,),
+        after="bert-reviews",
+    ),
     "bert-ner": Result("bert-ner", (*CONLL, *MINILM), (F1,)),
     "bert-ner-random": Result("bert-ner", (*CONLL, *FROM_SCRATCH), (F1,)),
     "bert-multitask": Result(
@@ -284,16 +310,25 @@ def found(name: str, result: Result, seed: int, data: Path, out: Path, minilm: s
         found(result.after, RESULTS[result.after], 0, data, out, minilm)
 
     def fill(arguments: Sequence[str]) -> list[str]:
-        return [argument.format(data=data, out=out, minilm=minilm) for argument in arguments]
+        scripts = os.path.relpath(SCRIPTS)
+        return [one.format(data=data, out=out, minilm=minilm, scripts=scripts) for one in arguments]
 
+    prepare = fill(result.prepare)
     recipe = os.path.relpath(RECIPES / f"{result.recipe}.toml")
     training = ["train", recipe, *fill(result.train), "--train.seed", str(seed), "--out", str(run)]
     scoring = ["eval", str(run), *fill(result.evaluate)]
-    _qkv(["train", "--resume", str(run)] if (run / CONFIG).exists() else training)
+    if (run / CONFIG).exists():
+        _qkv(["train", "--resume", str(run)])
+    else:
+        if prepare:
+            _run(prepare)
+        _qkv(training)
     scores: Scores = json.loads(_qkv(scoring))
     for measure in result.measures:
         scores |= measure(run)
     commands = tuple(shlex.join(["qkv", *command]) for command in (training, scoring))
+    if prepare:
+        commands = (shlex.join(["python", *prepare]), *commands)
     seconds = max(record["seconds"] for record in read_metrics(run))
     done = Seed(scores, seconds, machine(), commands)
     replace_text(run / FOUND, json.dumps(asdict(done), indent=2))
@@ -301,10 +336,14 @@ def found(name: str, result: Result, seed: int, data: Path, out: Path, minilm: s
 
 
 def _qkv(arguments: list[str]) -> str:
-    """What a `qkv` command prints, in a process of its own; progress goes to the terminal."""
-    print(shlex.join(["qkv", *arguments]), file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "qkv", *arguments]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    """What a `qkv` command prints."""
+    return _run(["-m", "qkv", *arguments])
+
+
+def _run(arguments: list[str]) -> str:
+    """What Python prints in a process of its own; progress goes to the terminal."""
+    print(shlex.join(["python", *arguments]), file=sys.stderr, flush=True)
+    return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def machine() -> str:

@@ -20,6 +20,9 @@ import numpy as np
 import pytest
 import samples
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pipelines import encoder
 from test_train import run_config
 from tiny import tiny
 
@@ -43,6 +46,7 @@ def benchmark(name: str) -> ModuleType:
 
 results = benchmark("results")
 changes = benchmark("changes")
+reviews = benchmark("reviews")
 CONFIG = GPTConfig(dim=8, depth=1, heads=2, mlp_dim=16, vocab_size=5, context=6)
 
 
@@ -113,9 +117,12 @@ def test_arguments_of_a_result_suit_its_recipe(name, monkeypatch):
         *(a.format(data="DATA", out="OUT", minilm="MINILM") for a in result.train),
     ]
     config = parsed(words, monkeypatch)
-    assert all(data.path.startswith("DATA/") for data in (config.tasks or {"": config.data}).values())
+    assert all(
+        data.path.startswith(("DATA/", "OUT/")) for data in (config.tasks or {"": config.data}).values()
+    )
     assert config.init or config.model.dim < type(config.model)().dim  # never the defaults' size by oversight
     assert not result.after or result.after in results.RESULTS
+    assert not result.prepare or Path(result.prepare[0].format(scripts=results.SCRIPTS)).is_file()
 
 
 def test_the_estimate_is_the_mean_over_windows_of_the_text():
@@ -175,7 +182,11 @@ def test_a_series_trains_scores_and_goes_on_where_it_stopped(tmp_path: Path, mon
     )
     monkeypatch.setattr(results, "RECIPES", tmp_path)
     monkeypatch.setitem(results.RESULTS, "first", result)
-    second = replace(result, after="first")
+    (tmp_path / "copy.py").write_text("import shutil, sys; shutil.copy(*sys.argv[1:])")
+    monkeypatch.setattr(results, "SCRIPTS", tmp_path)
+    copied = ("--data", "{out}/first/copied.txt")
+    prepare = ("{scripts}/copy.py", "{data}/song.txt", copied[1])
+    second = replace(result, train=copied, after="first", prepare=prepare)
     given = []
 
     def in_process(arguments: list[str]) -> str:
@@ -193,13 +204,59 @@ def test_a_series_trains_scores_and_goes_on_where_it_stopped(tmp_path: Path, mon
     assert seed.scores["next_token_loss"] > 0 and seed.scores["estimated_loss"] > 0
     assert seed.scores["seconds_to_loss"] == math.inf and seed.seconds > 0
     assert torch.__version__ in seed.machine
-    assert re.fullmatch(r"qkv train .*song\.toml --data .* --train\.seed 3 --out .*", seed.commands[0])
+    assert re.fullmatch(r"python .*copy\.py .*/data/song\.txt .*/first/copied\.txt", seed.commands[0])
+    assert re.fullmatch(r"qkv train .*song\.toml --data .* --train\.seed 3 --out .*", seed.commands[1])
     given.clear()
+    (tmp_path / "copy.py").unlink()  # a run that goes on has its data
     assert results.found("second", second, 3, data, out) == seed and not given
     (out / "second" / "seed-3" / results.FOUND).unlink()
     again = results.found("second", second, 3, data, out)
     assert [words[:2] for words in given] == [["train", "--resume"], ["eval", str(out / "second" / "seed-3")]]
     assert json.dumps(again.scores) == json.dumps(seed.scores)
+
+
+# ---------------------------------------------------------------- sentences of reviews
+
+ODDS = st.floats(-20, 20)
+
+
+@given(st.lists(st.lists(ODDS, min_size=1, max_size=5), min_size=1, max_size=7))
+def test_blame_is_praise_turned_round(odds: list[list[float]]):
+    texts = [[f"{i} {j}" for j in range(len(review))] for i, review in enumerate(odds)]
+    found = list(reviews.praised(texts, odds))
+    turned = list(reviews.praised(texts, [[-one for one in review] for review in odds]))
+    assert [sentence for sentence, _ in turned] == [sentence for sentence, _ in found]
+    assert [1 - chance for _, chance in turned] == pytest.approx([chance for _, chance in found])
+
+
+def test_a_doubtful_sentence_is_what_its_review_is_and_reviews_without_a_side_are_left_out():
+    texts = [["a", "b", "c"], ["d", "e"], ["f", "g"]]
+    found = dict(reviews.praised(texts, [[3.0, 0.0, -9.0], [-3.0, 0.0], [-1.0, 0.0]]))
+    assert found.keys() == {"d", "e"}  # the first counts its last as -4 and is in the middle by its means
+    assert found["d"] < found["e"] < 0.2
+    found = dict(reviews.praised(texts, [[3.0, 0.0, 3.0], [-3.0, 0.0], [0.1, 0.0]]))
+    assert found.keys() == {"a", "b", "c", "d", "e"} and found["b"] > 0.9 and found["e"] < 0.1
+
+
+def test_sentences_of_reviews_become_a_table_to_train_with(tmp_path: Path, monkeypatch, capsys):
+    reader = encoder("classification", ("bad", "good"))
+    reader.save_pretrained(tmp_path / "net")
+    said = [[f"{word} number {i} of it" for i in range(9)] for word in ("fine", "dull", "long")]
+    said[0].append("too short")
+    text = "\n\n".join(["Not a review.\nso it is left out .", *("\n".join(review) for review in said)])
+    (tmp_path / "documents.txt").write_text(text + "\n")
+    assert reviews.reviews(text + "\n") == said
+    flat = [sentence for review in said for sentence in review]
+    odds = reviews.log_odds(str(tmp_path / "net"), flat)
+    expected = [dict(answer)["good"] for answer in reader.classify(flat)]
+    assert torch.tensor(odds).sigmoid().tolist() == pytest.approx(expected, abs=2e-2)  # perhaps in bfloat16
+    monkeypatch.setattr(reviews, "log_odds", lambda run, _: [9.0] * 10 + [-9.0] * 9 + [0.0] * 9)
+    words = ["net", "--data", str(tmp_path / "documents.txt"), "--output", str(tmp_path / "made.csv")]
+    monkeypatch.setattr("sys.argv", ["reviews.py", *words])
+    reviews.main()
+    rows = (tmp_path / "made.csv").read_text().splitlines()
+    assert rows == ["text,label", *(f"{s},1" for s in said[0][:9]), *(f"{s},0" for s in said[1])]
+    assert "3 reviews of 28 sentences: 18 labelled, 9 praise" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("road", changes.ROADS)
