@@ -774,7 +774,8 @@ def test_a_library_of_another_system_is_compiled_anew(tmp_path, monkeypatch, fre
         patch.setattr("qkv.fast.native._compile", lambda compiler, out: out.write_bytes(b"no library"))
         with pytest.raises(UnavailableError, match="cannot load"):
             library()
-    assert library()
+    with pytest.warns(UserWarning, match="compiling for this CPU"):
+        assert library()
 
 
 @native_code

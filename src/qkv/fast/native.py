@@ -15,6 +15,7 @@ import math
 import os
 import shlex
 import subprocess
+import warnings
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
@@ -93,6 +94,7 @@ def _loaded(flags: Sequence[str]) -> ctypes.CDLL:
 
 
 def _build(command: list[str], path: Path) -> None:
+    warnings.warn("compiling for this CPU: ten to twenty seconds, only this time", stacklevel=2)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as own:  # other processes may be compiling it too
