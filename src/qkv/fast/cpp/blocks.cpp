@@ -321,24 +321,30 @@ void run(Computation &computation, int precision, Team team) {
 
 // ---------------------------------------------------------------- a linear map alone
 
+constexpr int NEAR = 256;  // rows that stay in the cache while all panels pass by
+
 // x (T, in) times W by all threads: take(thread, row, column, a vector, how many of its numbers there are).
 template <class Take>
 void multiply_by_all(const Matrix &w, int precision, const float *x, int T, int threads, Take take) {
-    int steps = steps_of(precision, w.in);
+    int steps = steps_of(precision, w.in), most = std::min(T, NEAR);
     Rows rows{nullptr, steps, nullptr, &w};
     Arena &arena = own_arena;
     arena.lay([&] {
-        rows.data = arena.take<char>(whole_tiles(T) * stride_of(steps));
-        rows.scale = arena.take<float>(T);
+        rows.data = arena.take<char>(whole_tiles(most) * stride_of(steps));
+        rows.scale = arena.take<float>(most);
     });
     Barrier barrier;
     auto part = [&](auto P, Team team) {
-        for (int t = T * team.rank / team.size; t < T * (team.rank + 1) / team.size; t++)
-            convert<P>(x + (int64_t)t * w.in, w.in, rows, t);
-        team.wait();
-        multiply<P>(w, rows, T, team, [&](int row, int column, V value, int left) {
-            take(team.rank, row, column, value, left);
-        });
+        for (int first = 0; first < T; first += NEAR) {
+            int count = std::min(NEAR, T - first);
+            for (int t = count * team.rank / team.size; t < count * (team.rank + 1) / team.size; t++)
+                convert<P>(x + (int64_t)(first + t) * w.in, w.in, rows, t);
+            team.wait();
+            multiply<P>(w, rows, count, team, [&](int row, int column, V value, int left) {
+                take(team.rank, first + row, column, value, left);
+            });
+            team.wait();
+        }
     };
 #pragma omp parallel num_threads(threads)
     {
