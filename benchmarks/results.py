@@ -161,16 +161,16 @@ FASTER = (
 """Such a net learns at a higher rate than MiniLM; five epochs of SST-2 in its tokens, of which it reads 64:
 that cuts 0.2 % of the sentences."""
 TEACHER, REVIEWS = "{out}/bert-sst2/seed-0", "{out}/reviews.csv"
-LONG = (
+ONE_PASS = (
     *("--train.batch-tokens", "2048", "--train.max-steps", "670", "--train.eval-steps", "670"),
     *("--train.warmup-steps", "67", "--data.truncate"),
 )
-"""Once through the sentences of reviews that a classifier has labelled."""
-SHORT = (
+"""Of the sentences of reviews that a classifier has labelled."""
+TWO_EPOCHS = (
     *("--train.max-steps", "322", "--train.eval-steps", "322", "--train.warmup-steps", "32"),
     *("--train.learning-rate", "5e-5"),
 )
-"""Two epochs of SST-2, for a net that has learnt from such sentences."""
+"""Of SST-2, for a net that has learnt from such sentences."""
 FROM_SCRATCH = (
     *("--init", "", *MINI, "--model.dropout", "0.3"),
     *("--train.learning-rate", "1e-3", "--train.layer-decay", "1"),
@@ -254,14 +254,14 @@ RESULTS = {
     ),
     "bert-reviews": Result(
         "bert-sst2",
-        (*_data(REVIEWS, SST2[1]), *MINILM, *LONG),
+        (*_data(REVIEWS, SST2[1]), *MINILM, *ONE_PASS),
         (RIGHT,),
         after="bert-sst2",
         prepare=("{scripts}/reviews.py", TEACHER, "--data", "{data}/english/train.txt", "--output", REVIEWS),
     ),
     "bert-sst2-reviews": Result(
         "bert-sst2",
-        (*_data(*SST2), "--init", "{out}/bert-reviews/seed-0", *SHORT),
+        (*_data(*SST2), "--init", "{out}/bert-reviews/seed-0", *TWO_EPOCHS),
         (RIGHT,),
         after="bert-reviews",
     ),
