@@ -313,37 +313,29 @@ def found(name: str, result: Result, seed: int, data: Path, out: Path, minilm: s
         scripts = os.path.relpath(SCRIPTS)
         return [one.format(data=data, out=out, minilm=minilm, scripts=scripts) for one in arguments]
 
-    prepare = fill(result.prepare)
+    scripts = [["python", *fill(result.prepare)]] if result.prepare else []
     recipe = os.path.relpath(RECIPES / f"{result.recipe}.toml")
-    training = ["train", recipe, *fill(result.train), "--train.seed", str(seed), "--out", str(run)]
-    scoring = ["eval", str(run), *fill(result.evaluate)]
-    if (run / CONFIG).exists():
-        _qkv(["train", "--resume", str(run)])
-    else:
-        if prepare:
-            _run(prepare)
-        _qkv(training)
-    scores: Scores = json.loads(_qkv(scoring))
+    training = ["qkv", "train", recipe, *fill(result.train), "--train.seed", str(seed), "--out", str(run)]
+    scoring = ["qkv", "eval", str(run), *fill(result.evaluate)]
+    resumed = ["qkv", "train", "--resume", str(run)]
+    for command in [resumed] if (run / CONFIG).exists() else [*scripts, training]:
+        _run(command)
+    scores: Scores = json.loads(_run(scoring))
     for measure in result.measures:
         scores |= measure(run)
-    commands = tuple(shlex.join(["qkv", *command]) for command in (training, scoring))
-    if prepare:
-        commands = (shlex.join(["python", *prepare]), *commands)
+    commands = tuple(map(shlex.join, [*scripts, training, scoring]))
     seconds = max(record["seconds"] for record in read_metrics(run))
     done = Seed(scores, seconds, machine(), commands)
     replace_text(run / FOUND, json.dumps(asdict(done), indent=2))
     return done
 
 
-def _qkv(arguments: list[str]) -> str:
-    """What a `qkv` command prints."""
-    return _run(["-m", "qkv", *arguments])
-
-
-def _run(arguments: list[str]) -> str:
-    """What Python prints in a process of its own; progress goes to the terminal."""
-    print(shlex.join(["python", *arguments]), file=sys.stderr, flush=True)
-    return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+def _run(command: Sequence[str]) -> str:
+    """What qkv or Python prints in a process of its own; progress goes to the terminal."""
+    print(shlex.join(command), file=sys.stderr, flush=True)
+    program, *arguments = command
+    words = [sys.executable, *(["-m", "qkv"] if program == "qkv" else []), *arguments]
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def machine() -> str:

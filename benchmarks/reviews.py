@@ -9,7 +9,7 @@ To learn one's own answers teaches little that is new (Lee 2013). But a review m
 a word in a text mostly keeps to one sense (Yarowsky 1995, 2): what is clear about it tells what its other
 sentences mean. A review's score is the mean log-odds of praise of its sentences less the median of all
 reviews', as if half of them were praise; reviews near 0 are left out. The log-odds of a sentence are then
-`DOUBT` times its own and `TRUST` times its review's score, and its label is drawn as probable as they say, so
+`OWN` times its own and `REVIEW` times its review's score, and its label is drawn as probable as they say, so
 that what is learnt from it is in the mean what would be learnt from the probability itself.
 """
 
@@ -28,11 +28,11 @@ import torch
 
 from qkv.pipelines import Encoder, from_pretrained
 
-CLEAR = 4.0
+MOST_ODDS = 4.0
 """The most that one sentence's log-odds count in its review's score."""
-PLAIN = 0.4
+LEAST_SCORE = 0.4
 """The least score of a review to learn from, either way."""
-DOUBT, TRUST = 0.7, 1.5
+OWN, REVIEW = 0.7, 1.5
 WORDS = range(4, 61)
 """In a sentence to learn from: a shorter one is a name or a grade, a longer one a paragraph."""
 
@@ -55,13 +55,13 @@ def log_odds(run: str, sentences: list[str]) -> list[float]:
 
 def praised(reviews: Sequence[list[str]], odds: Sequence[list[float]]) -> Iterator[tuple[str, float]]:
     """The sentences of reviews that take a side, and how probably they are praise, from their log-odds."""
-    means = [fmean(min(max(one, -CLEAR), CLEAR) for one in review) for review in odds]
+    means = [fmean(min(max(one, -MOST_ODDS), MOST_ODDS) for one in review) for review in odds]
     middle = median(means)
     for sentences, own, mean in zip(reviews, odds, means, strict=True):
         score = mean - middle
-        if abs(score) >= PLAIN:
+        if abs(score) >= LEAST_SCORE:
             for sentence, one in zip(sentences, own, strict=True):
-                yield sentence, 1 / (1 + math.exp(-DOUBT * one - TRUST * score))
+                yield sentence, 1 / (1 + math.exp(-OWN * one - REVIEW * score))
 
 
 def main() -> None:

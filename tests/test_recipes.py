@@ -189,14 +189,19 @@ def test_a_series_trains_scores_and_goes_on_where_it_stopped(tmp_path: Path, mon
     second = replace(result, train=copied, after="first", prepare=prepare)
     given = []
 
-    def in_process(arguments: list[str]) -> str:
+    run = results._run
+
+    def in_process(command: list[str]) -> str:
+        program, *arguments = command
+        if program != "qkv":
+            return run(command)
         given.append(arguments)
         monkeypatch.setattr("sys.argv", ["qkv", *arguments])
         with redirect_stdout(StringIO()) as output:
             cli.main()
         return output.getvalue()
 
-    monkeypatch.setattr(results, "_qkv", in_process)
+    monkeypatch.setattr(results, "_run", in_process)
     seed = results.found("second", second, 3, data, out)
     assert [words[0] for words in given] == ["train", "eval"] * 2
     config = read_toml(out / "second" / "seed-3" / "config.toml")
