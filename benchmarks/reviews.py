@@ -19,13 +19,14 @@ import argparse
 import csv
 import math
 import random
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
 
+from qkv.config import DataConfig
+from qkv.data import read_held_out
 from qkv.pipelines import Encoder, from_pretrained
 
 MOST_ODDS = 4.0
@@ -37,9 +38,9 @@ WORDS = range(4, 61)
 """In a sentence to learn from: a shorter one is a name or a grade, a longer one a paragraph."""
 
 
-def reviews(text: str) -> list[list[str]]:
+def reviews(location: str) -> list[list[str]]:
     """The sentences of each document without capital letters."""
-    documents = re.split(r"\n\s*\n", text.strip())
+    documents = read_held_out(location, DataConfig(), "bert", ()).texts
     return [document.split("\n") for document in documents if document == document.lower()]
 
 
@@ -67,10 +68,10 @@ def praised(reviews: Sequence[list[str]], odds: Sequence[list[float]]) -> Iterat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run")
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    found = reviews(given.data.read_text(encoding="utf-8"))
+    found = reviews(given.data)
     sentences = [sentence for review in found for sentence in review]
     said = iter(log_odds(given.run, sentences))
     odds = [[next(said) for _ in review] for review in found]

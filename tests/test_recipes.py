@@ -250,7 +250,7 @@ def test_sentences_of_reviews_become_a_table_to_train_with(tmp_path: Path, monke
     said[0].append("too short")
     text = "\n\n".join(["Not a review.\nso it is left out .", *("\n".join(review) for review in said)])
     (tmp_path / "documents.txt").write_text(text + "\n")
-    assert reviews.reviews(text + "\n") == said
+    assert reviews.reviews(str(tmp_path / "documents.txt")) == said
     flat = [sentence for review in said for sentence in review]
     odds = reviews.log_odds(str(tmp_path / "net"), flat)
     expected = [dict(answer)["good"] for answer in reader.classify(flat)]
